@@ -1,0 +1,3 @@
+"""Scantling measures the parts of decoder-only language models."""
+
+__version__ = "0.1.0"

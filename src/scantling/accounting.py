@@ -1,0 +1,103 @@
+"""Parameters, FLOPs and bytes: the one place where they are counted. Every count names its convention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from scantling.model.decoder import Decoder
+
+GROUPS = {
+    "embedding": "embed.tokens.",
+    "head": "embed.head.",
+    "position": "pos.",
+    "attention": ".attn.",
+    "feed-forward": ".ffn.",
+}
+
+
+def parameter_counts(decoder: Decoder) -> dict[str, int]:
+    """Parameters by group; a matrix that embedding and head share counts once, as embedding."""
+    counts = dict.fromkeys([*GROUPS, "norm"], 0)
+    for name, parameter in decoder.named_parameters():
+        group = next((g for g, mark in GROUPS.items() if mark in f".{name}"), "norm")
+        counts[group] += parameter.numel()
+    assert sum(counts.values()) == sum(p.numel() for p in decoder.parameters())
+    return counts
+
+
+def forward_flops_per_token(decoder: Decoder, context: float) -> float:
+    """Matrix products of one token's forward pass that attends to `context` keys; 2 FLOPs a multiply-add.
+
+    Norms, activations, softmax and the lookup of embeddings are left out, as in all the literature's counts.
+    """
+    linear = sum(m.weight.numel() for m in decoder.blocks.modules() if isinstance(m, nn.Linear))
+    head = decoder.embed.tokens.weight.numel()
+    mixing = sum(block.attn.mixing_flops(context) for block in decoder.blocks)
+    return 2 * (linear + head) + mixing
+
+
+def exact(decoder: Decoder, seq_len: int) -> float:
+    """3 × the forward pass, each token attending to the (T+1)/2 keys that causality leaves it on average."""
+    return 3 * forward_flops_per_token(decoder, (seq_len + 1) / 2)
+
+
+def kaplan(decoder: Decoder, seq_len: int) -> float:
+    """6·N, N without token and position embeddings. Kaplan et al. 2020, arXiv:2001.08361, §2.1."""
+    return 6 * non_embedding(parameter_counts(decoder))
+
+
+def six_n(decoder: Decoder, seq_len: int) -> float:
+    """6·N, N all parameters. Hoffmann et al. 2022, arXiv:2203.15556, §3."""
+    return 6 * sum(parameter_counts(decoder).values())
+
+
+def palm(decoder: Decoder, seq_len: int) -> float:
+    """6·N + 12·L·H·E·T, attention counted in full. Chowdhery et al. 2022, arXiv:2204.02311, appendix B."""
+    mixing = sum(block.attn.mixing_flops(seq_len) for block in decoder.blocks)
+    return six_n(decoder, seq_len) + 3 * mixing
+
+
+CONVENTIONS: dict[str, Callable[[Decoder, int], float]] = {
+    "exact": exact,
+    "kaplan": kaplan,
+    "6n": six_n,
+    "palm": palm,
+}
+"""Training FLOPs per token, forward and backward, under each name."""
+
+
+def non_embedding(counts: dict[str, int]) -> int:
+    return sum(counts.values()) - counts["embedding"] - counts["position"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device's share while it trains, without the framework's own few hundred megabytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(decoder: Decoder, *, sequences: int, seq_len: int, half_precision: bool) -> Memory:
+    """Float32 weights and gradients, AdamW's two states (no optimiser here has more); activations after Korthikanti et al. 2022, arXiv:2205.05198, §4.
+
+    Per token a layer keeps the input of every linear layer, and about four more tensors of width D for norms and
+    residual sums; the logits are kept in the precision of the products and twice in float32.
+    """
+    n = sum(p.numel() for p in decoder.parameters())
+    width = 2 if half_precision else 4
+    d_model = decoder.embed.tokens.embedding_dim
+    linears = [m for m in decoder.blocks.modules() if isinstance(m, nn.Linear)]
+    kept = sum(m.in_features + m.out_features for m in linears) + 4 * d_model * len(decoder.blocks)
+    logits = decoder.embed.tokens.num_embeddings * (width + 8)
+    tokens = sequences * seq_len
+    return Memory(4 * n, 4 * n, 8 * n, tokens * (kept * width + logits))

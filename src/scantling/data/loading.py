@@ -1,0 +1,204 @@
+"""Batches out of a flat array of token ids, in an order that restarts anywhere.
+
+Which window of text is sample i is a function of (seed, i) and of nothing else: not of the number
+of ranks, the micro-batch size, or how often the run was interrupted. The scheme is OLMo-core's:
+one global order, of which each rank takes its slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+
+class Batch(TypedDict):
+    """`inputs`, `targets`: int64 [B, T]; targets are the inputs one token later."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class TrainBatch(Batch):
+    """`step_targets`: targets in the whole optimiser step, over all ranks and micro-batches.
+
+    A sum of losses divided by it gives gradients that do not depend on how the step was cut up.
+    """
+
+    step_targets: int
+
+
+class WindowOrder:
+    """The order in which windows of `seq_len` tokens are visited, epoch after epoch.
+
+    An epoch is `windows_per_epoch` = max(1, (n_tokens - 1) // seq_len - 1) windows side by side,
+    behind a random shift of less than `seq_len` tokens, in a random order. The shift moves the
+    borders from epoch to epoch; the window given up to make room for it keeps the number constant.
+
+    Random numbers come raw from Philox with the key (seed, epoch) and are put in order by a
+    stable sort: NumPy promises that raw streams never change, which it does not for
+    `permutation`.
+
+    Raises ValueError when there are fewer than `seq_len` + 1 tokens.
+    """
+
+    def __init__(self, n_tokens: int, seq_len: int, seed: int) -> None:
+        _check_length(n_tokens, seq_len)
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**64")
+        self.n_tokens = n_tokens
+        self.seq_len = seq_len
+        self.seed = seed
+        self.windows_per_epoch = max(1, (n_tokens - 1) // seq_len - 1)
+        self._epoch = -1
+        self._epoch_starts = np.empty(0, np.int64)
+
+    def start(self, i: int) -> int:
+        """The offset of sample i's first token; i counts over all epochs."""
+        return int(self.starts(np.array([i]))[0])
+
+    def starts(self, indices: np.ndarray) -> np.ndarray:
+        """int64 offsets of many samples, in any order and over any epochs."""
+        epochs, within = np.divmod(np.asarray(indices, np.int64), self.windows_per_epoch)
+        first, last = int(epochs.min()), int(epochs.max())
+        if first == last:  # nearly always: a batch inside one epoch
+            return self._starts_of_epoch(first)[within]
+        starts = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            starts[chosen] = self._starts_of_epoch(int(epoch))[within[chosen]]
+        return starts
+
+    def _starts_of_epoch(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            assert epoch >= 0, epoch
+            n = self.windows_per_epoch
+            raw = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(n + 1)
+            slack = self.n_tokens - 1 - n * self.seq_len
+            # A shift by seq_len would give the borders of a shift by 0 again.
+            shift = int(raw[n]) % min(slack + 1, self.seq_len)
+            self._epoch_starts = np.argsort(raw[:n], kind="stable") * self.seq_len + shift
+            self._epoch = epoch
+        return self._epoch_starts
+
+
+class TrainBatches:
+    """The training batches of one rank, without end; each iteration begins at `first_step`.
+
+    Step s takes samples s * batch_size to (s + 1) * batch_size of the global order. A rank takes
+    a contiguous slice of them, a micro-batch a contiguous slice of that: each step yields
+    `batch_size / (micro_batch_size * world_size)` batches. To resume, start at the step to do.
+
+    `tokens`: integers [n_tokens]. `batch_size`: sequences per optimiser step over all ranks.
+    `micro_batch_size`: sequences per rank and forward pass. `pin`: page-locked memory, for
+    copies to a GPU.
+
+    Raises ValueError when `batch_size` does not divide evenly, or the text is too short.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: np.ndarray,
+        seq_len: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        first_step: int,
+        pin: bool = False,
+    ) -> None:
+        check_batch_size(batch_size, micro_batch_size, world_size)
+        assert 0 <= rank < world_size, (rank, world_size)
+        assert first_step >= 0, first_step
+        self.order = WindowOrder(len(tokens), seq_len, seed)
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.micro_batches_per_step = batch_size // (micro_batch_size * world_size)
+        self.rank = rank
+        self.world_size = world_size
+        self.first_step = first_step
+        self.pin = pin
+        self._tokens = np.asarray(tokens)  # a plain view: memmap's own indexing is slower
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        per_rank = self.batch_size // self.world_size
+        step = self.first_step
+        while True:
+            begin = step * self.batch_size + self.rank * per_rank
+            starts = self.order.starts(np.arange(begin, begin + per_rank))
+            for micro in range(self.micro_batches_per_step):
+                of_micro = starts[micro * self.micro_batch_size :][: self.micro_batch_size]
+                batch = _gather(self._tokens, of_micro, self.seq_len)
+                yield {
+                    "inputs": batch["inputs"].pin_memory() if self.pin else batch["inputs"],
+                    "targets": batch["targets"].pin_memory() if self.pin else batch["targets"],
+                    "step_targets": self.batch_size * self.seq_len,
+                }
+            step += 1
+
+
+def validation_batches(
+    tokens: np.ndarray, seq_len: int, n_windows: int | None, batch_size: int
+) -> list[Batch]:
+    """A fixed set of `n_windows` windows, side by side or evenly apart, none overlapping.
+
+    All windows of the split when `n_windows` is None or more than there are. The last batch may
+    be smaller. Raises ValueError when the split is shorter than one window.
+    """
+    _check_length(len(tokens), seq_len)
+    if batch_size < 1 or (n_windows is not None and n_windows < 1):
+        raise ValueError(
+            f"validation needs a batch and at least one window, not batch_size={batch_size} "
+            f"and n_windows={n_windows}"
+        )
+    available = (len(tokens) - 1) // seq_len
+    chosen = available if n_windows is None else min(n_windows, available)
+    starts = np.arange(chosen, dtype=np.int64) * available // chosen * seq_len
+    plain = np.asarray(tokens)
+    return [
+        _gather(plain, starts[first : first + batch_size], seq_len) for first in range(0, chosen, batch_size)
+    ]
+
+
+def check_batch_size(batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """Raise ValueError unless a step is a whole number of micro-batches on every rank."""
+    for name, value in (
+        ("batch_size", batch_size),
+        ("micro_batch_size", micro_batch_size),
+        ("world_size", world_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    unit = micro_batch_size * world_size
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"batch_size {batch_size} is no multiple of micro_batch_size {micro_batch_size} x "
+            f"{world_size} ranks = {unit}; the nearest that fits is {nearest}"
+        )
+
+
+def _check_length(n_tokens: int, seq_len: int) -> None:
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
+    if n_tokens < seq_len + 1:
+        fits = f"a seq_len of at most {n_tokens - 1}" if n_tokens > 1 else "more text"
+        raise ValueError(
+            f"the split has {n_tokens:,} tokens, but seq_len {seq_len:,} needs "
+            f"{seq_len + 1:,}; {fits} would fit"
+        )
+
+
+def _gather(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> Batch:
+    """The windows at `starts`, and their targets one token on, as contiguous int64 tensors."""
+    windows = tokens[starts[:, None] + np.arange(seq_len + 1)]
+    return {
+        "inputs": torch.from_numpy(windows[:, :-1].astype(np.int64)),
+        "targets": torch.from_numpy(windows[:, 1:].astype(np.int64)),
+    }

@@ -1,0 +1,70 @@
+"""How far a long pass over a corpus has come, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.status import Status
+
+QUIET_SECONDS = 1.5  # what is over sooner says nothing
+LINE_SECONDS = 60.0  # where stderr is a file
+
+
+class Progress:
+    """Megabytes and rate of the text that went through `count`.
+
+    On a terminal a live line, gone when done; elsewhere a plain line a minute.
+    """
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._status: Status | None = None
+        self._started = time.monotonic()
+        self._shown = self._started
+        self._characters = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def count(self, documents: Iterator[str]) -> Iterator[str]:
+        """The same documents, counted as they pass."""
+        for document in documents:
+            yield document
+            self._characters += len(document)
+            self._show()
+        self._show(read_all=True)
+
+    def _show(self, *, read_all: bool = False) -> None:
+        now = time.monotonic()
+        elapsed = now - self._started
+        on_terminal = sys.stderr.isatty()
+        pause = 0.2 if on_terminal else LINE_SECONDS
+        first = self._shown == self._started
+        due = elapsed > QUIET_SECONDS and now - self._shown > pause
+        # Training goes on after the last document: show the live line before that silence.
+        if not (due or (read_all and on_terminal and first and self._characters > 4_000_000)):
+            return
+        self._shown = now
+        megabytes = self._characters / 1e6
+        line = f"{self._doing}: {megabytes:,.0f} MB read, {megabytes / elapsed:.1f} MB/s"
+        if not on_terminal:
+            print(line, file=sys.stderr, flush=True)
+        elif self._status is None:
+            self._status = Status(line, console=Console(stderr=True))
+            self._status.start()
+        else:
+            self._status.update(line)

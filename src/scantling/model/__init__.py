@@ -1,0 +1,1 @@
+"""The decoder and its parts, in pure PyTorch: one module per group of `conf/`."""

@@ -1,0 +1,47 @@
+"""What each token computes by itself: `ffn=`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)². So et al. 2021 (Primer), arXiv:2109.08668, §4."""
+    return nn.functional.relu(x).square()
+
+
+class FeedForward(nn.Module):
+    """out(act(up(x))), hidden width F = d_ff. Vaswani et al. 2017, arXiv:1706.03762, §3.3."""
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: Activation, bias: bool):
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.out = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.out(self.activation(self.up(x_BTD)))
+
+
+class GatedFeedForward(nn.Module):
+    """out(act(gate(x)) · up(x)). Shazeer 2020, arXiv:2002.05202, eq. 6.
+
+    Three matrices instead of two: the hidden width F is 2/3 of d_ff, rounded to a multiple of `multiple_of`, so
+    that parameters match the ungated layer of width d_ff (ibid., §3). `gate` and `up` are one matrix product.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: Activation, bias: bool, multiple_of: int):
+        super().__init__()
+        width = max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of
+        self.activation = activation
+        self.gate_up = nn.Linear(d_model, 2 * width, bias=bias)
+        self.out = nn.Linear(width, d_model, bias=bias)
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.out(self.activation(gate_BTF) * up_BTF)

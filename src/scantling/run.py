@@ -1,0 +1,449 @@
+"""Configuration -> objects -> fit -> record. With the entries and `command_line`, the only user of Hydra."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from torch.utils.data import DataLoader
+
+from scantling import __version__
+from scantling.accounting import CONVENTIONS, parameter_counts
+from scantling.command_line import Mistake
+from scantling.data.loading import TrainBatches, check_batch_size, validation_batches
+from scantling.data.tokens import TokenizedCorpus, prepare
+from scantling.generation import continuation
+from scantling.model.decoder import Decoder
+from scantling.plan import Plan
+from scantling.run_directory import RunDirectory
+from scantling.study.figures import draw_curves
+from scantling.training import hardware
+from scantling.training.budget import steps_for
+from scantling.training.callbacks import (
+    Checkpoints,
+    CleanStop,
+    Interrupted,
+    Metrics,
+    ProgressBar,
+    Samples,
+    first_step_of,
+)
+from scantling.training.loggers import Wandb
+from scantling.training.task import LanguageModelTask
+
+PARTS = ("norm", "pos", "attn", "ffn", "block", "embed")
+
+NOT_IDENTITY = ("study", "resume", "dry_run", "log_every", "sample", "paths", "logger", "trainer")
+"""Settings that do not change what is trained, and so are no part of a run's id; of `trainer`, precision does."""
+
+
+@dataclass
+class Run:
+    """Everything that a fit needs, built and checked."""
+
+    config: DictConfig
+    directory: RunDirectory
+    corpus: TokenizedCorpus
+    plan: Plan
+    device: torch.device
+    precision: str
+    first_step: int
+
+
+def train(config: DictConfig) -> RunDirectory:
+    """One run, from its configuration to its directory.
+
+    Raises Mistake, before anything is computed, for what the user can put right.
+    """
+    console = Console(quiet=rank_zero_only.rank != 0, highlight=False)
+    hardware.keep_freed_memory()
+    with mistakes():
+        config, directory = located(config)
+        if directory.is_finished:
+            console.print(already_finished(directory))
+            return directory
+        run = assemble(config, directory)
+        console.print(run.plan.table(description(run), len(run.corpus.train.tokens)))
+        if config.dry_run:
+            return directory
+        begin(run)
+    fit(run, console)
+    console.print(report(run))
+    return directory
+
+
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """While nothing has been computed yet, a ValueError or OSError is the user's to put right."""
+    try:
+        yield
+    except (ValueError, OSError, InstantiationException) as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise Mistake(" ".join(str(cause).split())) from error
+
+
+# --- where a run lives ---
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """What is trained: the resolved configuration less paths, loggers and hardware."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    kept = {key: value for key, value in plain.items() if key not in (*NOT_IDENTITY, "choices")}
+    return kept | {"precision": plain["trainer"]["precision"]}
+
+
+def run_id(config: DictConfig) -> str:
+    """The model preset's name, for people, and a hash of the run's identity."""
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+    return f"{choices()['model']}-{digest[:10]}"
+
+
+def choices() -> dict[str, str]:
+    """Which option each group took."""
+    chosen = HydraConfig.get().runtime.choices
+    return {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
+
+
+def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
+    """The run's configuration and directory, as `resume` says.
+
+    `resume=DIR` composes the overrides of the run in DIR again, with those of this command line after them.
+    """
+    typed = list(HydraConfig.get().overrides.task)
+    if config.resume not in ("auto", "never"):
+        directory = RunDirectory(config.resume)
+        if not directory.config.exists():
+            raise ValueError(
+                f"resume={config.resume} holds no run: use auto, never, or a directory below {config.paths.runs}/"
+            )
+        config = compose("train", overrides=[*directory.environment["overrides"], *typed])
+        differences = different_keys(identity(OmegaConf.load(directory.config)), identity(config))  # type: ignore
+        if differences:
+            raise ValueError(
+                f"{directory.path} is another run and cannot go on as this one: {'; '.join(differences)}"
+            )
+        return config, directory
+    path = Path(config.paths.runs) / config.study / run_id(config)
+    if config.resume == "never":
+        others = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
+        path = path if not path.exists() else next(other for other in others if not other.exists())
+    return config, RunDirectory(path)
+
+
+def different_keys(stored: dict, here: dict, prefix: str = "") -> list[str]:
+    """'key: value there, value here' for every leaf that differs."""
+    found = []
+    for key in sorted({*stored, *here}):
+        there, now = stored.get(key), here.get(key)
+        if isinstance(there, dict) and isinstance(now, dict):
+            found += different_keys(there, now, f"{prefix}{key}.")
+        elif there != now:
+            found.append(f"{prefix}{key} is {there} there, {now} here")
+    return found
+
+
+def already_finished(directory: RunDirectory) -> str:
+    summary = directory.summary
+    return (
+        f"This run is finished: {summary['val/bpb']:.4f} bits/byte after {summary['tokens']:,} tokens, in {directory.path}\n"
+        "Change a setting (seed=1, say) for another run, or repeat it beside this one with resume=never."
+    )
+
+
+# --- building ---
+
+
+def assemble(config: DictConfig, directory: RunDirectory) -> Run:
+    device = hardware.device_of(config.trainer.accelerator)
+    precision = hardware.resolved_precision(config.trainer.precision, device)
+    for key in ("batch_size", "log_every", "val_every"):
+        if config[key] <= 0:
+            raise ValueError(f"{key}={config[key]} must be positive")
+    if config.tokenizer.vocab_size is not None:  # shapes that do not fit show before the text is read
+        build_decoder(config, config.tokenizer.vocab_size, "meta")
+    corpus = prepare(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
+    decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
+    validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
+    plan = plan_of(config, decoder, device, precision)
+    run = Run(config, directory, corpus, plan, device, precision, first_step=0)
+    training_batches(run, rank=0)
+    if config.resume != "never" and directory.last.exists():
+        before = directory.environment["corpus"]["fingerprint"]
+        if before != corpus.fingerprint:
+            raise ValueError(
+                f"{directory.path} was trained on another text (fingerprint {before[:12]}, now "
+                f"{corpus.fingerprint[:12]}): bring that text back, or start anew with resume=never"
+            )
+        run.first_step = first_step_of(directory.last)
+    return run
+
+
+def build_decoder(config: DictConfig, vocab_size: int, device: str) -> Decoder:
+    with torch.device(device):
+        return instantiate(config.decoder, vocab_size=vocab_size)
+
+
+def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precision: str) -> Plan:
+    counts = parameter_counts(decoder)
+    budget: dict[str, Any] = dict(config.budget)
+    convention = budget.pop("convention", "exact")
+    if convention not in CONVENTIONS:
+        raise ValueError(f"budget.convention={convention} is unknown: use one of {', '.join(CONVENTIONS)}")
+    world_size = 1
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        world_size = found if config.trainer.devices == "auto" else int(config.trainer.devices)
+        if world_size > found:
+            raise ValueError(f"trainer.devices={world_size}, but there are {found} GPUs here")
+    micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
+    check_batch_size(config.batch_size, micro_batch_size, world_size)
+    return Plan.of(
+        decoder,
+        counts=counts,
+        steps=steps_for(
+            tokens_per_step=config.batch_size * decoder.seq_len,
+            n_params=sum(counts.values()),
+            flops_per_token=CONVENTIONS[convention](decoder, decoder.seq_len),
+            **budget,
+        ),
+        batch_size=config.batch_size,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        half_precision=precision != "fp32",
+    )
+
+
+def training_batches(run: Run, rank: int) -> TrainBatches:
+    """Raises ValueError when the text is shorter than the context."""
+    return TrainBatches(
+        tokens=run.corpus.train.tokens,
+        seq_len=run.plan.seq_len,
+        batch_size=run.plan.batch_size,
+        micro_batch_size=run.plan.micro_batch_size,
+        rank=rank,
+        world_size=run.plan.world_size,
+        seed=run.config.seed,
+        first_step=run.first_step,
+        pin=run.device.type == "cuda",
+    )
+
+
+def description(run: Run) -> dict[str, str]:
+    """Lines above the plan's numbers."""
+    chosen, corpus = choices(), run.corpus
+    return {
+        "model": f"{chosen['model']}: {', '.join(f'{group}={chosen[group]}' for group in PARTS)}",
+        "data": f"{corpus.description}; {chosen['tokenizer']} tokenizer, {corpus.tokenizer.vocab_size:,} entries; "
+        f"{len(corpus.train.tokens):,} tokens to train, {len(corpus.val.tokens):,} held out",
+        "device": f"{hardware.describe(run.device)}, {run.precision}",
+        "directory": str(run.directory.path),
+    }
+
+
+# --- the record ---
+
+
+@rank_zero_only
+def begin(run: Run) -> None:
+    """Set the run's directory up, so that it explains itself; raises where it cannot be written or is too small."""
+    resolved = OmegaConf.create(OmegaConf.to_container(run.config, resolve=True))
+    run.directory.begin(
+        OmegaConf.to_yaml(resolved) + OmegaConf.to_yaml({"choices": choices()}), environment(run)
+    )
+    run.plan.check_disk(run.directory.path)
+    run.corpus.tokenizer.save(run.directory.tokenizer)
+
+
+def environment(run: Run) -> dict[str, Any]:
+    return {
+        "scantling": __version__,
+        "commit": git_commit(),
+        "overrides": list(HydraConfig.get().overrides.task),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "device": hardware.describe(run.device),
+        "precision": run.precision,
+        "world_size": run.plan.world_size,
+        "corpus": {"fingerprint": run.corpus.fingerprint, "description": run.corpus.description},
+        "tokenizer": run.corpus.tokenizer.fingerprint,
+    }
+
+
+def git_commit() -> str | None:
+    """Of this project's checkout, marked when files differ from it; None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def loggers_of(run: Run, console: Console) -> list[Logger]:
+    """The chosen logger, told where to write and under which name; W&B is opened and says where it goes."""
+    config = run.config.logger
+    if config._target_ is None or rank_zero_only.rank != 0:
+        return []
+    name, study = run.directory.name, str(run.directory.path.parent)
+    if not config._target_.endswith(".Wandb"):
+        return [instantiate(config)(save_dir=study, name=name)]
+    logger: Wandb = instantiate(config)(save_dir=study, name=name, group=run.config.study)
+    resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
+    console.print(logger.start(resolved | {"choices": choices(), "environment": environment(run)}))
+    return [logger]
+
+
+# --- training ---
+
+
+def fit(run: Run, console: Console) -> None:
+    """Train from the last checkpoint, or from the start, to the end of the plan; then write the summary."""
+    config, plan, directory = run.config, run.plan, run.directory
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", module="lightning"
+    )  # its advice on loaders and loggers does not hold here
+    L.seed_everything(config.seed, verbose=False)
+    decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "cpu")
+    decoder.initialise(config.seed)
+    peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
+    console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
+    if run.first_step:
+        console.print(f"resuming after step {run.first_step:,}")
+    task = LanguageModelTask(
+        decoder,
+        optimizer=instantiate(config.optim),
+        schedule=instantiate(config.schedule),
+        total_steps=plan.steps,
+        token_bytes=token_bytes(run.corpus),
+        compiled=config.trainer.compile,
+    )
+    share = config.val_every
+    metrics = Metrics(
+        directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
+        log_every=config.log_every,
+        val_every=max(1, round(share * plan.steps) if share < 1 else round(share)),
+        total_steps=plan.steps,
+        tokens_per_step=plan.tokens_per_step,
+        flops_per_token=plan.flops_per_token,
+        peak_flops=peak,
+    )
+    checkpoints = Checkpoints(directory, metrics)
+    loggers = loggers_of(run, console)
+    trainer = L.Trainer(
+        accelerator="gpu" if run.device.type == "cuda" else "cpu",
+        devices=plan.world_size,
+        precision=hardware.LIGHTNING_PRECISION[run.precision],  # type: ignore[arg-type]
+        max_steps=plan.steps,
+        accumulate_grad_batches=plan.micro_batches,
+        gradient_clip_val=config.clip,
+        val_check_interval=metrics.val_every * plan.micro_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[
+            metrics,
+            Samples(directory.samples, sample=lambda: sample(run, decoder)),
+            checkpoints,
+            CleanStop(checkpoints),
+            ProgressBar(console, metrics),
+        ],
+        logger=loggers,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    held_out = validation_batches(
+        run.corpus.val.tokens, plan.seq_len, config.val_windows, plan.micro_batch_size
+    )
+    succeeded = False
+    try:
+        trainer.fit(
+            task,
+            training_batches(run, rank=trainer.global_rank),
+            DataLoader(held_out, batch_size=None),  # type: ignore[arg-type]
+            ckpt_path=directory.last if run.first_step else None,
+            weights_only=True,
+        )
+        succeeded = True
+    except Interrupted as stop:
+        console.print(f"\n{stop}; the same command goes on from there")
+        sys.exit(130)
+    finally:
+        if metrics.file is not None:
+            metrics.file.close()
+        for logger in loggers:
+            if isinstance(logger, Wandb):
+                logger.finish(succeeded)
+    finish(run, peak, peak_source)
+
+
+@rank_zero_only
+def finish(run: Run, peak: float, peak_source: str) -> None:
+    rows = run.directory.metrics()
+    draw_curves(rows, run.directory.curves, title=run.directory.name)
+    best = min((row for row in rows if "val/loss" in row), key=lambda row: row["val/loss"])
+    run.directory.finish(
+        {
+            **rows[-1],
+            "best": {key: best[key] for key in ("step", "tokens", "val/loss", "val/bpb")},
+            "parameters": run.plan.counts,
+            "flops_convention": "exact",
+            "peak_flops": {"flops": peak, "source": peak_source},
+            "corpus": run.corpus.fingerprint,
+        }
+    )
+
+
+def token_bytes(corpus: TokenizedCorpus) -> np.ndarray:
+    """Bytes of text behind each token id; the validation split's mean where a tokenizer cannot tell."""
+    exact = corpus.tokenizer.token_bytes
+    return np.full(corpus.tokenizer.vocab_size, corpus.bytes_per_token) if exact is None else exact
+
+
+def sample(run: Run, decoder: Decoder) -> str:
+    """The configured prompt and its continuation, the same at every call for the same weights."""
+    settings: dict[str, Any] = dict(run.config.sample)
+    prompt = settings.pop("prompt")
+    return prompt + "".join(
+        continuation(decoder, run.corpus.tokenizer, prompt, seed=run.config.seed, **settings)
+    )
+
+
+def report(run: Run) -> str:
+    """The last screen: final numbers, one sample, and where things are."""
+    summary, path = run.directory.summary, run.directory.path
+    return (
+        f"\n[bold]{summary['val/bpb']:.4f} bits/byte[/bold]  (loss {summary['val/loss']:.4f} nats/token, perplexity "
+        f"{summary['val/perplexity']:.2f}) after {summary['tokens']:,} tokens, {summary['flops']:.3g} FLOPs, "
+        f"{summary['seconds']:.0f} s of training\n\n"
+        f"[dim]a sample of at most {run.config.sample.n_tokens} tokens:[/dim]\n{escape(run.directory.last_sample)}\n\n"
+        f"run        {path}\n"
+        f"curves     {run.directory.curves}\n"
+        f"more text  python src/sample.py run={path} prompt={json.dumps(run.config.sample.prompt)}\n"
+        f"evaluate   python src/evaluate.py run={path}"
+    )

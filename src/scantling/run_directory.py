@@ -1,0 +1,102 @@
+"""The directory of a run: `runs/<study>/<run_id>/`, the truth that loggers mirror and analysis reads.
+
+config.yaml      the resolved configuration, and which option each group took
+env.json         commit, versions, device, corpus fingerprint, the overrides typed
+tokenizer.json
+metrics.jsonl    one object per logged step
+samples.jsonl    a continuation of the prompt at every validation
+checkpoints/     last.ckpt and best.ckpt
+curves.png
+summary.json     final numbers, written last: its presence means finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class RunDirectory:
+    """Paths and small files of one run. Files are replaced whole, never left half written."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.samples = self.path / "samples.jsonl"
+        self.curves = self.path / "curves.png"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return json.loads((self.path / "env.json").read_text())
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "summary.json").read_text())
+
+    @property
+    def last_sample(self) -> str:
+        return json.loads(self.samples.read_text().splitlines()[-1])["text"]
+
+    def begin(self, config: str, environment: dict[str, Any]) -> None:
+        """Set the directory up; raises OSError where it cannot be written."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        replace_text(self.config, config)
+        replace_text(self.path / "env.json", json.dumps(environment, indent=2) + "\n")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        replace_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def metrics(self) -> list[Row]:
+        """Rows of `metrics.jsonl`; a last line cut short is left out."""
+        rows: list[Row] = []
+        path = self.path / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def metrics_from(self, step: int) -> MetricsFile:
+        """`metrics.jsonl`, open to append rows after `step`; rows beyond it were not checkpointed and go."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        path = self.path / "metrics.jsonl"
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        return MetricsFile(path)
+
+
+class MetricsFile:
+    """Appends rows, each flushed, so that a killed process loses none it had written."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("a")
+
+    def write(self, row: Row) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`path` holds the old text or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,1 @@
+"""From finished runs to answers; reads run directories, imports no PyTorch."""

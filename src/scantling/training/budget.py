@@ -1,0 +1,41 @@
+"""How long to train: `budget=`. Any of four currencies becomes a number of optimiser steps."""
+
+from __future__ import annotations
+
+
+def steps_for(
+    *,
+    tokens_per_step: int,
+    n_params: int,
+    flops_per_token: float,
+    steps: float | None = None,
+    tokens: float | None = None,
+    flops: float | None = None,
+    tokens_per_param: float | None = None,
+) -> int:
+    """Whole optimiser steps that the one given amount pays for, rounded down.
+
+    `flops` counts forward and backward under the budget's convention, whose `flops_per_token` is passed beside it;
+    `tokens_per_param` is D/N over all parameters (Hoffmann et al. 2022, arXiv:2203.15556, table 3: about 20).
+
+    Raises ValueError when the amount is not positive or pays for less than one step.
+    """
+    flops_per_step = flops_per_token * tokens_per_step
+    price = {
+        "steps": (steps, 1),
+        "tokens": (tokens, tokens_per_step),
+        "flops": (flops, flops_per_step),
+        "tokens_per_param": (tokens_per_param, tokens_per_step / n_params),
+    }
+    given = {name: pair for name, pair in price.items() if pair[0] is not None}
+    if len(given) != 1:
+        raise ValueError(f"a budget is one of {', '.join(price)}; {len(given)} are given: {sorted(given)}")
+    ((name, (amount, one_step)),) = given.items()
+    if amount <= 0:
+        raise ValueError(f"budget.{name}={amount:g} must be positive")
+    if amount < one_step:
+        raise ValueError(
+            f"budget.{name}={amount:g} is below one optimiser step, which takes {one_step:.4g} {name} "
+            f"({tokens_per_step:,} tokens): raise the budget or lower batch_size"
+        )
+    return int(amount / one_step + 1e-9)

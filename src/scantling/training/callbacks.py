@@ -1,0 +1,247 @@
+"""What happens around a training step: metrics, checkpoints, samples, the progress bar, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scantling.run_directory import MetricsFile, RunDirectory
+from scantling.training.loggers import Wandb
+from scantling.training.task import LanguageModelTask
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, raised between two steps, after a checkpoint was written."""
+
+    def __init__(self, step: int):
+        super().__init__(f"interrupted after step {step}")
+        self.step = step
+
+
+class StepCallback(Callback):
+    """Calls `on_step` once an optimiser step, whatever the number of micro-batches in it."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            self.on_step(trainer, task, trainer.global_step)
+
+    def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
+        raise AssertionError("a StepCallback says what a step does")
+
+
+class Metrics(StepCallback):
+    """Writes a row every `log_every` steps and at every validation, to `metrics.jsonl` and to the loggers.
+
+    `row` is the latest one; other callbacks show it. Between rows nothing is read from the device.
+    """
+
+    def __init__(
+        self,
+        file: MetricsFile | None,
+        *,
+        log_every: int,
+        val_every: int,
+        total_steps: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float,
+    ):
+        self.file, self.log_every, self.val_every, self.total_steps = file, log_every, val_every, total_steps
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak_flops = peak_flops
+        self.row: dict[str, Any] = {}
+        self.best = float("inf")
+        self.training_seconds = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        self.clock, self.clock_step = time.perf_counter(), trainer.global_step
+
+    def on_step(self, trainer: L.Trainer, task: LanguageModelTask, step: int) -> None:
+        loss = task.take_step_loss()
+        validates = step % self.val_every == 0 or step == self.total_steps
+        if step == self.total_steps:
+            trainer.should_stop = True  # Lightning then validates once more, wherever the interval stands
+        if step % self.log_every and not validates and step != 1:
+            return
+        loss = loss.item()
+        now = time.perf_counter()
+        self.training_seconds += now - self.clock
+        n_tokens = (step - self.clock_step) * self.tokens_per_step
+        speed = n_tokens / (now - self.clock)
+        tokens = step * self.tokens_per_step
+        self.row = {
+            "step": step,
+            "tokens": tokens,
+            "flops": tokens * self.flops_per_token,
+            "seconds": round(self.training_seconds, 3),
+            "train/loss": loss,
+            "lr": task.lr,
+            "grad_norm": task.grad_norm.item(),
+            "tokens_per_second": round(speed, 1),
+            "mfu": round(speed * self.flops_per_token / trainer.world_size / self.peak_flops, 4),
+        }
+        self.clock, self.clock_step = now, step
+        if not validates:
+            self.write(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        if trainer.sanity_checking or not self.row:
+            return
+        for name, value in task.text_loss.results().items():
+            self.row[f"val/{name}"] = value
+        self.best = min(self.best, self.row["val/loss"])
+        self.write(trainer)
+        self.clock = time.perf_counter()
+
+    def write(self, trainer: L.Trainer) -> None:
+        if self.file is not None:
+            self.file.write(self.row)
+            for logger in trainer.loggers:
+                logger.log_metrics(self.row, step=self.row["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "training_seconds": self.training_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.training_seconds = state_dict["best"], state_dict["training_seconds"]
+
+
+class Checkpoints(Callback):
+    """`last.ckpt` at every validation and interruption, `best.ckpt` when validation loss is the lowest so far.
+
+    A file appears under its name only when it is whole.
+    """
+
+    def __init__(self, directory: RunDirectory, metrics: Metrics):
+        self.directory, self.metrics = directory, metrics
+
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        if not trainer.sanity_checking:
+            self.save(trainer)
+            if self.metrics.row["val/loss"] <= self.metrics.best and trainer.is_global_zero:
+                put_in_place(self.directory.last, self.directory.best)
+
+    def save(self, trainer: L.Trainer) -> None:
+        partial = self.directory.checkpoints / "last.ckpt.partial"
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, self.directory.last)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """`target` becomes `source`'s content at once: a hard link where the file system has them, else a copy."""
+    partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+class CleanStop(StepCallback):
+    """Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self.asked = False
+
+    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+    def ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
+        if self.asked and not trainer.should_stop:
+            self.checkpoints.save(trainer)
+            raise Interrupted(step)
+
+
+class Samples(Callback):
+    """A continuation of one prompt at every validation, to `samples.jsonl` and W&B."""
+
+    def __init__(self, path: Path, *, sample: Callable[[], str]):
+        self.path, self.sample = path, sample
+
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        text = self.sample()
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": trainer.global_step, "text": text}) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, Wandb):
+                logger.log_sample(text, trainer.global_step)
+
+
+class ProgressBar(Callback):
+    """A bar with loss, speed and time left on a terminal; elsewhere a line at every validation."""
+
+    def __init__(self, console: Console, metrics: Metrics):
+        self.metrics = metrics
+        self.console = console
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.validation = ""
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        total = self.metrics.total_steps
+        self.job = self.bar.add_task("", total=total, completed=trainer.global_step, numbers="")
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if row := self.metrics.row:
+            numbers = f"loss {row['train/loss']:.3f}{self.validation}  {row['tokens_per_second']:,.0f} tok/s"
+            self.bar.update(self.job, completed=trainer.global_step, numbers=numbers)
+
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        row = self.metrics.row
+        if trainer.sanity_checking or not row:
+            return
+        self.validation = f"  val {row['val/bpb']:.3f} bpb"
+        self.console.print(
+            f"step {row['step']:>6,}/{self.metrics.total_steps:,}  {row['tokens'] / 1e6:8.3f} M tokens  "
+            f"{row['seconds']:6.0f} s  train {row['train/loss']:.4f}  val {row['val/loss']:.4f}  "
+            f"[bold]{row['val/bpb']:.4f} bits/byte[/bold]  {row['tokens_per_second']:,.0f} tok/s  "
+            f"{row['mfu']:.0%} of peak",
+            highlight=False,
+        )
+
+    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+        self.bar.stop()
+
+    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
+        self.bar.stop()
+
+
+def first_step_of(checkpoint: Path) -> int:
+    """Optimiser steps that a checkpoint has behind it; reads its index, not its tensors."""
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]

@@ -1,0 +1,79 @@
+"""Weights & Biases as a mirror of `metrics.jsonl`. TensorBoard's and the CSV logger are Lightning's own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from typing import Any
+from urllib.parse import urlparse
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+
+
+class Wandb(WandbLogger):
+    """Online when a key is configured and the server answers, else offline; never fatal.
+
+    Rows carry an explicit step, because a run that is resumed offline is a second segment under the same id.
+    """
+
+    def __init__(self, *, project: str, tags: list[str], save_dir: str, name: str, group: str):
+        self.mode, self.reason = mode_and_reason()
+        super().__init__(
+            project=project,
+            tags=list(tags),
+            save_dir=save_dir,
+            name=name,
+            id=name,
+            group=group,
+            mode=self.mode,
+            resume="allow" if self.mode == "online" else None,
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=30, x_transaction_log_flush_interval=1.0
+            ),
+        )
+
+    def start(self, config: dict[str, Any]) -> str:
+        """Open the run with its configuration; one line that says where it goes."""
+        try:
+            run = self.experiment
+        except wandb.Error as error:
+            if self.mode != "online":
+                raise
+            wandb.teardown()
+            self.mode, self.reason = "offline", f"the server refused: {str(error).splitlines()[0]}"
+            self._wandb_init |= {"mode": "offline", "resume": None}
+            run = self.experiment
+        run.config.update(config, allow_val_change=True)
+        for axis in ("tokens", "flops"):
+            run.define_metric(axis, hidden=True)
+        where = run.url if self.mode == "online" else os.path.dirname(run.dir)
+        return f"W&B {self.mode} ({self.reason}): {where}"
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+        self.experiment.log(metrics, step=step)
+
+    def log_sample(self, text: str, step: int) -> None:
+        escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        self.experiment.log({"sample": wandb.Html(f"<pre>{escaped}</pre>", inject=False)}, step=step)
+
+    def finish(self, succeeded: bool) -> None:
+        """Close the run; without this the next run of the process would write into it."""
+        wandb.finish(exit_code=0 if succeeded else 1)
+
+
+def mode_and_reason() -> tuple[str, str]:
+    """W&B's mode, and why, for the user."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode, "WANDB_MODE"
+    if not wandb.api.api_key:
+        return "offline", "no API key; `wandb login` sends the next runs online"
+    server = urlparse(wandb.api.settings("base_url"))
+    port = server.port or (443 if server.scheme == "https" else 80)
+    try:
+        socket.create_connection((server.hostname or "", port), timeout=5).close()
+    except OSError:
+        warnings.warn("W&B cannot be reached: the run is recorded offline", stacklevel=2)
+        return "offline", "the server cannot be reached; `wandb sync` sends the run later"
+    return "online", "API key found"

@@ -1,0 +1,173 @@
+"""Optimisers: `optim=`. Each is a function of the model's named parameters; weight decay falls on matrices only."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as adamw_update
+
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+def decay_groups(named: NamedParameters, weight_decay: float) -> list[dict]:
+    """Matrices and tables decay; biases and norm weights do not."""
+    parameters = [p for _, p in named if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def adamw(
+    named: NamedParameters, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; torch's fused kernel."""
+    return torch.optim.AdamW(
+        decay_groups(named, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=True
+    )
+
+
+def sgd(
+    named: NamedParameters, *, lr: float, momentum: float, nesterov: bool, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum, Sutskever et al. 2013."""
+    groups = decay_groups(named, weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+
+
+def lion(
+    named: NamedParameters, *, lr: float, lr_ratio: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """Lion at `lr_ratio` times the learning rate that AdamW would have."""
+    return Lion(decay_groups(named, weight_decay), lr=lr * lr_ratio, betas=tuple(betas))
+
+
+class Lion(torch.optim.Optimizer):
+    """w ← w - lr·(sign(β1·m + (1-β1)·g) + λ·w), then m ← β2·m + (1-β2)·g. Chen et al. 2023, arXiv:2302.06675, algorithm 2."""
+
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float]):
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure_loss(closure)
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(torch.lerp(p.grad, m, beta1).sign_(), alpha=lr)
+                m.lerp_(p.grad, 1 - beta2)
+        return loss
+
+
+def muon(
+    named: NamedParameters,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> torch.optim.Optimizer:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
+    hidden, rest = [], []
+    for name, p in named:
+        (hidden if p.ndim == 2 and ".blocks." in f".{name}" else rest).append((name, p))
+    groups = [
+        {"params": [p for _, p in hidden], "weight_decay": weight_decay, "momentum": momentum},
+        *decay_groups(rest, weight_decay),
+    ]
+    return Muon(groups, lr=lr, betas=tuple(betas), eps=eps)
+
+
+class Muon(torch.optim.Optimizer):
+    """w ← (1-lr·λ)·w - 0.2·√max(rows, columns)·lr·orthogonalised(g + μ·m), m ← μ·m + g. Jordan et al. 2024, Muon;
+    the scale of the update is Liu et al. 2025, arXiv:2502.16982, eq. 4, so that AdamW's learning rate serves both.
+
+    Groups with a `momentum` take Muon, the others AdamW. Matrices of one shape are orthogonalised together.
+    """
+
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
+        super().__init__(
+            groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "momentum": None}
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure_loss(closure)
+        for group in self.param_groups:
+            if group["momentum"] is None:
+                self.step_adamw(group)
+            else:
+                self.step_muon(group)
+        return loss
+
+    def step_muon(self, group: dict) -> None:
+        by_shape = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape[p.shape].append(p)
+        for (rows, columns), parameters in by_shape.items():
+            updates = []
+            for p in parameters:
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m.mul_(group["momentum"]).add_(p.grad)
+                updates.append(torch.add(p.grad, m, alpha=group["momentum"]))
+            step = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+            for p, update in zip(parameters, orthogonalised(torch.stack(updates)), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.type_as(p), alpha=step)
+
+    def step_adamw(self, group: dict) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        states = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        if parameters:
+            adamw_update(
+                parameters,
+                [p.grad for p in parameters],
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [],
+                [s["step"] for s in states],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def orthogonalised(matrices_NRC: Tensor) -> Tensor:
+    """Each matrix's singular values drawn to about 1: five steps of X ← aX + (bA + cA²)X, A = XXᵀ. Jordan et al. 2024.
+
+    The values end between about 0.7 and 1.2, which serves as well as exactly 1. In bfloat16, as published.
+    """
+    x = matrices_NRC.bfloat16()
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+def closure_loss(closure):
+    """The value of an optimiser's closure, as torch's own optimisers evaluate it."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -1,0 +1,112 @@
+"""The LightningModule: loss, what is logged from it, and the optimiser. Nothing else lives here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from scantling.model.decoder import Decoder
+
+IGNORED = -100
+"""A target that is not to be predicted."""
+
+
+def negative_log_likelihood(
+    logits_BTV: Float[Tensor, "B T V"], targets_BT: Int[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Sum of -log p(target) in nats over targets that are not ignored, in float32."""
+    return torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+class TextLoss:
+    """Loss in nats per token and bits per byte over any number of batches.
+
+    Bits per byte = nats / ln 2 / bytes of UTF-8 text the targets stand for; end-of-text stands for none, so that a
+    model pays for document boundaries too. It compares models whatever their tokenizers.
+    """
+
+    def __init__(self, token_bytes: np.ndarray):
+        self.token_bytes = torch.as_tensor(token_bytes, dtype=torch.float64)
+        self.nats = self.n_tokens = self.n_bytes = 0.0
+
+    def add(self, nats: Tensor, targets_BT: Tensor) -> None:
+        valid = targets_BT[targets_BT != IGNORED].cpu()
+        self.nats += nats.item()
+        self.n_tokens += valid.numel()
+        self.n_bytes += self.token_bytes[valid].sum().item()
+
+    def results(self) -> dict[str, float]:
+        loss = self.nats / self.n_tokens
+        return {
+            "loss": loss,
+            "bpb": self.nats / math.log(2) / self.n_bytes,
+            "perplexity": math.exp(min(loss, 700.0)),
+        }
+
+
+class LanguageModelTask(L.LightningModule):
+    """Next-token prediction.
+
+    The gradient of an optimiser step is that of the mean over all its valid targets, whatever the number of
+    micro-batches and ranks they are spread over: each micro-batch's summed loss is divided by the step's count
+    (`step_targets`), and Lightning's own division by accumulation and world size is undone.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[[int, int], float],
+        total_steps: int,
+        token_bytes: np.ndarray,
+        compiled: bool,
+    ):
+        super().__init__()
+        self.decoder = decoder
+        self.run_decoder = torch.compile(decoder) if compiled else decoder
+        self.optimizer_of, self.schedule, self.total_steps = optimizer, schedule, total_steps
+        self.token_bytes = token_bytes
+        self.step_loss = torch.zeros(())
+        """Mean loss of the optimiser step under way, this rank's share; reset by `take_step_loss`."""
+        self.grad_norm = torch.zeros(())
+        """Global gradient norm of the last step, before clipping."""
+        self.lr = 0.0
+        """Learning rate of the last step."""
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        nats = negative_log_likelihood(self.run_decoder(batch["inputs"]), batch["targets"])
+        loss = nats / batch["step_targets"]
+        self.step_loss = self.step_loss.to(loss.device) + loss.detach()
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def take_step_loss(self) -> Tensor:
+        """Mean loss over all valid targets of the step that just ended, over all ranks."""
+        loss, self.step_loss = self.step_loss, torch.zeros(())
+        return loss if self.trainer.world_size == 1 else self.trainer.strategy.reduce(loss, reduce_op="sum")
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        limit = torch.inf if gradient_clip_val is None else gradient_clip_val
+        self.lr = optimizer.param_groups[0]["lr"]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), limit)
+
+    def on_validation_epoch_start(self) -> None:
+        self.text_loss = TextLoss(self.token_bytes)
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        nats = negative_log_likelihood(self.run_decoder(batch["inputs"]), batch["targets"])
+        self.text_loss.add(nats, batch["targets"])
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer_of(self.decoder.named_parameters())
+        schedule = LambdaLR(optimizer, lambda step: self.schedule(step, self.total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
