@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from scantling.model.attn import Mixer
 from scantling.model.decoder import Decoder
 
 GROUPS = {
@@ -28,6 +29,10 @@ def parameter_counts(decoder: Decoder) -> dict[str, int]:
     return counts
 
 
+def mixers(decoder: Decoder) -> list[Mixer]:
+    return [module for module in decoder.modules() if isinstance(module, Mixer)]
+
+
 def forward_flops_per_token(decoder: Decoder, context: float) -> float:
     """Matrix products of one token's forward pass that attends to `context` keys; 2 FLOPs a multiply-add.
 
@@ -35,7 +40,7 @@ def forward_flops_per_token(decoder: Decoder, context: float) -> float:
     """
     linear = sum(m.weight.numel() for m in decoder.blocks.modules() if isinstance(m, nn.Linear))
     head = decoder.embed.tokens.weight.numel()
-    mixing = sum(block.attn.mixing_flops(context) for block in decoder.blocks)
+    mixing = sum(mixer.mixing_flops(context) for mixer in mixers(decoder))
     return 2 * (linear + head) + mixing
 
 
@@ -56,7 +61,7 @@ def six_n(decoder: Decoder, seq_len: int) -> float:
 
 def palm(decoder: Decoder, seq_len: int) -> float:
     """6·N + 12·L·H·E·T, attention counted in full. Chowdhery et al. 2022, arXiv:2204.02311, appendix B."""
-    mixing = sum(block.attn.mixing_flops(seq_len) for block in decoder.blocks)
+    mixing = sum(mixer.mixing_flops(seq_len) for mixer in mixers(decoder))
     return six_n(decoder, seq_len) + 3 * mixing
 
 
@@ -88,10 +93,11 @@ class Memory:
 
 
 def training_memory(decoder: Decoder, *, sequences: int, seq_len: int, half_precision: bool) -> Memory:
-    """Float32 weights and gradients, AdamW's two states (no optimiser here has more); activations after Korthikanti et al. 2022, arXiv:2205.05198, §4.
+    """Float32 weights and gradients, AdamW's two states (no optimiser here has more), and activations.
 
-    Per token a layer keeps the input of every linear layer, and about four more tensors of width D for norms and
-    residual sums; the logits are kept in the precision of the products and twice in float32.
+    Per token a layer keeps the input and output of every linear layer, and about four more tensors of width D for
+    norms and residual sums (after Korthikanti et al. 2022, arXiv:2205.05198, §4); the logits are kept in the
+    precision of the products and twice in float32.
     """
     n = sum(p.numel() for p in decoder.parameters())
     width = 2 if half_precision else 4

@@ -2,80 +2,142 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from hydra import compose
+import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONF = Path(__file__).parents[2] / "conf"
+
+FREE_TEXT = ("prompt", "sample.prompt")
+"""Settings that take any text: Hydra's grammar would trip over its brackets and strip its spaces."""
 
 
 class Mistake(Exception):
     """Something the user can put right. The message says what is wrong, where, and what would be right."""
 
 
-def run_entry(main: Callable[[], object]) -> None:
-    """Run a `hydra.main` function; see `Mistake`. `HYDRA_FULL_ERROR=1` shows the traceback instead."""
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """While nothing has been computed yet, a ValueError or OSError is the user's to put right."""
+    try:
+        yield
+    except (ValueError, OSError, InstantiationException) as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise Mistake(str(cause)) from error
+
+
+def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line and call `task` on it.
+
+    `HYDRA_FULL_ERROR=1` shows the traceback behind a one-line error.
+    """
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and exit 1 for
-    try:
-        main()
-    except (Mistake, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            raise
-        fail(explained(error))
+
+    def explained(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except (Mistake, HydraException, OmegaConfBaseException) as error:
+            if wants_traceback:
+                raise
+            print(f"error: {one_line(error, config_name)}", file=sys.stderr)
+            sys.exit(2)
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> None:
+        # Explained here too: past this function Hydra prints a line of its own.
+        explained(lambda: (check_numbers(config, config_name), task(config)))
+
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    explained(main(job))
 
 
-def fail(line: str) -> NoReturn:
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+def quoted(argument: str) -> str:
+    """The argument, free text put in quotes."""
+    key, _, text = argument.partition("=")
+    if key not in FREE_TEXT or text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+        return argument
+    escaped = text.replace("${", "\\${")  # no interpolation
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)  # backslashes count only before a quote
+    if escaped.endswith("\\"):
+        escaped += "\\" * (len(escaped) - len(escaped.rstrip("\\")))
+    return f"{key}='{escaped}'"
 
 
-def explained(error: Exception) -> str:
-    """One line for an exception, naming the nearest thing that exists."""
+def one_line(error: Exception, config_name: str) -> str:
+    """What is wrong, naming the nearest thing that exists."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option} is unknown{nearest(option, error.options or [])}"
     text = str(error)
-    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
-        text = f"{text}\n{error.__cause__}"
+    if isinstance(error, MissingMandatoryValue) and (match := re.search(r"value: (\S+)", text)):
+        return f"{match[1]} is not set: add {match[1]}=…"
     if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]} is not a setting{nearest(match[1], settings())}"
-    return re.sub(r"\s*\n\s*", ": ", text.strip())
+        return f"{match[1]} is not a setting{nearest(match[1], settings(config_name))}"
+    return " ".join(text.split())
 
 
-def nearest(wrong: str, options: list[str]) -> str:
-    """', did you mean …' for near ones, else the whole list when it is short."""
-    close = difflib.get_close_matches(wrong, options, n=3, cutoff=0.5)
+def nearest(wrong: str, options: Sequence[str]) -> str:
+    """': did you mean …?' for near ones, else the whole list when it is short."""
+    close = difflib.get_close_matches(wrong, options, n=3, cutoff=0.6)
     if close:
         return f": did you mean {' or '.join(close)}?"
     return f": use one of {', '.join(sorted(options))}" if 0 < len(options) <= 20 else ""
 
 
-def settings() -> list[str]:
-    """Every group and dotted key of the training configuration."""
-    from hydra import initialize_config_dir
+def settings(config_name: str) -> list[str]:
+    """Every group, and every dotted key under the options that the command line chose."""
+    chosen = [o for o in sys.argv[1:] if (CONF / (o.replace("=", "/", 1) + ".yaml")).exists()]
+    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+    return sorted({*groups, *leaves(composed(config_name, chosen))})
 
+
+def composed(config_name: str, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train")
-    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+        config = compose(config_name, overrides=overrides)
+    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
-    def keys(node: DictConfig, prefix: str) -> list[str]:
-        found = []
-        for key in node:
-            found.append(f"{prefix}{key}")
-            if OmegaConf.is_dict(node._get_node(key)) and node._get_node(key) is not None:
-                found += keys(node._get_node(key), f"{prefix}{key}.")  # type: ignore[arg-type]
-        return found
 
-    return sorted({*groups, *keys(config, "")})
+def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values, inner nodes left out."""
+    found = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def check_numbers(config: DictConfig, config_name: str) -> None:
+    """Raise Mistake where a word was typed for a setting whose default is a number."""
+    typed = [o.partition("=") for o in HydraConfig.get().overrides.task if not o.startswith(("+", "~"))]
+    groups = [f"{key}={value}" for key, _, value in typed if (CONF / key).is_dir()]
+    words = {key: value for key, _, value in typed if isinstance(OmegaConf.select(config, key), str)}
+    if not words:
+        return
+    hydra_state = GlobalHydra.instance().hydra
+    defaults = leaves(composed(config_name, groups))
+    GlobalHydra.instance().hydra = hydra_state
+    for key, value in words.items():
+        default = defaults.get(key)
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            raise Mistake(f"{key}={value} is not a number; its default is {default}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -10,17 +9,15 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -31,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from scantling import __version__
 from scantling.accounting import CONVENTIONS, parameter_counts
-from scantling.command_line import Mistake
+from scantling.command_line import mistakes
 from scantling.data.loading import TrainBatches, check_batch_size, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
@@ -77,7 +74,9 @@ def train(config: DictConfig) -> RunDirectory:
 
     Raises Mistake, before anything is computed, for what the user can put right.
     """
-    console = Console(quiet=rank_zero_only.rank != 0, highlight=False)
+    console = Console(
+        quiet=rank_zero_only.rank != 0, highlight=False, width=None if sys.stdout.isatty() else 120
+    )
     hardware.keep_freed_memory()
     with mistakes():
         config, directory = located(config)
@@ -92,18 +91,6 @@ def train(config: DictConfig) -> RunDirectory:
     fit(run, console)
     console.print(report(run))
     return directory
-
-
-@contextlib.contextmanager
-def mistakes() -> Iterator[None]:
-    """While nothing has been computed yet, a ValueError or OSError is the user's to put right."""
-    try:
-        yield
-    except (ValueError, OSError, InstantiationException) as error:
-        cause: BaseException = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise Mistake(" ".join(str(cause).split())) from error
 
 
 # --- where a run lives ---
@@ -183,8 +170,9 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     for key in ("batch_size", "log_every", "val_every"):
         if config[key] <= 0:
             raise ValueError(f"{key}={config[key]} must be positive")
-    if config.tokenizer.vocab_size is not None:  # shapes that do not fit show before the text is read
-        build_decoder(config, config.tokenizer.vocab_size, "meta")
+    build_decoder(
+        config, config.model.vocab_size, "meta"
+    )  # shapes that do not fit show before the text is read
     corpus = prepare(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
     decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
     validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
@@ -285,7 +273,7 @@ def environment(run: Run) -> dict[str, Any]:
         "overrides": list(HydraConfig.get().overrides.task),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "lightning": L.__version__,
+        "lightning": version("lightning"),
         "device": hardware.describe(run.device),
         "precision": run.precision,
         "world_size": run.plan.world_size,
@@ -336,10 +324,10 @@ def fit(run: Run, console: Console) -> None:
         console.print(f"resuming after step {run.first_step:,}")
     task = LanguageModelTask(
         decoder,
-        optimizer=instantiate(config.optim),
+        optimizer=instantiate(config.optim, _convert_="all"),
         schedule=instantiate(config.schedule),
         total_steps=plan.steps,
-        token_bytes=token_bytes(run.corpus),
+        token_bytes=run.corpus.token_bytes,
         compiled=config.trainer.compile,
     )
     share = config.val_every
@@ -419,16 +407,12 @@ def finish(run: Run, peak: float, peak_source: str) -> None:
     )
 
 
-def token_bytes(corpus: TokenizedCorpus) -> np.ndarray:
-    """Bytes of text behind each token id; the validation split's mean where a tokenizer cannot tell."""
-    exact = corpus.tokenizer.token_bytes
-    return np.full(corpus.tokenizer.vocab_size, corpus.bytes_per_token) if exact is None else exact
-
-
 def sample(run: Run, decoder: Decoder) -> str:
     """The configured prompt and its continuation, the same at every call for the same weights."""
     settings: dict[str, Any] = dict(run.config.sample)
     prompt = settings.pop("prompt")
+    if prompt is None:
+        prompt = run.corpus.tokenizer.decode(run.corpus.val.tokens[:8].tolist())
     return prompt + "".join(
         continuation(decoder, run.corpus.tokenizer, prompt, seed=run.config.seed, **settings)
     )
@@ -444,6 +428,6 @@ def report(run: Run) -> str:
         f"[dim]a sample of at most {run.config.sample.n_tokens} tokens:[/dim]\n{escape(run.directory.last_sample)}\n\n"
         f"run        {path}\n"
         f"curves     {run.directory.curves}\n"
-        f"more text  python src/sample.py run={path} prompt={json.dumps(run.config.sample.prompt)}\n"
+        f"more text  python src/sample.py run={path}\n"
         f"evaluate   python src/evaluate.py run={path}"
     )

@@ -54,10 +54,15 @@ class RunDirectory:
         return json.loads(self.samples.read_text().splitlines()[-1])["text"]
 
     def begin(self, config: str, environment: dict[str, Any]) -> None:
-        """Set the directory up; raises OSError where it cannot be written."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        replace_text(self.config, config)
-        replace_text(self.path / "env.json", json.dumps(environment, indent=2) + "\n")
+        """Set the directory up; raises ValueError where it cannot be written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            replace_text(self.config, config)
+            replace_text(self.path / "env.json", json.dumps(environment, indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be written ({error.strerror}): choose another place with paths.runs=DIR"
+            ) from error
 
     def finish(self, summary: dict[str, Any]) -> None:
         replace_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -69,7 +69,7 @@ def test_documents_come_back_exactly(corpus, tmp_path, kind):
     prepared = prepare(corpus, KINDS[kind], tmp_path / "cache")
     assert_is(prepared, corpus)
     assert not prepared.train.tokens.flags.writeable
-    assert prepared.bytes_per_token == prepared.val.n_bytes / len(prepared.val.tokens)
+    assert prepared.val.bytes_per_token == prepared.val.n_bytes / len(prepared.val.tokens)
     again = prepare(corpus, KINDS[kind], tmp_path / "cache")
     assert np.array_equal(again.train.tokens, prepared.train.tokens)
     assert again.tokenizer.fingerprint == prepared.tokenizer.fingerprint

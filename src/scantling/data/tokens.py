@@ -69,9 +69,11 @@ class TokenizedCorpus:
     description: str
 
     @property
-    def bytes_per_token(self) -> float:
-        """Of the validation split."""
-        return self.val.bytes_per_token
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text behind each id [V]; the validation split's mean where the tokenizer cannot tell."""
+        exact = self.tokenizer.token_bytes
+        mean = self.val.bytes_per_token
+        return np.full(self.tokenizer.vocab_size, mean) if exact is None else exact
 
 
 def prepare(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> TokenizedCorpus:

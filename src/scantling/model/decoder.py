@@ -65,17 +65,17 @@ class Decoder(nn.Module):
                 f"use model.seq_len={self.pos.max_len} or pos.max_len={seq_len}"
             )
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
+        blocks = [
             block(
                 d_model,
                 attn=attn(d_model, n_heads, d_head),
                 ffn=ffn(d_model, d_ff),
                 norm=norm,
-                dropout=dropout,
             )
             for _ in range(n_layers)
-        )
-        self.norm = norm(d_model) if self.blocks[-1].final_norm else nn.Identity()
+        ]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm(d_model) if blocks[-1].final_norm else nn.Identity()
 
     def forward(self, tokens_BT: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
         """Logits of the next token at each position; with a cache, `tokens_BT` follow those already in it."""

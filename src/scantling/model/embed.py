@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Module, ABC):
     """Base of both options: tokens_BT -> x_BTD by a table of V rows."""
 
     def __init__(self, vocab_size: int, d_model: int):
@@ -15,6 +17,10 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         return self.tokens(tokens_BT)
+
+    @abstractmethod
+    def logits(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        """Scores of every vocabulary entry as the next token."""
 
 
 class Tied(Embedding):

@@ -114,6 +114,8 @@ class ALiBi(Position):
     every second one of the next higher, as in the authors' code.
     """
 
+    slopes_H: Tensor
+
     def __init__(self, d_model: int, n_heads: int, d_head: int):
         super().__init__(d_model, n_heads, d_head)
         self.register_buffer("slopes_H", torch.tensor(alibi_slopes(n_heads)), persistent=False)

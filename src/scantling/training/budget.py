@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def steps_for(
     *,
@@ -18,7 +20,7 @@ def steps_for(
     `flops` counts forward and backward under the budget's convention, whose `flops_per_token` is passed beside it;
     `tokens_per_param` is D/N over all parameters (Hoffmann et al. 2022, arXiv:2203.15556, table 3: about 20).
 
-    Raises ValueError when the amount is not positive or pays for less than one step.
+    Raises ValueError when the amount is not positive and finite, or pays for less than one step.
     """
     flops_per_step = flops_per_token * tokens_per_step
     price = {
@@ -31,8 +33,8 @@ def steps_for(
     if len(given) != 1:
         raise ValueError(f"a budget is one of {', '.join(price)}; {len(given)} are given: {sorted(given)}")
     ((name, (amount, one_step)),) = given.items()
-    if amount <= 0:
-        raise ValueError(f"budget.{name}={amount:g} must be positive")
+    if not 0 < amount < math.inf:
+        raise ValueError(f"budget.{name}={amount:g} must be positive and finite")
     if amount < one_step:
         raise ValueError(
             f"budget.{name}={amount:g} is below one optimiser step, which takes {one_step:.4g} {name} "

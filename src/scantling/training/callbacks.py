@@ -228,10 +228,9 @@ class ProgressBar(Callback):
             return
         self.validation = f"  val {row['val/bpb']:.3f} bpb"
         self.console.print(
-            f"step {row['step']:>6,}/{self.metrics.total_steps:,}  {row['tokens'] / 1e6:8.3f} M tokens  "
-            f"{row['seconds']:6.0f} s  train {row['train/loss']:.4f}  val {row['val/loss']:.4f}  "
-            f"[bold]{row['val/bpb']:.4f} bits/byte[/bold]  {row['tokens_per_second']:,.0f} tok/s  "
-            f"{row['mfu']:.0%} of peak",
+            f"step {row['step']:>6,}  {row['tokens'] / 1e6:.2f} M tokens  {row['seconds']:.0f} s  "
+            f"train {row['train/loss']:.3f}  val {row['val/loss']:.3f}  "
+            f"[bold]{row['val/bpb']:.4f} bits/byte[/bold]  {row['tokens_per_second']:,.0f} tok/s",
             highlight=False,
         )
 

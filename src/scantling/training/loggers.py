@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from typing import Any
 from urllib.parse import urlparse
 
@@ -34,6 +33,8 @@ class Wandb(WandbLogger):
             ),
         )
 
+        del self._wandb_init["anonymous"]  # Lightning's default, which W&B warns of
+
     def start(self, config: dict[str, Any]) -> str:
         """Open the run with its configuration; one line that says where it goes."""
         try:
@@ -42,7 +43,7 @@ class Wandb(WandbLogger):
             if self.mode != "online":
                 raise
             wandb.teardown()
-            self.mode, self.reason = "offline", f"the server refused: {str(error).splitlines()[0]}"
+            self.mode, self.reason = "offline", f"warning: the server refused: {str(error).splitlines()[0]}"
             self._wandb_init |= {"mode": "offline", "resume": None}
             run = self.experiment
         run.config.update(config, allow_val_change=True)
@@ -67,13 +68,13 @@ def mode_and_reason() -> tuple[str, str]:
     """W&B's mode, and why, for the user."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode, "WANDB_MODE"
-    if not wandb.api.api_key:
+    wandb.setup(wandb.Settings(silent=True))
+    if not wandb.login(prompt=False, verify=False):
         return "offline", "no API key; `wandb login` sends the next runs online"
-    server = urlparse(wandb.api.settings("base_url"))
+    server = urlparse(wandb.setup().settings.base_url)
     port = server.port or (443 if server.scheme == "https" else 80)
     try:
         socket.create_connection((server.hostname or "", port), timeout=5).close()
     except OSError:
-        warnings.warn("W&B cannot be reached: the run is recorded offline", stacklevel=2)
-        return "offline", "the server cannot be reached; `wandb sync` sends the run later"
+        return "offline", "warning: the server cannot be reached; `wandb sync` sends the run later"
     return "online", "API key found"

@@ -26,7 +26,7 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; torch's fused kernel."""
     return torch.optim.AdamW(
-        decay_groups(named, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=True
+        decay_groups(named, weight_decay), lr=lr, betas=betas, eps=eps, fused=True
     )
 
 
@@ -42,7 +42,7 @@ def lion(
     named: NamedParameters, *, lr: float, lr_ratio: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
     """Lion at `lr_ratio` times the learning rate that AdamW would have."""
-    return Lion(decay_groups(named, weight_decay), lr=lr * lr_ratio, betas=tuple(betas))
+    return Lion(decay_groups(named, weight_decay), lr=lr * lr_ratio, betas=betas)
 
 
 class Lion(torch.optim.Optimizer):
@@ -83,7 +83,7 @@ def muon(
         {"params": [p for _, p in hidden], "weight_decay": weight_decay, "momentum": momentum},
         *decay_groups(rest, weight_decay),
     ]
-    return Muon(groups, lr=lr, betas=tuple(betas), eps=eps)
+    return Muon(groups, lr=lr, betas=betas, eps=eps)
 
 
 class Muon(torch.optim.Optimizer):
@@ -94,9 +94,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
-        super().__init__(
-            groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "momentum": None}
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "momentum": None}
+        # `fused` tells torch's load_state_dict that AdamW's step count lives on the device, with the other state.
+        super().__init__(groups, defaults | {"fused": True})
 
     @torch.no_grad()
     def step(self, closure=None):

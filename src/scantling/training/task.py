@@ -73,7 +73,8 @@ class LanguageModelTask(L.LightningModule):
     ):
         super().__init__()
         self.decoder = decoder
-        self.run_decoder = torch.compile(decoder) if compiled else decoder
+        if compiled:
+            decoder.compile()
         self.optimizer_of, self.schedule, self.total_steps = optimizer, schedule, total_steps
         self.token_bytes = token_bytes
         self.step_loss = torch.zeros(())
@@ -84,7 +85,7 @@ class LanguageModelTask(L.LightningModule):
         """Learning rate of the last step."""
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        nats = negative_log_likelihood(self.run_decoder(batch["inputs"]), batch["targets"])
+        nats = negative_log_likelihood(self.decoder(batch["inputs"]), batch["targets"])
         loss = nats / batch["step_targets"]
         self.step_loss = self.step_loss.to(loss.device) + loss.detach()
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -103,7 +104,7 @@ class LanguageModelTask(L.LightningModule):
         self.text_loss = TextLoss(self.token_bytes)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        nats = negative_log_likelihood(self.run_decoder(batch["inputs"]), batch["targets"])
+        nats = negative_log_likelihood(self.decoder(batch["inputs"]), batch["targets"])
         self.text_loss.add(nats, batch["targets"])
 
     def configure_optimizers(self):

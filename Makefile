@@ -1,0 +1,42 @@
+# make train   set up .venv and train; ARGS="model=llama_small attn=gqa …" are its options
+# make test    set up .venv and run the tests
+# make lint    ruff and pyright
+# make bench   speed against peers, on this machine
+
+PYTHON ?= python3
+ARGS ?= model=llama_small attn=gqa
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: train test lint bench clean
+
+train: .venv/runtime
+	.venv/bin/python src/train.py $(ARGS)
+
+# Each worker computes on one thread: two tests at once then share two cores without waiting for each other.
+test: .venv/development
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto $(ARGS_TEST)
+
+lint: .venv/development
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+bench: .venv/development
+	.venv/bin/python benchmarks/throughput.py
+
+.venv/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, and this is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/runtime: requirements.txt | .venv/python
+	@echo "installing requirements.txt into .venv, about two minutes"
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/development: requirements-dev.txt .venv/runtime
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv

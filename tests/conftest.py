@@ -1,0 +1,194 @@
+"""Configurations and models that tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from scantling.model.decoder import Decoder
+
+torch.set_num_threads(1)
+"""These tensors are small: a second thread costs more than it brings, and on a busy machine 30 times more."""
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@pytest.fixture(scope="session")
+def composed() -> Callable[..., DictConfig]:
+    """`composed("model=nano", "attn=gqa")` is what `train.py model=nano attn=gqa` runs with."""
+
+    @cache
+    def composed(*overrides: str) -> DictConfig:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return compose("train", overrides=list(overrides))
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def nano(composed) -> Callable[..., Decoder]:
+    """`nano("attn=gqa", seed=1)` is the `nano` preset with these overrides, initialised.
+
+    `gain` multiplies its matrices: at the standard deviation of 0.02 that they start with, attention is nearly
+    uniform and logits nearly zero, so that a comparison would miss most mistakes.
+    """
+
+    @cache
+    def factory(*overrides: str) -> Callable[[], Decoder]:
+        config = composed("model=nano", *overrides)
+        return instantiate(config.decoder, vocab_size=config.model.vocab_size, _partial_=True)
+
+    def nano(*overrides: str, seed: int = 0, gain: float = 1.0) -> Decoder:
+        decoder = factory(*overrides)()
+        decoder.initialise(seed)
+        with torch.no_grad():
+            for p in decoder.parameters():
+                if p.ndim >= 2:
+                    p.mul_(gain)
+        return decoder
+
+    return nano
+
+
+@pytest.fixture(scope="session")
+def gpt2_pair(nano) -> Callable[[], tuple[Decoder, torch.nn.Module]]:
+    """The nano Decoder with GPT-2's parts, and `transformers`' GPT-2 whose random weights it holds."""
+
+    def gpt2_pair():
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        ours = nano(*"norm=layernorm pos=learned attn=mha ffn=gelu_tanh block=pre embed=tied".split(), BIAS)
+        theirs = randomised(
+            GPT2LMHeadModel,
+            GPT2Config(
+                vocab_size=512,
+                n_positions=64,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=0,
+                eos_token_id=0,
+            ),
+        )
+        body = theirs.transformer
+        weights = {"embed.tokens.weight": body.wte.weight, "pos.weight": body.wpe.weight}
+        for i, theirs_block in enumerate(body.h):
+            weights |= conv_block(f"blocks.{i}", theirs_block)
+        weights |= named("norm", body.ln_f)
+        ours.load_state_dict(weights)
+        return ours.eval(), theirs
+
+    return gpt2_pair
+
+
+@pytest.fixture(scope="session")
+def gpt1_pair(nano) -> Callable[[], tuple[Decoder, torch.nn.Module]]:
+    """As `gpt2_pair`, with GPT-1: norms behind the residual sums, none before the head."""
+
+    def gpt1_pair():
+        from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+        ours = nano(*"norm=layernorm pos=learned attn=mha ffn=gelu_tanh block=post embed=tied".split(), BIAS)
+        theirs = randomised(
+            OpenAIGPTLMHeadModel,
+            OpenAIGPTConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+        )
+        body = theirs.transformer
+        weights = {
+            "embed.tokens.weight": body.tokens_embed.weight,
+            "pos.weight": body.positions_embed.weight,
+        }
+        for i, theirs_block in enumerate(body.h):
+            weights |= conv_block(f"blocks.{i}", theirs_block)
+        ours.load_state_dict(weights)
+        return ours.eval(), theirs
+
+    return gpt1_pair
+
+
+@pytest.fixture(scope="session")
+def llama_pair(nano) -> Callable[..., tuple[Decoder, torch.nn.Module]]:
+    """As `gpt2_pair`, with Llama; `attn` and `embed` are options of ours."""
+
+    def llama_pair(*, attn: str, embed: str):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        ours = nano(f"attn={attn}", f"embed={embed}", "norm=rmsnorm", "pos=rope", "ffn=swiglu", "block=pre")
+        theirs = randomised(
+            LlamaForCausalLM,
+            LlamaConfig(
+                vocab_size=512,
+                hidden_size=32,
+                intermediate_size=88,  # 2/3 of 128 in multiples of 8
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads={"mha": 4, "gqa": 2, "mqa": 1}[attn],
+                max_position_embeddings=64,
+                rms_norm_eps=1e-5,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                tie_word_embeddings=embed == "tied",
+                bos_token_id=0,
+                eos_token_id=0,
+            ),
+        )
+        weights = {"embed.tokens.weight": theirs.model.embed_tokens.weight}
+        if embed == "untied":
+            weights["embed.head.weight"] = theirs.lm_head.weight
+        for i, layer in enumerate(theirs.model.layers):
+            a, f = layer.self_attn, layer.mlp
+            qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
+            weights |= {
+                f"blocks.{i}.attn.qkv.weight": qkv,
+                f"blocks.{i}.attn.out.weight": a.o_proj.weight,
+                f"blocks.{i}.ffn.gate_up.weight": torch.cat([f.gate_proj.weight, f.up_proj.weight]),
+                f"blocks.{i}.ffn.out.weight": f.down_proj.weight,
+                f"blocks.{i}.attn_norm.weight": layer.input_layernorm.weight,
+                f"blocks.{i}.ffn_norm.weight": layer.post_attention_layernorm.weight,
+            }
+        weights["norm.weight"] = theirs.model.norm.weight
+        ours.load_state_dict(weights)
+        return ours.eval(), theirs
+
+    return llama_pair
+
+
+BIAS = "model.bias=true"
+
+
+def randomised(kind, config) -> torch.nn.Module:
+    """A model of `transformers` with eager attention whose every parameter is random, biases and norms too."""
+    config._attn_implementation = "eager"
+    generator = torch.Generator().manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty(p.shape).normal_(0, 0.15, generator=generator))
+    return model
+
+
+def named(prefix: str, module: torch.nn.Module, transpose: bool = False) -> dict[str, torch.Tensor]:
+    """Weight and bias under our names; GPT's Conv1D keeps the transpose of a Linear's weight."""
+    weight = module.weight.T if transpose else module.weight
+    return {f"{prefix}.weight": weight, f"{prefix}.bias": module.bias}
+
+
+def conv_block(prefix: str, theirs: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """One block of GPT-1 or GPT-2 under our names."""
+    return {
+        **named(f"{prefix}.attn.qkv", theirs.attn.c_attn, transpose=True),
+        **named(f"{prefix}.attn.out", theirs.attn.c_proj, transpose=True),
+        **named(f"{prefix}.ffn.up", theirs.mlp.c_fc, transpose=True),
+        **named(f"{prefix}.ffn.out", theirs.mlp.c_proj, transpose=True),
+        **named(f"{prefix}.attn_norm", theirs.ln_1),
+        **named(f"{prefix}.ffn_norm", theirs.ln_2),
+    }

@@ -1,0 +1,100 @@
+"""Whole models against `transformers` with the same weights; initialisation; mistakes of the user."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+TOKENS = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs):
+    expected = theirs(TOKENS).logits
+    assert expected.std() > 0.5  # or the comparison would be one of zeros
+    assert_close(ours(TOKENS), expected, rtol=0, atol=1e-4)
+
+
+def test_logits_equal_gpt2s(gpt2_pair):
+    assert_same_logits(*gpt2_pair())
+
+
+def test_logits_equal_gpt1s(gpt1_pair):
+    assert_same_logits(*gpt1_pair())
+
+
+@pytest.mark.parametrize("attn", ["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("embed", ["tied", "untied"])
+def test_logits_equal_llamas(llama_pair, attn, embed):
+    assert_same_logits(*llama_pair(attn=attn, embed=embed))
+
+
+def test_gradients_equal_llamas(llama_pair):
+    ours, theirs = llama_pair(attn="gqa", embed="untied")
+    for model in (lambda: ours(TOKENS), lambda: theirs(TOKENS).logits):
+        model().square().mean().backward()
+    layer = theirs.model.layers[0]
+    assert_close(ours.embed.tokens.weight.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-3, atol=1e-5)
+    q_rows = layer.self_attn.q_proj.weight
+    assert_close(ours.blocks[0].attn.qkv.weight.grad[: len(q_rows)], q_rows.grad, rtol=1e-3, atol=1e-5)
+    assert_close(
+        ours.blocks[0].attn_norm.weight.grad, layer.input_layernorm.weight.grad, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_initialisation_is_gpt2s(nano):
+    """Normal, 0.02; layers that write to the residual stream 0.02/√(2·n_layers); biases 0, norms 1."""
+    decoder = nano(
+        *"norm=layernorm pos=learned attn=mha ffn=gelu embed=untied model.bias=true".split(),
+        *"model.n_layers=8 model.d_model=64".split(),
+    )
+    seen = set()
+    for name, p in decoder.named_parameters():
+        kind = name.split(".", 2)[-1] if name.startswith("blocks") else name
+        seen.add(kind)
+        if name.endswith("bias"):
+            assert torch.equal(p, torch.zeros_like(p)), name
+        elif p.ndim == 1:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:
+            std = 0.02 / 4 if kind in ("attn.out.weight", "ffn.out.weight") else 0.02
+            error = 1 / (2 * p.numel()) ** 0.5  # relative standard error of a standard deviation
+            assert abs(p.std().item() / std - 1) < 5 * error, name
+            assert abs(p.mean().item()) < 5 * std / p.numel() ** 0.5, name
+    assert {"embed.tokens.weight", "embed.head.weight", "pos.weight", "attn.qkv.weight", "norm.bias"} <= seen
+
+
+def test_tensors_of_one_shape_start_different(nano):
+    weights = [p for p in nano("embed=untied").parameters() if p.ndim >= 2]
+    pairs = [(a, b) for i, a in enumerate(weights) for b in weights[:i] if a.shape == b.shape]
+    assert pairs
+    for a, b in pairs:
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / a.numel() ** 0.5
+
+
+def test_dropout_falls_on_the_embedding(nano):
+    """With every embedding dropped, all tokens look alike."""
+    decoder = nano("model.dropout=0.0", "decoder.dropout=1.0", gain=8).train()
+    with torch.no_grad():
+        assert_close(decoder(TOKENS), torch.zeros(2, 64, 512), rtol=0, atol=0)
+        assert decoder.eval()(TOKENS).std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("model.n_heads=3", r"n_heads=3 does not divide d_model=32: use one of \[1, 2, 4\]"),
+        ("attn=gqa model.n_kv_heads=3", r"n_kv_heads=3 does not divide n_heads=4: use one of \[1, 2, 4\]"),
+        ("pos=learned pos.max_len=32", "seq_len=64 is longer than the 32 positions"),
+        ("model.d_head=7", "d_head=7 must be even"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(nano, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        nano(*overrides.split())
+
+
+def test_head_width_may_be_set_apart_from_the_model_width(nano):
+    """GPT-3 XL and 13B have H·E ≠ D. Query, key and value rows, and the columns of `out`, are H·E."""
+    attn = nano("model.d_head=12").blocks[0].attn
+    assert attn.qkv.weight.shape == (3 * 4 * 12, 32)
+    assert attn.out.weight.shape == (32, 4 * 12)

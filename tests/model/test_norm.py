@@ -1,0 +1,76 @@
+"""Normalisation against torch, `transformers` and the formulas."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from scantling.model.norm import LayerNorm, NoNorm, RMSNorm
+
+D = 48
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return 3 * torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0)) + 1
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(D, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # at 1e-3, eps = 1e-5 outweighs mean(x²)
+def test_rmsnorm_equals_llamas(x, weight, dtype, scale):
+    ours, theirs = RMSNorm(D, eps=1e-5), LlamaRMSNorm(D, eps=1e-5)
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(weight)
+        norm.to(dtype)
+    x = (scale * x).to(dtype)
+    assert_close(ours(x), theirs(x), rtol=0, atol=0)
+
+
+def test_rmsnorm_equals_its_formula(x, weight):
+    norm = RMSNorm(D, eps=1e-5)
+    norm.weight.data.copy_(weight)
+    x64 = x.double()
+    expected = x64 / (x64.pow(2).sum(-1, keepdim=True) / D + 1e-5).sqrt() * weight.double()
+    assert_close(norm(x).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rmsnorm_equals_torchs_fused_one_that_the_gpu_takes(x, weight):
+    norm = RMSNorm(D, eps=1e-5)
+    norm.weight.data.copy_(weight)
+    assert_close(norm(x), torch.nn.functional.rms_norm(x, (D,), weight, 1e-5))
+
+
+def test_rmsnorm_takes_its_statistics_of_bfloat16_in_float32(weight):
+    """In bfloat16, adding up 4096 ones would stop at 256."""
+    norm = RMSNorm(4096, eps=0.0)
+    x = torch.full((4096,), 2.0, dtype=torch.bfloat16)
+    assert_close(norm(x), torch.ones(4096))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layernorm_equals_torchs(x, weight, bias):
+    norm = LayerNorm(D, eps=1e-3, bias=bias)
+    norm.weight.data.copy_(weight)
+    b = None
+    if bias:
+        b = torch.linspace(-1, 1, D)
+        norm.bias.data.copy_(b)
+    assert_close(norm(x), torch.nn.functional.layer_norm(x, (D,), weight, b, 1e-3), rtol=0, atol=0)
+    assert dict(norm.named_parameters()).keys() == ({"weight", "bias"} if bias else {"weight"})
+
+
+def test_layernorm_equals_its_formula(x):
+    x64 = x.double()
+    centred = x64 - x64.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_close(LayerNorm(D, eps=1e-5, bias=True)(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_norm_is_the_identity(x):
+    assert NoNorm(D)(x) is x
+    assert not list(NoNorm(D).parameters())

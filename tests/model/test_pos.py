@@ -1,0 +1,133 @@
+"""Positions against `transformers`, the authors' code and the papers' formulas."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import LlamaConfig
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from scantling.model.pos import ALiBi, Learned, Position, RoPE, Sinusoidal
+
+B, T, H, E = 2, 24, 4, 16
+D = H * E
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("start", [0, 100])
+def test_rope_equals_llamas(theta, start):
+    config = LlamaConfig(
+        hidden_size=D,
+        num_attention_heads=H,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    q, k = normal(B, T, H, E), normal(B, T, H, E, seed=1)
+    positions = torch.arange(start, start + T)
+    cos, sin = LlamaRotaryEmbedding(config)(q, positions[None])
+    expected_q, expected_k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    rotate = RoPE(D, H, E, theta=theta).rotate(positions)
+    assert_close(rotate(q), expected_q)
+    assert_close(rotate(k), expected_k)
+
+
+def test_rope_is_a_product_of_complex_numbers():
+    """Su et al. 2021, eq. 12: f(x, t) = x·exp(i·t·θ_i), the pair of channels read as one complex number."""
+    x, positions = normal(B, T, H, E), torch.arange(7, 7 + T)
+    frequencies = torch.tensor([10000 ** (-2 * i / E) for i in range(E // 2)], dtype=torch.float64)
+    pairs = torch.complex(x[..., : E // 2].double(), x[..., E // 2 :].double())
+    angles = positions[:, None, None].double() * frequencies
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat([turned.real, turned.imag], -1)
+    assert_close(RoPE(D, H, E, theta=10000.0).rotate(positions)(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rope_scores_depend_on_the_distance_alone():
+    q, k = normal(1, 1, H, E).expand(1, T, H, E), normal(1, 1, H, E, seed=1).expand(1, T, H, E)
+    rope = RoPE(D, H, E, theta=10000.0)
+
+    def scores(start: int) -> torch.Tensor:
+        rotate = rope.rotate(torch.arange(start, start + T))
+        return torch.einsum("bthe,bshe->bhts", rotate(q), rotate(k))
+
+    near, far = scores(0), scores(1000)
+    assert_close(near, far, rtol=1e-4, atol=2e-3)  # float32 angles around 1000 are good to 1e-4
+    for offset in range(-T + 1, T):  # every diagonal is constant …
+        diagonal = near.diagonal(offset, dim1=-2, dim2=-1)
+        assert_close(diagonal, diagonal[..., :1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
+    assert near[0, 0, :, 0].std() > 0.1  # … and they differ
+
+
+def test_rope_keeps_lengths():
+    x = normal(B, T, H, E)
+    assert_close(RoPE(D, H, E, theta=10000.0).rotate(torch.arange(T))(x).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_rope_refuses_an_odd_head():
+    with pytest.raises(ValueError, match="d_head=15 must be even"):
+        RoPE(60, 4, 15, theta=10000.0)
+
+
+def slopes_of_the_authors(n: int) -> list[float]:
+    """ofirpress/attention_with_linear_biases, fairseq/models/transformer.py, `get_slopes`."""
+    if math.log2(n).is_integer():
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+    closest = 2 ** math.floor(math.log2(n))
+    return slopes_of_the_authors(closest) + slopes_of_the_authors(2 * closest)[0::2][: n - closest]
+
+
+@pytest.mark.parametrize("n_heads", [1, 4, 6, 8, 12, 16, 71])
+def test_alibi_slopes_equal_blooms_and_the_authors(n_heads):
+    slopes = ALiBi(n_heads * 8, n_heads, 8).slopes_H
+    # Bloom's tensor is slope · key position, which differs from -slope · distance by a constant in each row.
+    bloom = build_alibi_tensor(torch.ones(1, 3, dtype=torch.long), n_heads, torch.float32)
+    assert_close(slopes, bloom[:, 0, 1], rtol=1e-6, atol=0)
+    assert_close(slopes, torch.tensor(slopes_of_the_authors(n_heads)), rtol=1e-6, atol=0)
+
+
+def test_alibi_bias_equals_its_figure():
+    """Press et al. 2021, figure 3: distances 0, -1, -2 … to the left, times the slope; 8 heads start at 1/2."""
+    bias = ALiBi(64, 8, 8).bias
+    positions = torch.arange(4)
+    rows = bias(torch.tensor(0), positions[:, None], positions[None])
+    expected = -0.5 * torch.tensor([[0, -1, -2, -3], [1, 0, -1, -2], [2, 1, 0, -1], [3, 2, 1, 0]])
+    assert_close(rows, expected)
+
+
+@pytest.mark.parametrize("start", [0, 9])
+def test_sinusoidal_equals_the_papers_formula(start):
+    x = normal(B, T, D)
+    out = Sinusoidal(D, H, E, theta=10000.0, scale=0.5).embed(x, torch.arange(start, start + T))
+    table = torch.empty(T, D)
+    for t in range(T):
+        for i in range(D // 2):
+            angle = (start + t) / 10000 ** (2 * i / D)
+            table[t, 2 * i], table[t, 2 * i + 1] = math.sin(angle), math.cos(angle)
+    assert_close(out, x + 0.5 * table, rtol=1e-5, atol=1e-5)
+
+
+def test_sinusoidal_refuses_an_odd_width():
+    with pytest.raises(ValueError, match="d_model=33 must be even"):
+        Sinusoidal(33, 3, 11, theta=10000.0, scale=1.0)
+
+
+def test_learned_equals_a_lookup():
+    learned = Learned(D, H, E, max_len=64)
+    learned.weight.data.copy_(normal(64, D, seed=2))
+    x, positions = normal(B, T, D), torch.arange(5, 5 + T)
+    assert_close(learned.embed(x, positions), x + torch.nn.functional.embedding(positions, learned.weight))
+
+
+def test_hooks_do_nothing_by_default():
+    none, x, positions = Position(D, H, E), normal(B, T, D), torch.arange(T)
+    heads = normal(B, T, H, E)
+    assert none.embed(x, positions) is x
+    assert none.rotate(positions)(heads) is heads
+    assert none.bias is None
+    assert none.max_len is None
