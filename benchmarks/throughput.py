@@ -16,6 +16,7 @@ the fastest round, ratios the median over the rounds of peer's seconds / our sec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -63,6 +64,8 @@ class Shape:
     batch_size: int
     steps: int
     """Optimiser steps of one contestant in one round."""
+    seconds: float
+    """Time for a cell."""
 
     @property
     def overrides(self) -> list[str]:
@@ -77,7 +80,10 @@ class Shape:
 
 
 # nanoGPT's two settings for tiny Shakespeare; 10 steps hold one row of metrics.
-SHAPES = (Shape("0.8M", 4, 4, 128, 64, 12, steps=10), Shape("10.6M", 6, 6, 384, 256, 16, steps=1))
+SHAPES = (
+    Shape("0.8M", 4, 4, 128, 64, 12, steps=10, seconds=30),
+    Shape("10.6M", 6, 6, 384, 256, 16, steps=1, seconds=75),
+)
 
 FAMILIES = {
     "gpt2": ["model=gpt2_tiny", "model.bias=false", "ffn=gelu"],  # nanoGPT's parts
@@ -144,30 +150,32 @@ class Enough(Exception):
 class Rounds(Callback):
     """Stands last among the run's callbacks: clocks its steps, and between two segments lets the peers have a turn."""
 
-    def __init__(self, peers: dict[str, Iterator[None]], *, steps: int, seconds: float):
-        self.peers, self.steps, self.seconds = peers, steps, seconds
+    def __init__(
+        self, peers: dict[str, Iterator[None]], *, steps: int, seconds: float, clock: Callable[[], float]
+    ):
+        self.peers, self.steps, self.seconds, self.clock = peers, steps, seconds, clock
         self.rounds: list[dict[str, float]] = []
         """Seconds of each contestant in each round; the first is for warming up."""
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self.begun = self.clock = time.perf_counter()
+        self.begun, self.start = time.perf_counter(), self.clock()
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_) -> None:
         if trainer.global_step % self.steps:
             return
-        seconds = {"ours": time.perf_counter() - self.clock}
+        seconds = {"ours": self.clock() - self.start}
         bar = next(c for c in trainer.callbacks if isinstance(c, ProgressBar)).bar  # type: ignore[attr-defined]
         bar.stop()  # it draws from a thread of its own, which would slow the peers down
         for name, loop in self.peers.items():
-            start = time.perf_counter()
+            start = self.clock()
             for _ in range(self.steps):
                 next(loop)
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = self.clock() - start
         self.rounds.append(seconds)
-        if time.perf_counter() - self.begun > self.seconds and len(self.rounds) > 3:
+        if time.perf_counter() - self.begun > self.seconds and len(self.rounds) > 2:
             raise Enough
         bar.start()
-        self.clock = time.perf_counter()
+        self.start = self.clock()
 
 
 @dataclass
@@ -197,7 +205,9 @@ class Cell:
         return statistics.median(seconds[name] / seconds["ours"] for seconds in self.rounds)
 
 
-def measured(shape: Shape, family: str, precision: str, *, seconds: float, scratch: Path) -> Cell:
+def measured(
+    shape: Shape, family: str, precision: str, *, seconds: float, clock: Callable[[], float], scratch: Path
+) -> Cell:
     config = configuration(shape, family, precision, scratch)
     directory = RunDirectory(scratch / f"{shape.name}-{family}-{precision}")
     directory.checkpoints.mkdir(parents=True)
@@ -208,17 +218,15 @@ def measured(shape: Shape, family: str, precision: str, *, seconds: float, scrat
     for attention in ("sdpa", "eager"):
         model = hugging_face(family, shape, attention).train()
         peers[f"HF {attention}"] = bare_loop(model, lambda tokens, model=model: model(tokens).logits, run)
-    rounds = Rounds(peers, steps=shape.steps, seconds=seconds)
+    rounds = Rounds(peers, steps=shape.steps, seconds=seconds, clock=clock)
 
     class Trainer(L.Trainer):
         def __init__(self, *, callbacks: list[Callback], **settings):
             super().__init__(callbacks=[*callbacks, rounds], **settings)
 
     with open(os.devnull, "w") as nowhere, patch.object(scantling_run.L, "Trainer", Trainer):
-        try:
+        with contextlib.suppress(Enough):
             scantling_run.fit(run, Console(file=nowhere, force_terminal=True))
-        except Enough:
-            pass
     return Cell(shape, family, precision, run.plan.flops_per_token, rounds.rounds[1:])
 
 
@@ -245,10 +253,21 @@ def configuration(shape: Shape, family: str, precision: str, scratch: Path) -> D
 
 
 def table_of(cells: list[Cell], peaks: dict[str, float]) -> Table:
-    table = Table(title="training throughput, thousand tokens/s (fastest round) and ratios (median of rounds)")
+    table = Table(
+        title="training throughput, thousand tokens/s (fastest round) and ratios (median of rounds)"
+    )
     for heading in ("shape", "parts", "precision"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("ours", "of peak", "bare loop", "HF sdpa", "HF eager", "ours/bare", "ours/peer", "rounds"):
+    for heading in (
+        "ours",
+        "of peak",
+        "bare loop",
+        "HF sdpa",
+        "HF eager",
+        "ours/bare",
+        "ours/peer",
+        "rounds",
+    ):
         table.add_column(heading, justify="right")
     for cell in cells:
         speed = {name: cell.tokens_per_second(name) for name in cell.rounds[0]}
@@ -271,14 +290,22 @@ def coloured(ratio: float, target: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="GPT-2's parts only, few rounds: about a minute")
     parser.add_argument("--plain-malloc", action="store_true", help="leave glibc's allocator as it is")
     parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
     parser.add_argument("--only", default="", help="cells whose name, like 10.6M-gpt2-bf16, has this in it")
-    parser.add_argument("--seconds", type=float, default=None, help="to spend on each cell")
+    parser.add_argument("--seconds", type=float, help="to spend on each cell")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="for a busy machine: the CPU time of a single thread"
+    )
     arguments = parser.parse_args()
     console = Console(highlight=False)
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     if not arguments.plain_malloc:
         hardware.keep_freed_memory()
     cpu = torch.device("cpu")
@@ -287,6 +314,7 @@ def main() -> None:
         "torch": torch.__version__,
         "lightning": L.__version__,
         "transformers": transformers.__version__,
+        "clock": "CPU time of the process" if arguments.cpu_time else "wall",
         "malloc": "as it is"
         if arguments.plain_malloc
         else "keeps freed memory, for every contestant (--plain-malloc: for none)",
@@ -304,12 +332,24 @@ def main() -> None:
                         continue
                     peak, _ = hardware.peak_flops(cpu, precision == "bf16")
                     peaks[precision] = max(peaks[precision], peak)
-                    seconds = arguments.seconds or (8.0 if arguments.quick else 40.0)
-                    cells.append(measured(shape, family, precision, seconds=seconds, scratch=Path(scratch)))
-                    console.print(f"[dim]{name}: {cells[-1].ratio(cells[-1].better_peer):.3f}[/dim]")
+                    cell = measured(
+                        shape,
+                        family,
+                        precision,
+                        seconds=arguments.seconds or shape.seconds / (4 if arguments.quick else 1),
+                        clock=clock,
+                        scratch=Path(scratch),
+                    )
+                    cells.append(cell)
+                    console.print(
+                        f"{name}: {cell.ratio('bare loop'):.3f} × the bare loop, "
+                        f"{cell.ratio(cell.better_peer):.3f} × {cell.better_peer}"
+                    )
     console.print(table_of(cells, peaks))
     for precision, peak in peaks.items():
-        console.print(f"peak {precision}  {peak / 1e9:,.0f} GFLOP/s, 2048³ matrix product measured in this run")
+        console.print(
+            f"peak {precision}  {peak / 1e9:,.0f} GFLOP/s, 2048³ matrix product measured in this run"
+        )
     if arguments.json:
         result = {"about": about, "peak_flops": peaks, "cells": [asdict(cell) for cell in cells]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -64,7 +64,7 @@ def gpt2_pair(nano) -> Callable[[], tuple[Decoder, torch.nn.Module]]:
     def gpt2_pair():
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        ours = nano(*"norm=layernorm pos=learned attn=mha ffn=gelu_tanh block=pre embed=tied".split(), BIAS)
+        ours = nano(*GPT, "block=pre")
         theirs = randomised(
             GPT2LMHeadModel,
             GPT2Config(
@@ -98,7 +98,7 @@ def gpt1_pair(nano) -> Callable[[], tuple[Decoder, torch.nn.Module]]:
     def gpt1_pair():
         from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-        ours = nano(*"norm=layernorm pos=learned attn=mha ffn=gelu_tanh block=post embed=tied".split(), BIAS)
+        ours = nano(*GPT, "block=post")
         theirs = randomised(
             OpenAIGPTLMHeadModel,
             OpenAIGPTConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=4),
@@ -162,7 +162,8 @@ def llama_pair(nano) -> Callable[..., tuple[Decoder, torch.nn.Module]]:
     return llama_pair
 
 
-BIAS = "model.bias=true"
+GPT = ("norm=layernorm", "pos=learned", "attn=mha", "ffn=gelu_tanh", "embed=tied", "model.bias=true")
+"""What GPT-1 and GPT-2 share."""
 
 
 def randomised(kind, config) -> torch.nn.Module:

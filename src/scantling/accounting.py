@@ -40,7 +40,7 @@ def forward_flops_per_token(decoder: Decoder, context: float) -> float:
     """
     linear = sum(m.weight.numel() for m in decoder.blocks.modules() if isinstance(m, nn.Linear))
     head = decoder.embed.tokens.weight.numel()
-    mixing = sum(mixer.mixing_flops(context) for mixer in mixers(decoder))
+    mixing = sum(mixer.mixing_flops(float(context)) for mixer in mixers(decoder))
     return 2 * (linear + head) + mixing
 
 
@@ -61,7 +61,7 @@ def six_n(decoder: Decoder, seq_len: int) -> float:
 
 def palm(decoder: Decoder, seq_len: int) -> float:
     """6·N + 12·L·H·E·T, attention counted in full. Chowdhery et al. 2022, arXiv:2204.02311, appendix B."""
-    mixing = sum(mixer.mixing_flops(seq_len) for mixer in mixers(decoder))
+    mixing = sum(mixer.mixing_flops(float(seq_len)) for mixer in mixers(decoder))
     return six_n(decoder, seq_len) + 3 * mixing
 
 

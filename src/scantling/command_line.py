@@ -48,8 +48,7 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
     `HYDRA_FULL_ERROR=1` shows the traceback behind a one-line error.
     """
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and exit 1 for
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def explained(call: Callable[[], object]) -> None:
         try:
@@ -66,7 +65,19 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
         explained(lambda: (check_numbers(config, config_name), task(config)))
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
-    explained(main(job))
+    with raising_hydra():
+        explained(main(job))
+
+
+@contextlib.contextmanager
+def raising_hydra() -> Iterator[None]:
+    """Hydra raises what it would otherwise print and exit 1 for."""
+    before = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def quoted(argument: str) -> str:

@@ -79,10 +79,16 @@ def test_attention_equals_llamas(n_kv_heads, bias):
 @pytest.mark.parametrize("start", [0, 5])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
-def test_flex_and_dense_equal_the_formula(n_kv_heads, start, biased):
-    """Query t stands at start + t; its weights are softmax(q·k/√E - slope·distance) over keys 0 … start + t."""
-    alibi = ALiBi(H * E, H, E)
-    scores = plain_scores(start=start, bias=alibi.bias if biased else None)
+def test_every_kernel_equals_the_formula(n_kv_heads, start, biased):
+    """Query t stands at start + t; its weights are softmax(q·k/√E + bias) over keys 0 … start + t.
+
+    The bias falls with the square of the distance: a slip in positions would cancel out of a linear one.
+    """
+
+    def bias(head, query, key):
+        return -0.02 * (head + 1) * (query - key) ** 2
+
+    scores = plain_scores(start=start, bias=bias if biased else None)
     q = normal(B, H, T, E)
     k, v = (normal(B, n_kv_heads, start + T, E, seed=seed) for seed in (1, 2))
 
@@ -92,16 +98,20 @@ def test_flex_and_dense_equal_the_formula(n_kv_heads, start, biased):
         upto = start + t + 1
         score = torch.einsum("bhe,bhse->bhs", q[:, :, t], keys[:, :, :upto]) / E**0.5
         if biased:
-            score = score - alibi.slopes_H[:, None] * (start + t - torch.arange(upto))
+            score = score - 0.02 * torch.arange(1, H + 1)[:, None] * torch.arange(upto - 1, -1, -1) ** 2
         expected[:, :, t] = torch.einsum("bhs,bhse->bhe", score.softmax(-1), values[:, :, :upto])
 
     assert_close(scores.dense(q, k, v, 0.0), expected, rtol=1e-4, atol=1e-5)
     assert_close(scores.flex(q, k, v), expected, rtol=1e-4, atol=1e-5)
+    assert_close(scores.written_out(q, k, v, 0.0), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_attention_is_near_float32():
-    q, k, v = (normal(B, H, T, E, seed=seed) for seed in range(3))
-    scores = plain_scores(bias=ALiBi(H * E, H, E).bias)
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("length", [T, 9 * E])  # a CPU without AMX takes another way up to 8·E
+def test_bfloat16_attention_is_near_float32(monkeypatch, amx, length):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    q, k, v = (normal(B, H, length, E, seed=seed) for seed in range(3))
+    scores = plain_scores(length, bias=ALiBi(H * E, H, E).bias)
     out = scores.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0)
     assert out.dtype == torch.bfloat16
     assert_close(out.float(), scores.attend(q, k, v, 0.0), rtol=0, atol=0.03)

@@ -49,12 +49,13 @@ def test_a_past_token_changes_all_later_logits(lively):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("splits", [[T], [1] * T, [40] + [1] * 24, [5, 1, 17, 1, 40]], ids=len)
+@pytest.mark.parametrize("splits", [[20], [1] * 20, [12] + [1] * 8, [5, 1, 7, 1, 6]], ids=len)
 def test_cached_logits_equal_uncached(lively, splits):
-    cache = KVCache(len(lively.blocks), T)
-    pieces = [lively(piece, cache) for piece in TOKENS.split(splits, dim=1)]
-    assert cache.length == T
-    assert_close(torch.cat(pieces, 1), lively(TOKENS), rtol=0, atol=2e-5)
+    tokens = TOKENS[:, :20]
+    cache = KVCache(len(lively.blocks), max_len=24)
+    pieces = [lively(piece, cache) for piece in tokens.split(splits, dim=1)]
+    assert cache.length == 20
+    assert_close(torch.cat(pieces, 1), lively(tokens), rtol=0, atol=2e-5)
 
 
 @torch.no_grad()

@@ -43,10 +43,8 @@ def test_gradients_equal_llamas(llama_pair):
 
 def test_initialisation_is_gpt2s(nano):
     """Normal, 0.02; layers that write to the residual stream 0.02/√(2·n_layers); biases 0, norms 1."""
-    decoder = nano(
-        *"norm=layernorm pos=learned attn=mha ffn=gelu embed=untied model.bias=true".split(),
-        *"model.n_layers=8 model.d_model=64".split(),
-    )
+    gpt2 = ("norm=layernorm", "pos=learned", "ffn=gelu", "model.bias=true")
+    decoder = nano(*gpt2, "embed=untied", "model.n_layers=8", "model.d_model=64")
     seen = set()
     for name, p in decoder.named_parameters():
         kind = name.split(".", 2)[-1] if name.startswith("blocks") else name

@@ -98,6 +98,8 @@ def test_alibi_bias_equals_its_figure():
     rows = bias(torch.tensor(0), positions[:, None], positions[None])
     expected = -0.5 * torch.tensor([[0, -1, -2, -3], [1, 0, -1, -2], [2, 1, 0, -1], [3, 2, 1, 0]])
     assert_close(rows, expected)
+    far = bias(torch.tensor([0, 7]), torch.tensor(5000), torch.tensor(0))
+    assert_close(far, torch.tensor([-2500.0, -5000 / 256]))
 
 
 @pytest.mark.parametrize("start", [0, 9])

@@ -70,8 +70,8 @@ def test_presets_have_their_published_size(preset, name):
     assert config.batch_size > 0
 
 
-def test_every_preset_is_compared_with_a_number():
-    assert PRESETS == sorted([*EXACT, *WITHIN, "gpt3_1_3b"])
+def test_the_numbers_are_of_presets():
+    assert EXACT.keys() | WITHIN.keys() <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", ["gpt3_1_3b"])

@@ -188,7 +188,7 @@ def test_muon_leaves_the_rest_to_adamw(model):
 
 @pytest.fixture(params=OPTIONS)
 def optim(request, composed):
-    return instantiate(composed("model=nano", f"optim={request.param}").optim)
+    return instantiate(composed("model=nano", f"optim={request.param}").optim, _convert_="all")
 
 
 def test_only_matrices_decay(optim, model):
@@ -230,6 +230,15 @@ def test_a_restored_optimiser_goes_on_as_if_never_stopped(optim, model):
     train(model, uninterrupted, 3)
     train(resumed, optimizer, 3)
     assert_same_parameters(model, resumed, rtol=0, atol=0)
+
+
+def test_a_checkpoint_holds_nothing_but_tensors_and_plain_values(optim, model, tmp_path):
+    """Rule 8: it loads with `weights_only`, which a value of OmegaConf's would not."""
+    optimizer = optim(model.named_parameters())
+    train(model, optimizer, 1)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert loaded["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 def test_a_restored_state_stands_where_its_parameters_do(optim, model):

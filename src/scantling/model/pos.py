@@ -97,12 +97,13 @@ class RoPE(Position):
 
     def rotate(self, positions_T: Int[Tensor, " T"]) -> Rotation:
         angles_TF = positions_T[:, None] * inverse_frequencies(self.d_head, self.theta, positions_T.device)
-        cos_T1F, sin_T1F = angles_TF.cos()[:, None], angles_TF.sin()[:, None]
+        cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
+        cos_T1E = torch.cat((cos_TF, cos_TF), dim=-1)[:, None]
+        sin_T1E = torch.cat((-sin_TF, sin_TF), dim=-1)[:, None]
 
         def turn(x_BTHE: Tensor) -> Tensor:
-            a, b = x_BTHE.chunk(2, dim=-1)
-            cos, sin = cos_T1F.type_as(x_BTHE), sin_T1F.type_as(x_BTHE)
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+            swapped_BTHE = x_BTHE.roll(self.d_head // 2, dims=-1)
+            return x_BTHE * cos_T1E.type_as(x_BTHE) + swapped_BTHE * sin_T1E.type_as(x_BTHE)
 
         return turn
 

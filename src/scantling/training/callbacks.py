@@ -126,6 +126,18 @@ class Checkpoints(Callback):
 
     def __init__(self, directory: RunDirectory, metrics: Metrics):
         self.directory, self.metrics = directory, metrics
+        self.random_states: list[torch.Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.random_states = state_dict["random_states"]
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        if self.random_states:
+            torch.set_rng_state(self.random_states[0])
+            torch.cuda.set_rng_state_all(self.random_states[1:])
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         if not trainer.sanity_checking:

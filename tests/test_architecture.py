@@ -1,0 +1,59 @@
+"""The layers of docs/architecture.md, read off the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+PACKAGE = SOURCE / "scantling"
+
+MAY_IMPORT = {
+    "model": {"model"},
+    "data": {"data"},
+    "run_directory": set(),
+    "command_line": set(),
+    "accounting": {"model"},
+    "generation": {"model"},
+    "plan": {"accounting", "model"},
+    "training": {"training", "model", "data", "accounting", "generation", "plan", "run_directory"},
+    "study": {"study", "run_directory"},
+}
+MAY_USE_HYDRA = {"command_line", "run", "trained"}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(path: Path) -> str:
+    """The first name under `scantling` that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_stay_in_their_layer(path):
+    names = imported(path)
+    rooms = {name.split(".")[1] for name in names if name.startswith("scantling.")}
+    if room(path) in MAY_IMPORT:
+        assert rooms <= MAY_IMPORT[room(path)]
+    uses_hydra = any(name.split(".")[0] in ("hydra", "omegaconf") for name in names)
+    assert not uses_hydra or room(path) in MAY_USE_HYDRA
+    if room(path) in ("study", "run_directory", "command_line"):
+        assert not any(name.split(".")[0] == "torch" for name in names)
+
+
+def test_entries_hold_no_logic():
+    for path in SOURCE.glob("*.py"):
+        assert len(path.read_text().splitlines()) < 25, path

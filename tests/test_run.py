@@ -1,0 +1,306 @@
+"""A run from the command line: what it computes, leaves behind, refuses, and takes up again."""
+
+import argparse
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from scantling import run as run_module
+from scantling import trained
+from scantling.command_line import run_entry
+from scantling.data.loading import TrainBatches
+from scantling.run_directory import RunDirectory
+from scantling.training.optim import adamw
+from scantling.training.schedule import linear
+from scantling.training.task import negative_log_likelihood
+
+TIMES = ("seconds", "tokens_per_second", "mfu")
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(inspect.getsource(argparse))
+    return path
+
+
+@pytest.fixture
+def command(tmp_path, book, monkeypatch, capsys):
+    """Runs an entry in this process: `command("lr=1e-3")` -> (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    signals = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def call(*overrides, entry="train"):
+        usual_ones = [] if entry == "sample" else ["paths.cache=cache"]
+        if entry == "train":
+            usual_ones += [
+                *("model=nano", "data=text", f"data.files={book}", "tokenizer=byte", "logger=none", "log_every=1"),
+                *("budget=steps", "budget.steps=12", "trainer=cpu", "trainer.precision=fp32"),
+                *("batch_size=4", "val_windows=8", "val_every=5", "sample.n_tokens=8"),
+            ]
+        given = {override.partition("=")[0] for override in overrides}
+        argv = [o for o in usual_ones if o.partition("=")[0] not in given]
+        monkeypatch.setattr(sys, "argv", [entry, *argv, *overrides])
+        task = {"train": run_module.train, "sample": trained.sample, "evaluate": trained.evaluate}[entry]
+        code = 0
+        try:
+            run_entry(task, config_name=entry)
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    yield call
+    for which, handler in zip((signal.SIGINT, signal.SIGTERM), signals, strict=True):
+        signal.signal(which, handler)
+
+
+def only_run(path) -> RunDirectory:
+    (directory,) = (path / "runs" / "default").glob("nano-*")
+    return RunDirectory(directory)
+
+
+def timeless(rows):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
+    code, out, _ = command("batch_size=4", "micro_batch_size=2", "schedule.warmup=3")
+    directory = only_run(tmp_path)
+    rows = directory.metrics()
+    assert code == 0
+    assert [row["step"] for row in rows] == list(range(1, 13))
+
+    run = trained.TrainedRun.load(str(directory.path), "last")
+    torch.manual_seed(0)
+    decoder = trained.instantiate(run.config.decoder, vocab_size=257)
+    decoder.initialise(0)
+    corpus = run.corpus(None, tmp_path / "cache")
+    optimizer = adamw(decoder.named_parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    batches = iter(
+        TrainBatches(
+            tokens=corpus.train.tokens,
+            seq_len=64,
+            batch_size=4,
+            micro_batch_size=4,
+            rank=0,
+            world_size=1,
+            seed=0,
+            first_step=0,
+        )
+    )
+    for step, row in enumerate(rows):
+        rate = 3e-3 * linear(step, 12, warmup=3, floor=0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = next(batches)
+        loss = torch.nn.functional.cross_entropy(decoder(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert row["lr"] == pytest.approx(rate)
+        assert row["tokens"] == (step + 1) * 4 * 64
+
+    validated = [row["step"] for row in rows if "val/bpb" in row]
+    assert validated == [5, 10, 12]
+    loss = run.loss(corpus, split="val", n_windows=8, batch_size=3).results()
+    assert rows[-1]["val/loss"] == pytest.approx(loss["loss"], rel=1e-6)
+    # Bytes are tokens here, but for the end of a text: bits per byte is the loss in bits.
+    assert rows[-1]["val/bpb"] == pytest.approx(rows[-1]["val/loss"] / np.log(2), rel=1e-2)
+    assert directory.summary["val/loss"] == rows[-1]["val/loss"]
+    assert directory.summary["corpus"] == directory.environment["corpus"]["fingerprint"] == corpus.fingerprint
+    config = OmegaConf.load(directory.config)
+    assert config.choices.attn == "mha"
+    assert config.choices.ffn == "swiglu"
+    assert directory.curves.read_bytes().startswith(b"\x89PNG")
+    assert f"{rows[-1]['val/bpb']:.4f} bits/byte" in out
+
+
+@pytest.mark.parametrize("overrides", [(), ("optim=muon", "micro_batch_size=2", "model.dropout=0.1")])
+def test_interrupted_run_goes_on_as_if_nothing_had_happened(command, tmp_path, overrides):
+    long = ("budget.steps=60", "val_every=20", *overrides)
+    command(*long, "paths.runs=whole")
+
+    def interrupt():
+        while not list(tmp_path.glob("runs/default/*/metrics.jsonl")):
+            time.sleep(0.005)
+        (metrics,) = tmp_path.glob("runs/default/*/metrics.jsonl")
+        while metrics.read_text().count("\n") < 27:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code, out, _ = command(*long)
+    thread.join()
+    directory = only_run(tmp_path)
+    assert code == 130
+    assert "interrupted after step" in out
+    assert not directory.is_finished
+    # Rows that no checkpoint stands behind, as a killed process leaves them.
+    with (directory.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 59, "train/loss": 0}\n{"step": 60, "tr')
+
+    code, out, _ = command(*long)
+    assert code == 0
+    assert "resuming after step" in out
+    (whole,) = (tmp_path / "whole" / "default").iterdir()
+    assert timeless(directory.metrics()) == timeless(RunDirectory(whole).metrics())
+    ours, theirs = (torch.load(d / "checkpoints" / "last.ckpt", weights_only=True) for d in (directory.path, whole))
+    for name, tensor in ours["state_dict"].items():
+        assert torch.equal(tensor, theirs["state_dict"][name]), name
+
+
+def test_finished_run_is_never_written_again(command, tmp_path):
+    command()
+    before = {p: p.read_bytes() for p in only_run(tmp_path).path.rglob("*") if p.is_file()}
+    code, out, _ = command()
+    assert code == 0
+    assert "This run is finished" in out
+    assert before == {p: p.read_bytes() for p in only_run(tmp_path).path.rglob("*") if p.is_file()}
+    command("resume=never")
+    first, second = sorted((tmp_path / "runs" / "default").iterdir(), key=lambda p: len(p.name))
+    assert second.name == f"{first.name}-2"
+    assert timeless(RunDirectory(first).metrics()) == timeless(RunDirectory(second).metrics())
+
+
+def test_one_part_changes_one_group_of_the_record(command, tmp_path):
+    command("dry_run=false", "paths.runs=a")
+    command("attn=gqa", "paths.runs=b")
+    one, two = (OmegaConf.load(next((tmp_path / d / "default").iterdir()) / "config.yaml") for d in "ab")
+    assert {key for key in one.choices if one.choices[key] != two.choices[key]} == {"attn"}
+    changed = {key for key in one if one[key] != two[key]} - {"choices", "paths"}
+    assert changed == {"attn", "decoder"}
+    assert {key for key in one.decoder if one.decoder[key] != two.decoder[key]} == {"attn"}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
+    code, out, _ = command("dry_run=true", "budget=tokens_per_param", "budget.tokens_per_param=20", "budget.steps=1")
+    assert code == 2  # a setting of another budget
+    code, out, _ = command("dry_run=true", "micro_batch_size=2")
+    assert code == 0
+    assert "12 of 4 sequences × 64 tokens, as 2 × 2" in out
+    assert "3,072" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("attn=gqq",), "attn=gqq is unknown: did you mean gqa"),
+        (("atn=gqa",), "atn is not a setting: did you mean attn"),
+        (("model.n_layer=3",), "did you mean model.n_layers"),
+        (("model.n_heads=5",), "n_heads=5 does not divide d_model=32"),
+        (("attn=gqa", "attn.n_kv_heads=3"), "n_kv_heads=3 does not divide n_heads=4: use one of [1, 2, 4]"),
+        (("pos=learned", "pos.max_len=32"), "seq_len=64 is longer than the 32 positions"),
+        (("model.seq_len=1000000",), "would fit"),
+        (("data.files=nothing.txt",), "no file matches"),
+        (("data.files=empty.txt",), "empty.txt"),
+        (("data.files=binary.txt",), "binary.txt is binary"),
+        (("budget.steps=0",), "budget.steps=0 must be positive"),
+        (("budget.steps=many",), "budget.steps=many is not a number"),
+        (("budget.steps=0.5",), "below one optimiser step"),
+        (("paths.runs=/proc/none",), "cannot be written"),
+        (("micro_batch_size=3",), "batch_size 4 is no multiple of micro_batch_size 3"),
+        (("batch_size=0",), "batch_size=0 must be positive"),
+        (("trainer.precision=fp8",), "use auto, fp32, bf16, fp16"),
+        (("trainer.precision=fp16",), "needs a GPU"),
+        (("resume=nowhere",), "holds no run"),
+        (("data.files=???",), "data.files is not set"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(command, tmp_path, overrides, expected):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(b"abc\0def")
+    code, _, err = command(*overrides)
+    assert code == 2
+    assert expected in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.glob("runs/default/*/metrics.jsonl"))
+
+
+def test_gpu_without_one_is_a_mistake(command):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code, _, err = command("trainer=gpu")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "finds no CUDA device" in err
+
+
+def test_too_little_disk_for_checkpoints_is_a_mistake(command, monkeypatch):
+    usage = type("usage", (), {"free": 100_000})
+    monkeypatch.setattr("scantling.plan.shutil.disk_usage", lambda path: usage)
+    code, _, err = command()
+    assert code == 2
+    assert "three checkpoints take" in err
+
+
+def test_resume_refuses_another_architecture_and_another_text(command, tmp_path, book):
+    command()
+    directory = only_run(tmp_path)
+    (directory.path / "summary.json").unlink()  # as if it had been interrupted
+    code, _, err = command(f"resume={directory.path}", "model.n_layers=3")
+    assert code == 2
+    assert "decoder.n_layers is 2 there, 3 here" in err
+    book.write_text(book.read_text().replace("parser", "reader"))
+    code, _, err = command()
+    assert code == 2
+    assert "trained on another text" in err
+
+
+def test_sampling_repeats_with_its_seed_and_takes_any_prompt(command, tmp_path):
+    command()
+    path = only_run(tmp_path).path
+    prompt = "prompt=def f(x, y): # it's 5$ {ok} "
+    texts = [
+        command(f"run={path}", prompt, "n_tokens=20", f"seed={seed}", entry="sample")[1]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("def f(x, y): # it's 5$ {ok} ") for text in texts)
+
+
+def test_evaluating_other_text_warns_only_of_unequal_training(command, tmp_path):
+    command()
+    path = only_run(tmp_path).path
+    other = tmp_path / "other.txt"
+    other.write_text(inspect.getsource(json.decoder))
+    code, out, _ = command(f"run={path}", "data=text", f"data.files={other}", entry="evaluate")
+    assert code == 0
+    assert "warning" not in out
+    command(f"data.files={other}")
+    second = next(p for p in path.parent.iterdir() if p != path)
+    code, out, _ = command(f"run=[{path},{second}]", "data=text", f"data.files={other}", entry="evaluate")
+    assert "trained on different texts" in " ".join(out.split())
+
+
+def test_stored_configuration_cannot_name_foreign_code(command, tmp_path):
+    command()
+    directory = only_run(tmp_path)
+    directory.config.write_text(directory.config.read_text().replace("scantling.model.norm.RMSNorm", "os.system"))
+    code, _, err = command(f"run={directory.path}", entry="sample")
+    assert code == 2
+    assert "asks for os.system" in err
+
+
+def test_failing_training_is_no_mistake_of_the_user(command, monkeypatch):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("scantling.training.task.negative_log_likelihood", broken)
+    assert negative_log_likelihood is not broken
+    with pytest.raises(ValueError, match="a bug"):
+        command()
