@@ -130,7 +130,8 @@ def bare_loop(model: nn.Module, logits_of: Callable[[Tensor], Tensor], run: Run)
     """Training as one would write it by hand; each `next` is one optimiser step."""
     optimizer = instantiate(run.config.optim)(model.named_parameters())
     factor = instantiate(run.config.schedule)
-    schedule = LambdaLR(optimizer, lambda step: factor(step, run.plan.steps))
+    # Past the partial that Hydra makes, whose every call costs a check.
+    schedule = LambdaLR(optimizer, lambda step: factor.func(step, run.plan.steps, **factor.keywords))
     for batch in training_batches(run, rank=0):
         with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"):
             logits_BTV = logits_of(batch["inputs"])
@@ -224,9 +225,11 @@ def measured(
         def __init__(self, *, callbacks: list[Callback], **settings):
             super().__init__(callbacks=[*callbacks, rounds], **settings)
 
-    with open(os.devnull, "w") as nowhere, patch.object(scantling_run.L, "Trainer", Trainer):
-        with contextlib.suppress(Enough):
-            scantling_run.fit(run, Console(file=nowhere, force_terminal=True))
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(patch.object(scantling_run.L, "Trainer", Trainer))
+        stack.enter_context(contextlib.suppress(Enough))
+        scantling_run.fit(run, Console(file=nowhere, force_terminal=True))
     return Cell(shape, family, precision, run.plan.flops_per_token, rounds.rounds[1:])
 
 

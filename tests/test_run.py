@@ -43,7 +43,14 @@ def command(tmp_path, book, monkeypatch, capsys):
         usual_ones = [] if entry == "sample" else ["paths.cache=cache"]
         if entry == "train":
             usual_ones += [
-                *("model=nano", "data=text", f"data.files={book}", "tokenizer=byte", "logger=none", "log_every=1"),
+                *(
+                    "model=nano",
+                    "data=text",
+                    f"data.files={book}",
+                    "tokenizer=byte",
+                    "logger=none",
+                    "log_every=1",
+                ),
                 *("budget=steps", "budget.steps=12", "trainer=cpu", "trainer.precision=fp32"),
                 *("batch_size=4", "val_windows=8", "val_every=5", "sample.n_tokens=8"),
             ]
@@ -102,7 +109,9 @@ def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = next(batches)
-        loss = torch.nn.functional.cross_entropy(decoder(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            decoder(batch["inputs"]).flatten(0, 1), batch["targets"].flatten()
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
@@ -157,7 +166,9 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(command, tmp_path, o
     assert "resuming after step" in out
     (whole,) = (tmp_path / "whole" / "default").iterdir()
     assert timeless(directory.metrics()) == timeless(RunDirectory(whole).metrics())
-    ours, theirs = (torch.load(d / "checkpoints" / "last.ckpt", weights_only=True) for d in (directory.path, whole))
+    ours, theirs = (
+        torch.load(d / "checkpoints" / "last.ckpt", weights_only=True) for d in (directory.path, whole)
+    )
     for name, tensor in ours["state_dict"].items():
         assert torch.equal(tensor, theirs["state_dict"][name]), name
 
@@ -186,7 +197,9 @@ def test_one_part_changes_one_group_of_the_record(command, tmp_path):
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
-    code, out, _ = command("dry_run=true", "budget=tokens_per_param", "budget.tokens_per_param=20", "budget.steps=1")
+    code, out, _ = command(
+        "dry_run=true", "budget=tokens_per_param", "budget.tokens_per_param=20", "budget.steps=1"
+    )
     assert code == 2  # a setting of another budget
     code, out, _ = command("dry_run=true", "micro_batch_size=2")
     assert code == 0
@@ -266,8 +279,7 @@ def test_sampling_repeats_with_its_seed_and_takes_any_prompt(command, tmp_path):
     path = only_run(tmp_path).path
     prompt = "prompt=def f(x, y): # it's 5$ {ok} "
     texts = [
-        command(f"run={path}", prompt, "n_tokens=20", f"seed={seed}", entry="sample")[1]
-        for seed in (1, 1, 2)
+        command(f"run={path}", prompt, "n_tokens=20", f"seed={seed}", entry="sample")[1] for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith("def f(x, y): # it's 5$ {ok} ") for text in texts)
@@ -290,7 +302,9 @@ def test_evaluating_other_text_warns_only_of_unequal_training(command, tmp_path)
 def test_stored_configuration_cannot_name_foreign_code(command, tmp_path):
     command()
     directory = only_run(tmp_path)
-    directory.config.write_text(directory.config.read_text().replace("scantling.model.norm.RMSNorm", "os.system"))
+    directory.config.write_text(
+        directory.config.read_text().replace("scantling.model.norm.RMSNorm", "os.system")
+    )
     code, _, err = command(f"run={directory.path}", entry="sample")
     assert code == 2
     assert "asks for os.system" in err

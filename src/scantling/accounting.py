@@ -50,7 +50,7 @@ def exact(decoder: Decoder, seq_len: int) -> float:
 
 
 def kaplan(decoder: Decoder, seq_len: int) -> float:
-    """6·N, N without token and position embeddings. Kaplan et al. 2020, arXiv:2001.08361, §2.1."""
+    """6·N, N without vocabulary and position parameters. Kaplan et al. 2020, arXiv:2001.08361, §1.3 and §2.1."""
     return 6 * non_embedding(parameter_counts(decoder))
 
 
@@ -75,7 +75,8 @@ CONVENTIONS: dict[str, Callable[[Decoder, int], float]] = {
 
 
 def non_embedding(counts: dict[str, int]) -> int:
-    return sum(counts.values()) - counts["embedding"] - counts["position"]
+    """Parameters that are no embedding of tokens or positions and no output head."""
+    return sum(counts.values()) - counts["embedding"] - counts["head"] - counts["position"]
 
 
 @dataclass(frozen=True)

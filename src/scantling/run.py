@@ -38,15 +38,8 @@ from scantling.run_directory import RunDirectory
 from scantling.study.figures import draw_curves
 from scantling.training import hardware
 from scantling.training.budget import steps_for
-from scantling.training.callbacks import (
-    Checkpoints,
-    CleanStop,
-    Interrupted,
-    Metrics,
-    ProgressBar,
-    Samples,
-    first_step_of,
-)
+from scantling.training.callbacks import CleanStop, Interrupted, Metrics, ProgressBar, Samples
+from scantling.training.checkpoints import Checkpoints, WholeFiles, first_step_of
 from scantling.training.loggers import Wandb
 from scantling.training.task import LanguageModelTask
 
@@ -340,7 +333,7 @@ def fit(run: Run, console: Console) -> None:
         flops_per_token=plan.flops_per_token,
         peak_flops=peak,
     )
-    checkpoints = Checkpoints(directory, metrics)
+    checkpoints = Checkpoints(directory)
     loggers = loggers_of(run, console)
     trainer = L.Trainer(
         accelerator="gpu" if run.device.type == "cuda" else "cpu",
@@ -359,6 +352,7 @@ def fit(run: Run, console: Console) -> None:
             CleanStop(checkpoints),
             ProgressBar(console, metrics),
         ],
+        plugins=[WholeFiles()],
         logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -366,7 +360,10 @@ def fit(run: Run, console: Console) -> None:
         use_distributed_sampler=False,
     )
     held_out = validation_batches(
-        run.corpus.val.tokens, plan.seq_len, config.val_windows, plan.micro_batch_size
+        run.corpus.val.tokens,
+        plan.seq_len,
+        config.val_windows,
+        4 * plan.micro_batch_size,  # without gradients there is room for it
     )
     succeeded = False
     try:

@@ -192,8 +192,10 @@ def test_what_is_not_text_gets_one_line_naming_the_file_and_the_place(tmp_path):
     def line(name: str, kind: type[Exception] = ValueError, **settings) -> str:
         return error_line(kind, str(tmp_path / name), **settings)
 
-    assert "nul.txt" in line("nul.txt") and "byte offset 3" in line("nul.txt")
-    assert "latin.txt" in line("latin.txt") and "byte offset 2" in line("latin.txt")
+    assert "nul.txt" in line("nul.txt")
+    assert "byte offset 3" in line("nul.txt")
+    assert "latin.txt" in line("latin.txt")
+    assert "byte offset 2" in line("latin.txt")
     assert "empty" in line("empty.txt")
     assert "does not unpack" in line("cut.txt.gz")
     assert "does not unpack" in line("cut.txt.zst")
@@ -209,7 +211,8 @@ def test_what_is_not_text_gets_one_line_naming_the_file_and_the_place(tmp_path):
 def test_a_split_that_comes_out_empty_says_so(tmp_path):
     (tmp_path / "one.txt").write_text("short")
     message = error_line(ValueError, str(tmp_path / "one.txt"), split="documents")
-    assert "split is empty" in message and "split=tail" in message
+    assert "split is empty" in message
+    assert "split=tail" in message
     with pytest.raises(ValueError, match="between 0 and 1"):
         text_files(str(tmp_path / "one.txt"), val_fraction=1.0)
     with pytest.raises(ValueError, match="'tail' or 'documents'"):
@@ -276,7 +279,8 @@ def test_hub_dataset_mistakes_get_one_line(tmp_path):
     ]:
         with pytest.raises(kind) as caught:
             next(hub_dataset(data_files=path, **settings).documents("train"))
-        assert words in str(caught.value) and "\n" not in str(caught.value)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_hub_that_does_not_answer_fails_in_one_line_at_once(monkeypatch):

@@ -114,7 +114,7 @@ def test_starting_at_a_step_equals_the_uninterrupted_tail(first_step):
 
 
 def test_a_batch_that_does_not_divide_names_what_would():
-    with pytest.raises(ValueError, match="batch_size 10 .* 4 x 2 ranks = 8; .* 8 or 16"):
+    with pytest.raises(ValueError, match=r"batch_size 10 .* 4 x 2 ranks = 8; .* 8 or 16"):
         train_batches(batch_size=10, micro_batch_size=4, world_size=2)
     with pytest.raises(ValueError, match="the nearest that fits is 8"):
         train_batches(batch_size=3, micro_batch_size=4, world_size=2)

@@ -121,7 +121,7 @@ def test_unigram_finds_the_likeliest_segmentation(tmp_path):
     """Kudo 2018: the pieces with the largest sum of log probabilities, found here by recursion."""
     tokenizer = LOSSLESS["unigram"].train(iter(ENGLISH))
     vocab = model_of(tokenizer, tmp_path / "t.json")["vocab"]
-    score = {piece: value for piece, value in vocab}
+    score = dict(vocab)
 
     def best(word: str) -> float:
         sums = [0.0]

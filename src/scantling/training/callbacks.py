@@ -1,10 +1,8 @@
-"""What happens around a training step: metrics, checkpoints, samples, the progress bar, a clean stop."""
+"""What happens around a training step: metrics, samples, the progress bar, a clean stop."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scantling.run_directory import MetricsFile, RunDirectory
+from scantling.run_directory import MetricsFile
+from scantling.training.checkpoints import Checkpoints
 from scantling.training.loggers import Wandb
 from scantling.training.task import LanguageModelTask
 
@@ -62,11 +60,16 @@ class Metrics(StepCallback):
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak_flops = peak_flops
         self.row: dict[str, Any] = {}
-        self.best = float("inf")
         self.training_seconds = 0.0
+        self.clock: float | None = None
+        """When training last went on: at its start, after a row, after a validation and what came with it."""
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
-        self.clock, self.clock_step = time.perf_counter(), trainer.global_step
+        self.clock_step = trainer.global_step
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.clock is None:
+            self.clock = time.perf_counter()
 
     def on_step(self, trainer: L.Trainer, task: LanguageModelTask, step: int) -> None:
         loss = task.take_step_loss()
@@ -75,11 +78,11 @@ class Metrics(StepCallback):
             trainer.should_stop = True  # Lightning then validates once more, wherever the interval stands
         if step % self.log_every and not validates and step != 1:
             return
+        assert self.clock is not None
         loss = loss.item()
         now = time.perf_counter()
         self.training_seconds += now - self.clock
-        n_tokens = (step - self.clock_step) * self.tokens_per_step
-        speed = n_tokens / (now - self.clock)
+        speed = (step - self.clock_step) * self.tokens_per_step / (now - self.clock)
         tokens = step * self.tokens_per_step
         self.row = {
             "step": step,
@@ -92,7 +95,7 @@ class Metrics(StepCallback):
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self.flops_per_token / trainer.world_size / self.peak_flops, 4),
         }
-        self.clock, self.clock_step = now, step
+        self.clock, self.clock_step = None if validates else now, step
         if not validates:
             self.write(trainer)
 
@@ -101,9 +104,7 @@ class Metrics(StepCallback):
             return
         for name, value in task.text_loss.results().items():
             self.row[f"val/{name}"] = value
-        self.best = min(self.best, self.row["val/loss"])
         self.write(trainer)
-        self.clock = time.perf_counter()
 
     def write(self, trainer: L.Trainer) -> None:
         if self.file is not None:
@@ -112,57 +113,10 @@ class Metrics(StepCallback):
                 logger.log_metrics(self.row, step=self.row["step"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "training_seconds": self.training_seconds}
+        return {"training_seconds": self.training_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.training_seconds = state_dict["best"], state_dict["training_seconds"]
-
-
-class Checkpoints(Callback):
-    """`last.ckpt` at every validation and interruption, `best.ckpt` when validation loss is the lowest so far.
-
-    A file appears under its name only when it is whole.
-    """
-
-    def __init__(self, directory: RunDirectory, metrics: Metrics):
-        self.directory, self.metrics = directory, metrics
-        self.random_states: list[torch.Tensor] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.random_states = state_dict["random_states"]
-
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
-        if self.random_states:
-            torch.set_rng_state(self.random_states[0])
-            torch.cuda.set_rng_state_all(self.random_states[1:])
-
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
-        if not trainer.sanity_checking:
-            self.save(trainer)
-            if self.metrics.row["val/loss"] <= self.metrics.best and trainer.is_global_zero:
-                put_in_place(self.directory.last, self.directory.best)
-
-    def save(self, trainer: L.Trainer) -> None:
-        partial = self.directory.checkpoints / "last.ckpt.partial"
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, self.directory.last)
-
-
-def put_in_place(source: Path, target: Path) -> None:
-    """`target` becomes `source`'s content at once: a hard link where the file system has them, else a copy."""
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+        self.training_seconds = state_dict["training_seconds"]
 
 
 class CleanStop(StepCallback):
@@ -251,8 +205,3 @@ class ProgressBar(Callback):
 
     def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
         self.bar.stop()
-
-
-def first_step_of(checkpoint: Path) -> int:
-    """Optimiser steps that a checkpoint has behind it; reads its index, not its tensors."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]

@@ -53,11 +53,12 @@ class Wandb(WandbLogger):
         return f"W&B {self.mode} ({self.reason}): {where}"
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
-        self.experiment.log(metrics, step=step)
+        # Lightning makes trainer/global_step the axis of every chart.
+        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
     def log_sample(self, text: str, step: int) -> None:
         escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        self.experiment.log({"sample": wandb.Html(f"<pre>{escaped}</pre>", inject=False)}, step=step)
+        self.log_metrics({"sample": wandb.Html(f"<pre>{escaped}</pre>", inject=False)}, step=step)
 
     def finish(self, succeeded: bool) -> None:
         """Close the run; without this the next run of the process would write into it."""

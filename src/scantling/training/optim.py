@@ -25,9 +25,7 @@ def adamw(
     named: NamedParameters, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; torch's fused kernel."""
-    return torch.optim.AdamW(
-        decay_groups(named, weight_decay), lr=lr, betas=betas, eps=eps, fused=True
-    )
+    return torch.optim.AdamW(decay_groups(named, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def sgd(
