@@ -42,7 +42,7 @@ WITHIN = {
     "llama_125m": (134e6, 0.01),
     "llama_350m": (368e6, 0.01),
     "llama_1b": (1.34e9, 0.01),
-    "llama_small": (12.2e6, 0.01),
+    "llama_small": (10.4e6, 0.01),
     "llama_tiny": (1e6, 0.1),
     "gpt2_tiny": (1.3e6, 0.05),
     "nano": (0.05e6, 1.0),

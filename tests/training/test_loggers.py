@@ -1,0 +1,113 @@
+"""Weights & Biases as a mirror of metrics.jsonl: offline, killed, failing, unreachable."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from scantling.run_directory import RunDirectory
+from scantling.training import loggers
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nonexistent")
+
+
+def train(directory: Path, *overrides: str) -> list[str]:
+    """The command of a small run into `directory`, logged to W&B."""
+    book = directory / "book.txt"
+    book.write_text(inspect.getsource(textwrap) * 4)
+    return [
+        sys.executable,
+        str(ROOT / "src" / "train.py"),
+        *("model=nano", "data=text", f"data.files={book}", "tokenizer=byte", "trainer=cpu", "log_every=1"),
+        *("budget=steps", "budget.steps=20", "batch_size=4", "val_windows=4", "sample.n_tokens=8"),
+        *(f"paths.runs={directory}/runs", f"paths.cache={directory}/cache"),
+        *overrides,
+    ]
+
+
+def history(directory: Path) -> list[dict]:
+    """Rows of the only offline run, read back by W&B's own command."""
+    (log,) = directory.glob("runs/default/wandb/offline-run-*/run-*.wandb")
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(log)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [r["history"]["item"] for r in map(json.loads, lines) if r["type"] == "history"]
+
+
+def only_run(directory: Path) -> RunDirectory:
+    (path,) = (p for p in (directory / "runs" / "default").iterdir() if p.name.startswith("nano-"))
+    return RunDirectory(path)
+
+
+@pytest.mark.slow
+def test_offline_run_equals_the_record(tmp_path, offline):
+    done = subprocess.run(train(tmp_path), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "W&B offline (no API key" in done.stdout
+    mirrored = {row["_step"]: row for row in history(tmp_path)}
+    for row in only_run(tmp_path).metrics():
+        for key, value in row.items():
+            assert mirrored[row["step"]][key] == pytest.approx(value), key
+        assert mirrored[row["step"]]["trainer/global_step"] == row["step"]
+
+
+@pytest.mark.slow
+def test_killed_process_loses_at_most_a_second_of_rows(tmp_path, offline):
+    process = subprocess.Popen(
+        train(tmp_path, "budget.steps=100000"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+    )
+    deadline = time.monotonic() + 120
+    rows = []
+    while len(rows) < 500 or rows[-1]["seconds"] < 4:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        rows = only_run(tmp_path).metrics() if list(tmp_path.glob("runs/default/nano-*")) else []
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(2)  # W&B's own process takes note
+    rows = only_run(tmp_path).metrics()
+    older = [row["step"] for row in rows if row["seconds"] < rows[-1]["seconds"] - 1.2]
+    assert set(older) <= {row["_step"] for row in history(tmp_path)}
+
+
+def test_a_server_that_cannot_be_reached_means_offline(offline, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    loggers.wandb.teardown()
+    mode, reason = loggers.mode_and_reason()
+    loggers.wandb.teardown()
+    assert mode == "offline"
+    assert "warning: the server cannot be reached" in reason
+
+
+def test_wandb_mode_of_the_environment_rules(offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert loggers.mode_and_reason() == ("disabled", "WANDB_MODE")
+
+
+def test_each_run_of_a_process_is_closed_even_when_it_fails(tmp_path, offline):
+    made = {"project": "p", "tags": [], "save_dir": str(tmp_path), "group": "g"}
+    for name, succeeded in (("one", False), ("two", True)):
+        logger = loggers.Wandb(name=name, **made)
+        logger.start({"lr": 1})
+        logger.log_metrics({"loss": 1.0}, step=1)
+        logger.finish(succeeded)
+        assert loggers.wandb.run is None
+    assert {p.name.rsplit("-", 1)[1] for p in tmp_path.glob("wandb/offline-run-*")} == {"one", "two"}
