@@ -56,7 +56,7 @@ def command(tmp_path, book, monkeypatch, capsys):
             ]
         given = {override.partition("=")[0] for override in overrides}
         argv = [o for o in usual_ones if o.partition("=")[0] not in given]
-        monkeypatch.setattr(sys, "argv", [entry, *argv, *overrides])
+        monkeypatch.setattr(sys, "argv", [entry, *sorted([*argv, *overrides], key=lambda o: o != "-m")])
         task = {"train": run_module.train, "sample": trained.sample, "evaluate": trained.evaluate}[entry]
         code = 0
         try:
@@ -184,6 +184,24 @@ def test_finished_run_is_never_written_again(command, tmp_path):
     first, second = sorted((tmp_path / "runs" / "default").iterdir(), key=lambda p: len(p.name))
     assert second.name == f"{first.name}-2"
     assert timeless(RunDirectory(first).metrics()) == timeless(RunDirectory(second).metrics())
+
+
+def test_sweep_trains_every_arm_once(command, tmp_path):
+    code, _, err = command("-m", "sweeps=attention", "seed=0,1", "budget.steps=2")
+    assert code == 0, err
+    runs = [RunDirectory(path) for path in (tmp_path / "runs" / "attention").glob("nano-*")]
+    arms = sorted(
+        (run.config.read_text().split("attn: ")[-1].split()[0], run.summary["step"]) for run in runs
+    )
+    assert arms == [("gqa", 2), ("gqa", 2), ("mha", 2), ("mha", 2), ("mqa", 2), ("mqa", 2)]
+    again = command("-m", "sweeps=attention", "seed=0,1", "budget.steps=2")
+    assert again[1].count("This run is finished") == 6
+    assert len(list((tmp_path / "runs" / "attention").glob("nano-*"))) == 6
+    one = runs[0].path
+    (one / "summary.json").unlink()
+    code, out, _ = command(f"resume={one}")
+    assert code == 0
+    assert f"directory   {one}"[:40] in out
 
 
 def test_one_part_changes_one_group_of_the_record(command, tmp_path):

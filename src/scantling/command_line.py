@@ -20,7 +20,11 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-CONF = Path(__file__).parents[2] / "conf"
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+
+SWEEPS = f"hydra.searchpath=['file://{ROOT}']"
+"""Makes the folder `sweeps` beside `conf` a group of it."""
 
 FREE_TEXT = ("prompt", "sample.prompt")
 """Settings that take any text: Hydra's grammar would trip over its brackets and strip its spaces."""
@@ -47,7 +51,9 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     `HYDRA_FULL_ERROR=1` shows the traceback behind a one-line error.
     """
-    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    typed = [quoted(argument) for argument in sys.argv[1:]]
+    first = next((i for i, o in enumerate(typed) if "=" in o and not o.startswith("-")), len(typed))
+    sys.argv[1:] = [*typed[:first], SWEEPS, *typed[first:]]  # overrides must stand together
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def explained(call: Callable[[], object]) -> None:
@@ -123,7 +129,7 @@ def settings(config_name: str) -> list[str]:
 def composed(config_name: str, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(config_name, overrides=overrides)
+        config = compose(config_name, overrides=[*overrides, SWEEPS])
     return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 

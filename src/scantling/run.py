@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from scantling import __version__
 from scantling.accounting import CONVENTIONS, parameter_counts
-from scantling.command_line import mistakes
+from scantling.command_line import SWEEPS, mistakes
 from scantling.data.loading import TrainBatches, check_batch_size, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
@@ -120,7 +120,7 @@ def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
             raise ValueError(
                 f"resume={config.resume} holds no run: use auto, never, or a directory below {config.paths.runs}/"
             )
-        config = compose("train", overrides=[*directory.environment["overrides"], *typed])
+        config = compose("train", overrides=[*directory.environment["overrides"], *typed, SWEEPS])
         differences = different_keys(identity(OmegaConf.load(directory.config)), identity(config))  # type: ignore
         if differences:
             raise ValueError(
