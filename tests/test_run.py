@@ -199,7 +199,7 @@ def test_sweep_trains_every_arm_once(command, tmp_path):
     assert len(list((tmp_path / "runs" / "attention").glob("nano-*"))) == 6
     one = runs[0].path
     (one / "summary.json").unlink()
-    code, out, _ = command(f"resume={one}")
+    code, out, _ = command(f"resume={one}", "budget.steps=2")
     assert code == 0
     assert f"directory   {one}"[:40] in out
 
