@@ -170,10 +170,9 @@ class Attention(Mixer):
         scores: CausalScores,
         cache: LayerCache | None,
     ) -> Float[Tensor, "B T D"]:
-        H, K, _ = self.heads
-        qkv_BTNE = self.qkv(x_BTD).unflatten(-1, (H + 2 * K, self.d_head))
-        qk_BTNE, v_BTKE = qkv_BTNE.split([H + K, K], dim=2)
-        q_BTHE, k_BTKE = rotate(qk_BTNE).split([H, K], dim=2)
+        qkv_BTNE = self.qkv(x_BTD).unflatten(-1, (sum(self.heads), self.d_head))
+        q_BTHE, k_BTKE, v_BTKE = qkv_BTNE.split(self.heads, dim=2)
+        q_BTHE, k_BTKE = rotate(q_BTHE), rotate(k_BTKE)
         if cache is not None:
             k_BTKE, v_BTKE = cache.append(k_BTKE, v_BTKE)
         o_BHTE = scores.attend(

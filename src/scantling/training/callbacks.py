@@ -175,6 +175,7 @@ class ProgressBar(Callback):
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            refresh_per_second=2,  # the default, 10, takes 2 % of a core
         )
         self.validation = ""
 
