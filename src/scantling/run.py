@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,10 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
     if convention not in CONVENTIONS:
         raise ValueError(f"budget.convention={convention} is unknown: use one of {', '.join(CONVENTIONS)}")
     world_size = 1
+    if device.type == "cpu" and config.trainer.devices not in ("auto", 1):
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices}: on the CPU a run is one process, use 1 or auto"
+        )
     if device.type == "cuda":
         found = torch.cuda.device_count()
         world_size = found if config.trainer.devices == "auto" else int(config.trainer.devices)
@@ -315,10 +320,13 @@ def fit(run: Run, console: Console) -> None:
     console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     if run.first_step:
         console.print(f"resuming after step {run.first_step:,}")
+    schedule = instantiate(config.schedule)
     task = LanguageModelTask(
         decoder,
         optimizer=instantiate(config.optim, _convert_="all"),
-        schedule=instantiate(config.schedule),
+        schedule=partial(
+            schedule.func, **schedule.keywords
+        ),  # Hydra checks its policy at each call of its own
         total_steps=plan.steps,
         token_bytes=run.corpus.token_bytes,
         compiled=config.trainer.compile,

@@ -25,7 +25,7 @@ from scantling.run_directory import RunDirectory
 from scantling.training.hardware import keep_freed_memory
 from scantling.training.task import TextLoss, negative_log_likelihood
 
-LOADABLE = ("scantling.model.", "scantling.data.", "torch.nn.functional.")
+LOADABLE = ("scantling.model.", "scantling.data.", "torch.nn.ReLU", "torch.nn.GELU", "torch.nn.SiLU")
 """Where a stored configuration may take classes from: nothing else is built because a file was read."""
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow
-import pyarrow.parquet
 import zstandard
 
 if TYPE_CHECKING:
@@ -186,6 +184,9 @@ def _json_document(line: bytes, column: str, where: str) -> str:
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow  # here, because most corpora are no Parquet
+    import pyarrow.parquet
+
     with _open(path) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)

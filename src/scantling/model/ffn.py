@@ -7,12 +7,14 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Activation = Callable[[Tensor], Tensor]
+Activation = Callable[[], nn.Module]
 
 
-def relu2(x: Tensor) -> Tensor:
+class ReLU2(nn.Module):
     """max(x, 0)². So et al. 2021 (Primer), arXiv:2109.08668, §4."""
-    return nn.functional.relu(x).square()
+
+    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        return nn.functional.relu(x).square()
 
 
 class FeedForward(nn.Module):
@@ -20,7 +22,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, *, activation: Activation, bias: bool):
         super().__init__()
-        self.activation = activation
+        self.activation = activation()
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.out = nn.Linear(d_ff, d_model, bias=bias)
 
@@ -38,7 +40,7 @@ class GatedFeedForward(nn.Module):
     def __init__(self, d_model: int, d_ff: int, *, activation: Activation, bias: bool, multiple_of: int):
         super().__init__()
         width = max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of
-        self.activation = activation
+        self.activation = activation()
         self.gate_up = nn.Linear(d_model, 2 * width, bias=bias)
         self.out = nn.Linear(width, d_model, bias=bias)
 

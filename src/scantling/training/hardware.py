@@ -37,8 +37,8 @@ def resolved_precision(precision: str, device: torch.device) -> str:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of handing them back to the kernel.
 
-    A training step frees and asks again for the same hundreds of megabytes; every return costs a page fault per
-    4 KiB. On two CPU cores this takes a third off the step of a 10 M model. Elsewhere than glibc it does nothing.
+    A training step frees and asks again for the same hundreds of megabytes, and every return costs a page fault
+    per 4 KiB: `benchmarks/throughput.py --plain-malloc` shows how much. Elsewhere than glibc it does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")

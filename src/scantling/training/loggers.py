@@ -7,7 +7,6 @@ import socket
 from typing import Any
 from urllib.parse import urlparse
 
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 
@@ -18,6 +17,8 @@ class Wandb(WandbLogger):
     """
 
     def __init__(self, *, project: str, tags: list[str], save_dir: str, name: str, group: str):
+        import wandb  # here and below: a run without it need not wait for it
+
         self.mode, self.reason = mode_and_reason()
         super().__init__(
             project=project,
@@ -37,6 +38,8 @@ class Wandb(WandbLogger):
 
     def start(self, config: dict[str, Any]) -> str:
         """Open the run with its configuration; one line that says where it goes."""
+        import wandb
+
         try:
             run = self.experiment
         except wandb.Error as error:
@@ -57,16 +60,22 @@ class Wandb(WandbLogger):
         self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
     def log_sample(self, text: str, step: int) -> None:
+        import wandb
+
         escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         self.log_metrics({"sample": wandb.Html(f"<pre>{escaped}</pre>", inject=False)}, step=step)
 
     def finish(self, succeeded: bool) -> None:
         """Close the run; without this the next run of the process would write into it."""
+        import wandb
+
         wandb.finish(exit_code=0 if succeeded else 1)
 
 
 def mode_and_reason() -> tuple[str, str]:
     """W&B's mode, and why, for the user."""
+    import wandb
+
     if mode := os.environ.get("WANDB_MODE"):
         return mode, "WANDB_MODE"
     wandb.setup(wandb.Settings(silent=True))
