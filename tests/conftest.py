@@ -150,7 +150,8 @@ def llama_pair(nano) -> Callable[..., tuple[Decoder, torch.nn.Module]]:
             weights |= {
                 f"blocks.{i}.attn.qkv.weight": qkv,
                 f"blocks.{i}.attn.out.weight": a.o_proj.weight,
-                f"blocks.{i}.ffn.gate_up.weight": torch.cat([f.gate_proj.weight, f.up_proj.weight]),
+                f"blocks.{i}.ffn.gate.weight": f.gate_proj.weight,
+                f"blocks.{i}.ffn.up.weight": f.up_proj.weight,
                 f"blocks.{i}.ffn.out.weight": f.down_proj.weight,
                 f"blocks.{i}.attn_norm.weight": layer.input_layernorm.weight,
                 f"blocks.{i}.ffn_norm.weight": layer.post_attention_layernorm.weight,

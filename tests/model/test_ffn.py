@@ -37,14 +37,8 @@ def test_swiglu_equals_llamas(layer, x):
     ours = layer("swiglu")
     width = ours.out.in_features
     theirs = LlamaMLP(LlamaConfig(hidden_size=D, intermediate_size=width, mlp_bias=True, hidden_act="silu"))
-    for ours_of, projections in (
-        (ours.gate_up, [theirs.gate_proj, theirs.up_proj]),
-        (ours.out, [theirs.down_proj]),
-    ):
-        for tensor in ("weight", "bias"):
-            parts = getattr(ours_of, tensor).chunk(len(projections))
-            for projection, part in zip(projections, parts, strict=True):
-                getattr(projection, tensor).data.copy_(part)
+    for part, projection in ((ours.gate, "gate_proj"), (ours.up, "up_proj"), (ours.out, "down_proj")):
+        getattr(theirs, projection).load_state_dict(part.state_dict())
     assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
@@ -82,11 +76,10 @@ def test_ungated_equals_its_formula(layer, x, name, bias):
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("bias", [True, False])
 def test_gated_equals_its_formula(layer, x, name, bias):
-    """Shazeer 2020, eq. 6: (act(xW) ⊗ xV) W2; the rows of W stand first in `gate_up`."""
+    """Shazeer 2020, eq. 6: (act(xW) ⊗ xV) W2; W is `gate`, V is `up`."""
     ffn = layer(name, bias)
-    width = ffn.out.in_features
-    both = F.linear(x, ffn.gate_up.weight, ffn.gate_up.bias)
-    hidden = GATED[name](both[..., :width]) * both[..., width:]
+    gate, up = (F.linear(x, part.weight, part.bias) for part in (ffn.gate, ffn.up))
+    hidden = GATED[name](gate) * up
     assert_close(ffn(x), F.linear(hidden, ffn.out.weight, ffn.out.bias), rtol=1e-5, atol=1e-5)
 
 

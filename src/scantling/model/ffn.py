@@ -34,16 +34,16 @@ class GatedFeedForward(nn.Module):
     """out(act(gate(x)) · up(x)). Shazeer 2020, arXiv:2002.05202, eq. 6.
 
     Three matrices instead of two: the hidden width F is 2/3 of d_ff, rounded to a multiple of `multiple_of`, so
-    that parameters match the ungated layer of width d_ff (ibid., §3). `gate` and `up` are one matrix product.
+    that parameters match the ungated layer of width d_ff (ibid., §3).
     """
 
     def __init__(self, d_model: int, d_ff: int, *, activation: Activation, bias: bool, multiple_of: int):
         super().__init__()
         width = max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of
         self.activation = activation()
-        self.gate_up = nn.Linear(d_model, 2 * width, bias=bias)
+        self.gate = nn.Linear(d_model, width, bias=bias)
+        self.up = nn.Linear(d_model, width, bias=bias)
         self.out = nn.Linear(width, d_model, bias=bias)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.out(self.activation(gate_BTF) * up_BTF)
+        return self.out(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
