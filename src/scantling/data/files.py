@@ -101,7 +101,8 @@ def _open(path: Path) -> io.BufferedReader:
 def _open_unpacked(path: Path) -> io.BufferedIOBase:
     file = _open(path)
     if path.suffix.lower() == ".gz":
-        return gzip.GzipFile(fileobj=file)
+        file.close()
+        return gzip.GzipFile(path)  # closes the file it opened, which it does not do for one it is given
     if path.suffix.lower() == ".zst":
         return io.BufferedReader(_ZstdReader(file))
     return file
