@@ -70,7 +70,8 @@ def generate(
         if cache.length + len(new) > decoder.seq_len:
             seen = new = seen[-max(1, decoder.seq_len // 2) :]
             cache = KVCache(len(decoder.blocks), decoder.seq_len)
-        logits_BTV = decoder(torch.tensor([new], device=device), cache)
+        # `forward` and not the call: a compiled call would be compiled anew for every length.
+        logits_BTV = decoder.forward(torch.tensor([new], device=device), cache)
         p_BV = filtered(logits_BTV[:, -1], temperature=temperature, top_k=top_k, top_p=top_p)
         token = int(torch.multinomial(p_BV.cpu(), 1, generator=generator))
         seen.append(token)
