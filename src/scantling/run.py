@@ -122,7 +122,9 @@ def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
                 f"resume={config.resume} holds no run: use auto, never, or a directory below {config.paths.runs}/"
             )
         config = compose("train", overrides=[*directory.environment["overrides"], *typed, SWEEPS])
-        differences = different_keys(identity(OmegaConf.load(directory.config)), identity(config))  # type: ignore
+        stored = OmegaConf.load(directory.config)
+        assert isinstance(stored, DictConfig)
+        differences = different_keys(identity(stored), identity(config))
         if differences:
             raise ValueError(
                 f"{directory.path} is another run and cannot go on as this one: {'; '.join(differences)}"
