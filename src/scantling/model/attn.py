@@ -39,13 +39,15 @@ class CausalScores:
         return self.dense(q_BHTE, k_BKSE, v_BKSE, dropout)
 
     def dense(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, dropout: float) -> Tensor:
-        dtype = q_BHTE.dtype
+        dtype, (*_, length, width) = q_BHTE.dtype, q_BHTE.shape
         if q_BHTE.is_cpu and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
             # The CPU's flash kernel is slow in bfloat16 without AMX. Written out, attention takes half its time,
             # and up to here no more memory than a cast to float32, which serves longer contexts.
-            if self.length <= 8 * q_BHTE.shape[-1]:
+            if length <= 8 * width:
                 return self.written_out(q_BHTE, k_BKSE, v_BKSE, dropout)
             q_BHTE, k_BKSE, v_BKSE = q_BHTE.float(), k_BKSE.float(), v_BKSE.float()
+        elif q_BHTE.is_cpu and self.start + length <= 64:
+            return self.written_out(q_BHTE, k_BKSE, v_BKSE, dropout)  # faster than flash up to here
         whole = self.bias is None and self.start == 0
         mask = None if whole else self.mask if self.bias is None else self.biased_mask.type_as(q_BHTE)
         with torch.autocast(q_BHTE.device.type, enabled=False):  # it would undo the cast above
@@ -61,12 +63,16 @@ class CausalScores:
         return o_BHTE.to(dtype)
 
     def written_out(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, dropout: float) -> Tensor:
-        groups = q_BHTE.shape[1] // k_BKSE.shape[1]
+        B, H, T, E = q_BHTE.shape
+        groups = H // k_BKSE.shape[1]
         k_BHSE, v_BHSE = k_BKSE.repeat_interleave(groups, 1), v_BKSE.repeat_interleave(groups, 1)
+        mask_BHTS = self.biased_mask.type_as(q_BHTE).expand(B, H, T, -1)
         with torch.autocast(q_BHTE.device.type, enabled=False):  # it would take the softmax in float32
-            scores_BHTS = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHSE.mT
-            weights_BHTS = scores_BHTS.add_(self.biased_mask.type_as(scores_BHTS)).softmax(-1)
-            return nn.functional.dropout(weights_BHTS, dropout) @ v_BHSE
+            scores_NTS = torch.baddbmm(
+                mask_BHTS.flatten(0, 1), q_BHTE.flatten(0, 1), k_BHSE.flatten(0, 1).mT, alpha=E**-0.5
+            )
+            weights_NTS = nn.functional.dropout(scores_NTS.softmax(-1), dropout)
+            return torch.bmm(weights_NTS, v_BHSE.flatten(0, 1)).unflatten(0, (B, H))
 
     def flex(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, kernel=flex_attention) -> Tensor:
         return kernel(

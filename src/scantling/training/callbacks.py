@@ -175,8 +175,9 @@ class ProgressBar(Callback):
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
-            refresh_per_second=2,  # the default, 10, takes 2 % of a core
+            auto_refresh=False,  # a thread that draws would hold up those that compute
         )
+        self.drawn = 0.0
         self.validation = ""
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
@@ -185,9 +186,11 @@ class ProgressBar(Callback):
         self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if row := self.metrics.row:
+        now = time.perf_counter()
+        if (row := self.metrics.row) and now - self.drawn > 0.5:
+            self.drawn = now
             numbers = f"loss {row['train/loss']:.3f}{self.validation}  {row['tokens_per_second']:,.0f} tok/s"
-            self.bar.update(self.job, completed=trainer.global_step, numbers=numbers)
+            self.bar.update(self.job, completed=trainer.global_step, numbers=numbers, refresh=True)
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         row = self.metrics.row
