@@ -49,7 +49,6 @@ from scantling.command_line import CONF
 from scantling.run import Run, assemble, build_decoder, training_batches
 from scantling.run_directory import RunDirectory
 from scantling.training import hardware
-from scantling.training.callbacks import ProgressBar
 
 VOCABULARY = 65  # as tiny Shakespeare's
 
@@ -151,30 +150,30 @@ class Enough(Exception):
 class Rounds(Callback):
     """Stands last among the run's callbacks: clocks its steps, and between two segments lets the peers have a turn.
 
-    Each turn opens with a step off the clock, in which the contestant's weights and code come back to the caches.
+    A turn of several steps opens with some off the clock, in which weights and code come back to the caches.
     """
 
     def __init__(
         self, peers: dict[str, Iterator[None]], *, steps: int, seconds: float, clock: Callable[[], float]
     ):
         self.peers, self.steps, self.seconds, self.clock = peers, steps, seconds, clock
+        self.warm = steps // 5
         self.rounds: list[dict[str, float]] = []
         """Seconds of each contestant in each round; the first is for warming up."""
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self.begun = time.perf_counter()
+        self.begun, self.start = time.perf_counter(), self.clock()
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_) -> None:
-        taken = trainer.global_step % (1 + self.steps)
-        if taken == 1:
-            self.start = self.clock()
+        taken = trainer.global_step % (self.warm + self.steps)
         if taken:
+            if taken == self.warm:
+                self.start = self.clock()
             return
         seconds = {"ours": self.clock() - self.start}
-        bar = next(c for c in trainer.callbacks if isinstance(c, ProgressBar)).bar  # type: ignore[attr-defined]
-        bar.stop()  # it draws from a thread of its own, which would slow the peers down
         for name, loop in self.peers.items():
-            next(loop)
+            for _ in range(self.warm):
+                next(loop)
             start = self.clock()
             for _ in range(self.steps):
                 next(loop)
@@ -182,7 +181,7 @@ class Rounds(Callback):
         self.rounds.append(seconds)
         if time.perf_counter() - self.begun > self.seconds and len(self.rounds) > 2:
             raise Enough
-        bar.start()
+        self.start = self.clock()
 
 
 @dataclass

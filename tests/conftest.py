@@ -186,8 +186,10 @@ def named(prefix: str, module: torch.nn.Module, transpose: bool = False) -> dict
 
 def conv_block(prefix: str, theirs: torch.nn.Module) -> dict[str, torch.Tensor]:
     """One block of GPT-1 or GPT-2 under our names."""
+    biases = theirs.attn.c_attn.bias.chunk(3)
     return {
-        **named(f"{prefix}.attn.qkv", theirs.attn.c_attn, transpose=True),
+        f"{prefix}.attn.qkv.weight": theirs.attn.c_attn.weight.T,
+        **{f"{prefix}.attn.{part}_bias": bias for part, bias in zip("qkv", biases, strict=True)},
         **named(f"{prefix}.attn.out", theirs.attn.c_proj, transpose=True),
         **named(f"{prefix}.ffn.up", theirs.mlp.c_fc, transpose=True),
         **named(f"{prefix}.ffn.out", theirs.mlp.c_proj, transpose=True),

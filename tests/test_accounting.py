@@ -83,7 +83,7 @@ def test_exact_counts_the_head_once_tied_or_not(preset, embed):
 def test_exact_is_the_mean_over_positions(preset):
     """Query t attends to t keys, t = 1 … T."""
     decoder = preset("nano")
-    mean = sum(forward_flops_per_token(decoder, t) for t in range(1, 65)) / 64
+    mean = sum(forward_flops_per_token(decoder, t, 64) for t in range(1, 65)) / 64
     assert CONVENTIONS["exact"](decoder, 64) == pytest.approx(3 * mean)
 
 
@@ -101,7 +101,7 @@ def test_gqa_lowers_linear_flops_alone(preset):
     """Fewer key/value heads have fewer weights; every query still meets every key."""
     mha, gqa = (preset("nano", f"attn={attn}") for attn in ("mha", "gqa"))
     fewer = 2 * 2 * 2 * 32 * 16  # layers, k and v, d_model, two heads of 8
-    assert forward_flops_per_token(mha, 64) - forward_flops_per_token(gqa, 64) == 2 * fewer / 2
+    assert forward_flops_per_token(mha, 64, 64) - forward_flops_per_token(gqa, 64, 64) == 2 * fewer / 2
     mixing = {float(d.blocks[0].attn.mixing_flops(64.0)) for d in (mha, gqa)}
     assert mixing == {4.0 * 32 * 64}
 

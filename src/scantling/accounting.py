@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from scantling.model.attn import Mixer
 from scantling.model.decoder import Decoder
+from scantling.model.moe import MixtureOfExperts
 
 GROUPS = {
-    "embedding": "embed.tokens.",
-    "head": "embed.head.",
-    "position": "pos.",
-    "attention": ".attn.",
-    "feed-forward": ".ffn.",
+    "embedding": (".embed.tokens.", ".embed.wide.", ".embed.norm."),
+    "head": (".embed.head.", ".embed.narrow.", ".head."),
+    "position": (".pos.",),
+    "attention": (".attn.",),
+    "feed-forward": (".ffn.",),
 }
 
 
@@ -23,30 +23,51 @@ def parameter_counts(decoder: Decoder) -> dict[str, int]:
     """Parameters by group; a matrix that embedding and head share counts once, as embedding."""
     counts = dict.fromkeys([*GROUPS, "norm"], 0)
     for name, parameter in decoder.named_parameters():
-        group = next((g for g, mark in GROUPS.items() if mark in f".{name}"), "norm")
+        dotted = f".{name}"
+        group = next((g for g, marks in GROUPS.items() if any(mark in dotted for mark in marks)), "norm")
         counts[group] += parameter.numel()
     assert sum(counts.values()) == sum(p.numel() for p in decoder.parameters())
     return counts
 
 
-def mixers(decoder: Decoder) -> list[Mixer]:
-    return [module for module in decoder.modules() if isinstance(module, Mixer)]
+def active_parameters(decoder: Decoder) -> int:
+    """Parameters that one token passes: of the experts, those that its router chooses."""
+    idle = 0
+    for moe in decoder.modules():
+        if isinstance(moe, MixtureOfExperts):
+            experts = sum(p.numel() for p in moe.experts.parameters())
+            idle += experts * (moe.router.n_experts - moe.router.n_active) // moe.router.n_experts
+    return sum(p.numel() for p in decoder.parameters()) - idle
 
 
-def forward_flops_per_token(decoder: Decoder, context: float) -> float:
-    """Matrix products of one token's forward pass that attends to `context` keys; 2 FLOPs a multiply-add.
+def linear_flops(module: nn.Module) -> float:
+    """Forward FLOPs per token of all linear layers below `module`, of the experts only those chosen."""
+    if isinstance(module, nn.Linear):
+        return 2 * module.weight.numel()
+    flops = sum(linear_flops(child) for name, child in module.named_children() if name != "experts")
+    if isinstance(module, MixtureOfExperts):
+        flops += linear_flops(module.experts) * module.router.n_active / module.router.n_experts
+    return flops
 
+
+def forward_flops_per_token(decoder: Decoder, keys: float | None, seq_len: int) -> float:
+    """Matrix products of one token's forward pass; 2 FLOPs a multiply-add.
+
+    The token sees `keys` keys in every layer; None: as many as causality and the layer's pattern leave on average.
     Norms, activations, softmax and the lookup of embeddings are left out, as in all the literature's counts.
     """
-    linear = sum(m.weight.numel() for m in decoder.blocks.modules() if isinstance(m, nn.Linear))
-    head = decoder.embed.tokens.weight.numel()
-    mixing = sum(mixer.mixing_flops(float(context)) for mixer in mixers(decoder))
-    return 2 * (linear + head) + mixing
+    mixing = sum(
+        block.attn.mixing_flops(block.attn.mean_keys(seq_len) if keys is None else float(keys))
+        for block in decoder.layers
+    )
+    linear = sum(linear_flops(block) for block in decoder.layers)
+    widening = sum(2 * p.numel() for name, p in decoder.embed.named_parameters() if name.startswith("wide."))
+    return linear + mixing + widening + decoder.head.flops(decoder.embed)
 
 
 def exact(decoder: Decoder, seq_len: int) -> float:
-    """3 × the forward pass, each token attending to the (T+1)/2 keys that causality leaves it on average."""
-    return 3 * forward_flops_per_token(decoder, (seq_len + 1) / 2)
+    """3 × the forward pass, each token attending to the keys that causality and patterns leave it, (T+1)/2 without any."""
+    return 3 * forward_flops_per_token(decoder, None, seq_len)
 
 
 def kaplan(decoder: Decoder, seq_len: int) -> float:
@@ -61,7 +82,7 @@ def six_n(decoder: Decoder, seq_len: int) -> float:
 
 def palm(decoder: Decoder, seq_len: int) -> float:
     """6·N + 12·L·H·E·T, attention counted in full. Chowdhery et al. 2022, arXiv:2204.02311, appendix B."""
-    mixing = sum(mixer.mixing_flops(float(seq_len)) for mixer in mixers(decoder))
+    mixing = sum(block.attn.mixing_flops(float(seq_len)) for block in decoder.layers)
     return six_n(decoder, seq_len) + 3 * mixing
 
 
@@ -102,9 +123,9 @@ def training_memory(decoder: Decoder, *, sequences: int, seq_len: int, half_prec
     """
     n = sum(p.numel() for p in decoder.parameters())
     width = 2 if half_precision else 4
-    d_model = decoder.embed.tokens.embedding_dim
-    linears = [m for m in decoder.blocks.modules() if isinstance(m, nn.Linear)]
-    kept = sum(m.in_features + m.out_features for m in linears) + 4 * d_model * len(decoder.blocks)
+    d_model = decoder.layers[0].attn.out.out_features
+    linears = [m for block in decoder.layers for m in block.modules() if isinstance(m, nn.Linear)]
+    kept = sum(m.in_features + m.out_features for m in linears) + 4 * d_model * len(decoder.layers)
     logits = decoder.embed.tokens.num_embeddings * (width + 8)
     tokens = sequences * seq_len
     return Memory(4 * n, 4 * n, 8 * n, tokens * (kept * width + logits))

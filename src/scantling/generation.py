@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scantling.model.cache import KVCache
 from scantling.model.decoder import Decoder
 
 
@@ -65,11 +64,11 @@ def generate(
     """
     device = prompt_T.device
     seen = prompt_T[-decoder.seq_len :].tolist()
-    cache, new = KVCache(len(decoder.blocks), decoder.seq_len), seen
+    cache, new = decoder.new_cache(decoder.seq_len), seen
     for _ in range(n_tokens):
         if cache.length + len(new) > decoder.seq_len:
             seen = new = seen[-max(1, decoder.seq_len // 2) :]
-            cache = KVCache(len(decoder.blocks), decoder.seq_len)
+            cache = decoder.new_cache(decoder.seq_len)
         # `forward` and not the call: a compiled call would be compiled anew for every length.
         logits_BTV = decoder.forward(torch.tensor([new], device=device), cache)
         p_BV = filtered(logits_BTV[:, -1], temperature=temperature, top_k=top_k, top_p=top_p)

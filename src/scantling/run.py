@@ -44,7 +44,7 @@ from scantling.training.checkpoints import Checkpoints, WholeFiles, first_step_o
 from scantling.training.loggers import Wandb
 from scantling.training.task import LanguageModelTask
 
-PARTS = ("norm", "pos", "attn", "ffn", "block", "embed")
+PARTS = ("norm", "pos", "attn", "ffn", "block", "embed", "head")
 
 NOT_IDENTITY = ("study", "resume", "dry_run", "log_every", "sample", "paths", "logger", "trainer")
 """Settings that do not change what is trained, and so are no part of a run's id; of `trainer`, precision does."""

@@ -23,9 +23,9 @@ from scantling.generation import continuation
 from scantling.model.decoder import Decoder
 from scantling.run_directory import RunDirectory
 from scantling.training.hardware import keep_freed_memory
-from scantling.training.task import TextLoss, negative_log_likelihood
+from scantling.training.task import TextLoss
 
-LOADABLE = ("scantling.model.", "scantling.data.", "torch.nn.ReLU", "torch.nn.GELU", "torch.nn.SiLU")
+LOADABLE = ("scantling.model.", "scantling.data.", "torch.nn.ReLU", "torch.nn.GELU", "torch.nn.SiLU", "torch.nn.Identity")
 """Where a stored configuration may take classes from: nothing else is built because a file was read."""
 
 
@@ -80,8 +80,7 @@ class TrainedRun:
             batches, "evaluating", console=Console(stderr=True), transient=True, disable=quiet
         ):
             targets_BT = batch["targets"].to(device)
-            logits_BTV = self.decoder(batch["inputs"].to(device))
-            result.add(negative_log_likelihood(logits_BTV, targets_BT), targets_BT)
+            result.add(self.decoder(batch["inputs"].to(device), targets_BT=targets_BT), targets_BT)
         return result
 
 

@@ -9,24 +9,50 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.accounting import forward_flops_per_token
-from scantling.model.cache import KVCache
+from scantling.run import PARTS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-OPTIONS = [
-    f"{group}={path.stem}"
-    for group in ("norm", "pos", "attn", "ffn", "block", "embed")
-    for path in sorted((CONF / group).glob("*.yaml"))
-]
 T = 64
 TOKENS = torch.randint(512, (3, T), generator=torch.Generator().manual_seed(0))
 
-pytestmark = pytest.mark.parametrize("option", OPTIONS)
+
+def host(path: Path) -> list[str]:
+    """The option that has this nested group: none needed where the default has it."""
+    group, nested = path.relative_to(CONF).parts[:2]
+    defaults = {"attn": "mha", "pos": "rope", "ffn": "swiglu"}
+    choosing = [f.stem for f in sorted((CONF / group).glob("*.yaml")) if f"- {nested}: " in f.read_text()]
+    assert choosing, f"no option of {group}= chooses among {group}/{nested}"
+    return [] if defaults[group] in choosing else [f"{group}={choosing[0]}"]
+
+
+OPTIONS = [(f"{group}={path.stem}",) for group in PARTS for path in sorted((CONF / group).glob("*.yaml"))] + [
+    (*host(path), f"{path.parent.relative_to(CONF)}={path.stem}")
+    for group in PARTS
+    for path in sorted((CONF / group).glob("*/*.yaml"))
+]
+
+pytestmark = pytest.mark.parametrize("option", OPTIONS, ids=" ".join)
 
 
 @pytest.fixture
 def lively(nano, option):
     """nano with the option and biases, weights large enough for attention to be far from uniform."""
-    return nano(option, "model.bias=true", gain=8).eval()
+    decoder = nano(*option, "model.bias=true", gain=8).eval()
+    jitter(decoder)
+    return decoder
+
+
+@torch.no_grad()
+def jitter(decoder):
+    """Move vectors away from where they start: a factor of 0 or a bias of 0 would hide what it multiplies or adds."""
+    generator = torch.Generator().manual_seed(1)
+    for p in decoder.parameters():
+        if p.ndim < 2:
+            p.add_(torch.empty(p.shape).uniform_(-0.1, 0.1, generator=generator))
+
+
+def sees_all(decoder) -> bool:
+    return all(block.attn.mean_keys(T) == (T + 1) / 2 for block in decoder.layers)
 
 
 @torch.no_grad()
@@ -36,26 +62,70 @@ def test_a_future_token_never_changes_past_logits(lively):
         changed = TOKENS.clone()
         changed[:, t:] = (changed[:, t:] + 1) % 512
         after = lively(changed)
-        assert_close(after[:, :t], logits[:, :t], rtol=0, atol=1e-5)
+        assert_close(after[:, :t], logits[:, :t], rtol=0, atol=2e-5)
         assert (after[:, t:] - logits[:, t:]).abs().amax((0, 2)).min() > 1e-2  # every later one does change
 
 
 @torch.no_grad()
-def test_a_past_token_changes_all_later_logits(lively):
-    """Nothing is attended to only within a layer's own position."""
+def test_a_past_token_changes_later_logits(lively):
+    """All of them, unless the layers see only some: then none beyond what the layers together can reach."""
     changed = TOKENS.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 512
-    assert (lively(changed) - lively(TOKENS))[:, 3:].abs().amax((0, 2)).min() > 1e-5
+    difference = (lively(changed) - lively(TOKENS)).abs().amax((0, 2))
+    if sees_all(lively):
+        assert difference[3:].min() > 1e-5
+        return
+    t, s = torch.arange(T)[:, None], torch.arange(T)
+    reached = torch.eye(T, dtype=torch.bool)
+    for block in lively.layers:
+        sees = (s <= t) & block.attn.pattern.sees(t, s)
+        reached = (sees.float() @ reached.float()) > 0
+    assert (difference[reached[:, 3]] > 1e-6).all()
+    assert not difference[~reached[:, 3]].any()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("splits", [[20], [1] * 20, [12] + [1] * 8, [5, 1, 7, 1, 6]], ids=len)
+@pytest.mark.parametrize("splits", [[40], [1] * 40, [24] + [1] * 16, [5, 1, 14, 1, 19]], ids=len)
 def test_cached_logits_equal_uncached(lively, splits):
-    tokens = TOKENS[:, :20]
-    cache = KVCache(len(lively.blocks), max_len=24)
+    tokens = TOKENS[:, :40]
+    cache = lively.new_cache(max_len=44)
     pieces = [lively(piece, cache) for piece in tokens.split(splits, dim=1)]
-    assert cache.length == 20
-    assert_close(torch.cat(pieces, 1), lively(tokens), rtol=0, atol=2e-5)
+    assert cache.length == 40
+    assert_close(torch.cat(pieces, 1), lively(tokens), rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+def test_rows_of_different_length_share_a_cache(lively):
+    """Prompts of 30, 7 and 19 tokens, padded on the right, then ten more tokens each, one by one and four at once."""
+    lengths = torch.tensor([30, 7, 19])
+    cache = lively.new_cache(max_len=48)
+    padded = torch.where(torch.arange(30) < lengths[:, None], TOKENS[:, :30], 0)
+    logits = [lively(padded, cache, lengths_B=lengths)]
+    for start, n in [*((i, 1) for i in range(6)), (6, 4)]:
+        at = lengths[:, None] + start + torch.arange(n)
+        logits.append(lively(TOKENS.gather(1, at), cache))
+    whole = lively(TOKENS)
+    for row, length in enumerate(lengths):
+        ours = torch.cat([logits[0][row, :length], *(piece[row] for piece in logits[1:])])
+        assert_close(ours, whole[row, : length + 10], rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("precision", "error"), [("int8", 0.06), ("fp8", 0.2)])
+def test_a_quantised_cache_stays_near(lively, precision, error):
+    """Relative to the spread of the logits, after 24 tokens at once and 16 one by one."""
+    cache = lively.new_cache(44, precision)
+    pieces = [lively(piece, cache) for piece in TOKENS[:, :40].split([24] + [1] * 16, dim=1)]
+    expected = lively(TOKENS[:, :40])
+    difference = torch.cat(pieces, 1) - expected
+    assert difference.std() < error * expected.std()
+
+
+@torch.no_grad()
+def test_the_cache_takes_the_bytes_it_is_said_to(lively):
+    cache = lively.new_cache(max_len=64)
+    lively(TOKENS[:1], cache)
+    assert cache.nbytes == 4 * sum(block.attn.cached_numbers(64) for block in lively.layers)
 
 
 @torch.no_grad()
@@ -69,10 +139,11 @@ def test_a_shorter_context_gives_the_same_logits(lively):
     assert_close(lively(TOKENS[:, :11]), lively(TOKENS)[:, :11], rtol=0, atol=1e-5)
 
 
-def test_every_parameter_gets_a_gradient(nano, option):
-    decoder = nano(option, "model.bias=true")
-    logits = decoder(TOKENS)
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+def test_every_parameter_gets_a_gradient(lively):
+    decoder = lively.train()
+    torch.manual_seed(0)
+    for _ in range(4):  # stochastic depth leaves some out
+        decoder(TOKENS[:, :-1], targets_BT=TOKENS[:, 1:]).backward()
     for name, p in decoder.named_parameters():
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
@@ -81,11 +152,11 @@ def test_every_parameter_gets_a_gradient(nano, option):
 
 @torch.no_grad()
 def test_forward_flops_equal_torchs_count(nano, option):
-    """torch counts attention over all T keys, causal or not, and on CPU only by the math kernel's products."""
-    decoder = nano(option)
+    """torch counts attention over all T keys, causal and seen or not, and on CPU only by the math kernel's products."""
+    decoder = nano(*option)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         decoder(TOKENS)
-    assert TOKENS.numel() * forward_flops_per_token(decoder, T) == counter.get_total_flops()
+    assert TOKENS.numel() * forward_flops_per_token(decoder, T, T) == counter.get_total_flops()
 
 
 @torch.no_grad()
@@ -93,11 +164,12 @@ def test_bfloat16_autocast_stays_near_float32(lively):
     with torch.autocast("cpu", torch.bfloat16):
         low = lively(TOKENS)
     high = lively(TOKENS)
-    assert (low.float() - high).std() < 0.03 * high.std()
+    # The median, for a token whose router was of two minds may go to another expert.
+    assert (low.float() - high).abs().median() < 0.02 * high.std()
 
 
 def test_a_seed_repeats_and_another_differs(nano, option):
-    first, again, other = (dict(nano(option, seed=s).named_parameters()) for s in (1, 1, 2))
+    first, again, other = (dict(nano(*option, seed=s).named_parameters()) for s in (1, 1, 2))
     for name, p in first.items():
         assert torch.equal(p, again[name]), name
         assert p.ndim < 2 or not torch.equal(p, other[name]), name
@@ -105,8 +177,16 @@ def test_a_seed_repeats_and_another_differs(nano, option):
 
 def test_what_two_models_share_starts_equal(nano, option):
     """Runs that differ in one part are paired: each tensor of one name and shape has the same values in both."""
-    default, ours = (dict(nano(*overrides).named_parameters()) for overrides in ((), (option,)))
+    default, ours = (dict(nano(*overrides).named_parameters()) for overrides in ((), option))
     shared = [name for name in default.keys() & ours.keys() if default[name].shape == ours[name].shape]
-    assert {"embed.tokens.weight", "blocks.0.attn.out.weight", "blocks.1.attn.out.weight"} <= set(shared)
+    assert shared
     for name in shared:
-        assert torch.equal(default[name], ours[name]), name
+        if ours[name].ndim >= 2:
+            assert torch.equal(default[name], ours[name]), name
+
+
+@torch.no_grad()
+def test_a_state_dict_brings_the_logits_back(nano, option, lively):
+    again = nano(*option, "model.bias=true", seed=7).eval()
+    again.load_state_dict(lively.state_dict())
+    assert torch.equal(again(TOKENS), lively(TOKENS))

@@ -3,192 +3,299 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from scantling.model.cache import LayerCache
-from scantling.model.pos import Rotation, ScoreBias
+from scantling.model.cache import Buffer, LayerCache
+from scantling.model.norm import NormFactory
+from scantling.model.pattern import Pattern
+from scantling.model.pos import Rotation
+from scantling.model.scores import Scores
 
-
-class CausalScores:
-    """softmax(QKᵀ/√E + bias)·V over the keys up to each query; one object a forward pass, shared by its layers.
-
-    Queries stand at positions `start … start+T-1`, keys at `0 … start+T-1`. `scaled_dot_product_attention` does
-    the work (its flash or math kernel, PyTorch's choice). FlexAttention takes over on a GPU when there is a bias,
-    where a dense mask would rule the flash kernel out.
-    """
-
-    def __init__(
-        self, *, bias: ScoreBias | None, n_heads: int, start: int, length: int, device: torch.device
-    ):
-        self.bias, self.n_heads, self.start, self.length, self.device = bias, n_heads, start, length, device
-
-    def attend(
-        self,
-        q_BHTE: Float[Tensor, "B H T E"],
-        k_BKSE: Float[Tensor, "B K S E"],
-        v_BKSE: Float[Tensor, "B K S E"],
-        dropout: float,
-    ) -> Float[Tensor, "B H T E"]:
-        if self.bias is not None and q_BHTE.is_cuda and dropout == 0:
-            return self.flex(q_BHTE, k_BKSE, v_BKSE, compiled_flex_attention())
-        return self.dense(q_BHTE, k_BKSE, v_BKSE, dropout)
-
-    def dense(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, dropout: float) -> Tensor:
-        dtype, (*_, length, width) = q_BHTE.dtype, q_BHTE.shape
-        if q_BHTE.is_cpu and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-            # The CPU's flash kernel is slow in bfloat16 without AMX. Written out, attention takes half its time,
-            # and up to here no more memory than a cast to float32, which serves longer contexts.
-            if length <= 8 * width:
-                return self.written_out(q_BHTE, k_BKSE, v_BKSE, dropout)
-            q_BHTE, k_BKSE, v_BKSE = q_BHTE.float(), k_BKSE.float(), v_BKSE.float()
-        elif q_BHTE.is_cpu and self.start + length <= 64:
-            return self.written_out(q_BHTE, k_BKSE, v_BKSE, dropout)  # faster than flash up to here
-        whole = self.bias is None and self.start == 0
-        mask = None if whole else self.mask if self.bias is None else self.biased_mask.type_as(q_BHTE)
-        with torch.autocast(q_BHTE.device.type, enabled=False):  # it would undo the cast above
-            o_BHTE = nn.functional.scaled_dot_product_attention(
-                q_BHTE,
-                k_BKSE,
-                v_BKSE,
-                attn_mask=mask,
-                is_causal=whole,
-                dropout_p=dropout,
-                enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
-            )
-        return o_BHTE.to(dtype)
-
-    def written_out(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, dropout: float) -> Tensor:
-        B, H, T, E = q_BHTE.shape
-        groups = H // k_BKSE.shape[1]
-        k_BHSE, v_BHSE = k_BKSE.repeat_interleave(groups, 1), v_BKSE.repeat_interleave(groups, 1)
-        mask_BHTS = self.biased_mask.type_as(q_BHTE).expand(B, H, T, -1)
-        with torch.autocast(q_BHTE.device.type, enabled=False):  # it would take the softmax in float32
-            scores_NTS = torch.baddbmm(
-                mask_BHTS.flatten(0, 1), q_BHTE.flatten(0, 1), k_BHSE.flatten(0, 1).mT, alpha=E**-0.5
-            )
-            weights_NTS = nn.functional.dropout(scores_NTS.softmax(-1), dropout)
-            return torch.bmm(weights_NTS, v_BHSE.flatten(0, 1)).unflatten(0, (B, H))
-
-    def flex(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, kernel=flex_attention) -> Tensor:
-        return kernel(
-            q_BHTE,
-            k_BKSE,
-            v_BKSE,
-            score_mod=self.flex_score,
-            block_mask=self.block_mask,
-            enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
-        )
-
-    @cached_property
-    def positions(self) -> tuple[Tensor, Tensor]:
-        """Of queries [T, 1] and keys [1, S]."""
-        keys = torch.arange(self.start + self.length, device=self.device)
-        return keys[self.start :, None], keys[None, :]
-
-    @cached_property
-    def mask(self) -> Bool[Tensor, "T S"]:
-        queries, keys = self.positions
-        return keys <= queries
-
-    @cached_property
-    def biased_mask(self) -> Float[Tensor, "H T S"]:
-        heads = torch.arange(self.n_heads, device=self.device)[:, None, None]
-        bias = (
-            torch.zeros(1, 1, 1, device=self.device)
-            if self.bias is None
-            else self.bias(heads, *self.positions)
-        )
-        return bias.masked_fill(~self.mask, -torch.inf)
-
-    @property
-    def flex_score(self):
-        bias, start = self.bias, self.start
-        if bias is None:
-            return None
-        return lambda score, b, h, t, s: score + bias(h, t + start, s)
-
-    @cached_property
-    def block_mask(self):
-        start = self.start
-        return create_block_mask(
-            lambda b, h, t, s: s <= t + start,
-            B=None,
-            H=None,
-            Q_LEN=self.length,
-            KV_LEN=start + self.length,
-            device=self.device,
-        )
-
-
-def compiled_flex_attention():
-    """Flex attention is fast only when compiled; torch keeps the compiled code."""
-    return torch.compile(flex_attention, dynamic=False)
+QKNorm = Callable[[int, int], nn.Module]
+"""(heads, d_head) -> a norm of queries or keys [B, T, heads, E]."""
 
 
 class Mixer(nn.Module, ABC):
     """Base of every option: x_BTD -> x_BTD, each position from itself and those before it."""
 
+    d_rotated: int
+    """Width of the head vectors that a position rotates."""
+
     @abstractmethod
     def forward(
         self,
         x_BTD: Float[Tensor, "B T D"],
         rotate: Rotation,
-        scores: CausalScores,
+        scores: Scores,
         cache: LayerCache | None,
     ) -> Float[Tensor, "B T D"]:
-        """`rotate` turns queries and keys, `scores` attends, `cache` holds the keys and values of past tokens."""
+        """`rotate` turns queries and keys, `scores` attends, `cache` holds what is kept of past tokens."""
 
     @abstractmethod
-    def mixing_flops(self, context: float) -> float:
-        """Forward FLOPs per token over `context` keys, beyond those of the part's linear layers."""
+    def mixing_flops(self, keys: float) -> float:
+        """Forward FLOPs per token that sees `keys` keys, beyond those of the part's linear layers."""
+
+    @abstractmethod
+    def mean_keys(self, seq_len: int) -> float:
+        """Keys that a token of a sequence sees on average, itself among them."""
+
+    @abstractmethod
+    def cached_numbers(self, context: int) -> int:
+        """Numbers kept of `context` past tokens, for one sequence."""
+
+    @abstractmethod
+    def new_cache(self, max_len: int, buffer: type[Buffer]) -> LayerCache:
+        """Room for what is kept of at most `max_len` tokens."""
 
 
-class Attention(Mixer):
-    """out(softmax(QKᵀ/√E)·V), Vaswani et al. 2017, arXiv:1706.03762, §3.2; one class for three names.
+class PatternedAttention(Mixer):
+    """Base of those that attend by a softmax over the keys of a pattern."""
+
+    def __init__(
+        self, layer: int, *, pattern: Callable[[int], Pattern], softcap: float | None, dropout: float
+    ):
+        super().__init__()
+        self.pattern, self.softcap, self.dropout = pattern(layer), softcap, dropout
+
+    @property
+    @abstractmethod
+    def cached_widths(self) -> int:
+        """Numbers kept of one token."""
+
+    def mean_keys(self, seq_len: int) -> float:
+        return self.pattern.mean_keys(seq_len)
+
+    def cached_numbers(self, context: int) -> int:
+        reach = context if self.pattern.reach is None else self.pattern.n_first + self.pattern.reach
+        return self.cached_widths * min(context, reach)
+
+    def new_cache(self, max_len: int, buffer: type[Buffer]) -> LayerCache:
+        return LayerCache(max_len, self.pattern, buffer)
+
+
+class Attention(PatternedAttention):
+    """out(softmax(QKᵀ·scale)·V), Vaswani et al. 2017, arXiv:1706.03762, §3.2; one class for three names.
 
     Every key/value head serves H/K query heads: K = H is multi-head attention (MHA), 1 < K < H grouped-query
     attention (GQA, Ainslie et al. 2023, arXiv:2305.13245), K = 1 multi-query attention (MQA, Shazeer 2019,
-    arXiv:1911.02150). `bias` is that of the linear layers, `dropout` falls on the attention weights.
+    arXiv:1911.02150). `scale` null is 1/√E. `qk_norm` normalises queries and keys before they are rotated,
+    `softcap` c bounds scores by c·tanh(s/c) (Gemma 2), `dropout` falls on the attention weights, `clip_qkv` bounds
+    the entries of queries, keys and values (OLMo, MPT).
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, d_head: int, *, n_kv_heads: int, bias: bool, dropout: float
+        self,
+        d_model: int,
+        n_heads: int,
+        d_head: int,
+        layer: int,
+        *,
+        n_kv_heads: int,
+        q_bias: bool,
+        k_bias: bool,
+        v_bias: bool,
+        out_bias: bool,
+        qk_norm: QKNorm,
+        clip_qkv: float | None,
+        scale: float | None,
+        softcap: float | None,
+        pattern: Callable[[int], Pattern],
+        dropout: float,
     ):
-        super().__init__()
+        super().__init__(layer, pattern=pattern, softcap=softcap, dropout=dropout)
         if not 1 <= n_kv_heads <= n_heads or n_heads % n_kv_heads:
             fits = [k for k in range(1, n_heads + 1) if n_heads % k == 0]
             raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}: use one of {fits}")
         self.heads = [n_heads, n_kv_heads, n_kv_heads]
-        self.d_head = d_head
-        self.dropout = dropout
-        self.qkv = nn.Linear(d_model, sum(self.heads) * d_head, bias=bias)
-        self.out = nn.Linear(n_heads * d_head, d_model, bias=bias)
+        self.d_head = self.d_rotated = d_head
+        self.scale, self.clip_qkv = d_head**-0.5 if scale is None else scale, clip_qkv
+        self.qkv = nn.Linear(d_model, sum(self.heads) * d_head, bias=False)
+        for name, wanted, heads in zip("qkv", (q_bias, k_bias, v_bias), self.heads, strict=True):
+            bias = nn.Parameter(torch.zeros(heads * d_head)) if wanted else None
+            self.register_parameter(f"{name}_bias", bias)
+        self.q_norm, self.k_norm = qk_norm(n_heads, d_head), qk_norm(n_kv_heads, d_head)
+        self.out = nn.Linear(n_heads * d_head, d_model, bias=out_bias)
 
     def forward(
         self,
         x_BTD: Float[Tensor, "B T D"],
         rotate: Rotation,
-        scores: CausalScores,
+        scores: Scores,
         cache: LayerCache | None,
     ) -> Float[Tensor, "B T D"]:
-        qkv_BTNE = self.qkv(x_BTD).unflatten(-1, (sum(self.heads), self.d_head))
+        qkv = nn.functional.linear(x_BTD, self.qkv.weight, self.bias())
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        qkv_BTNE = qkv.unflatten(-1, (sum(self.heads), self.d_head))
         q_BTHE, k_BTKE, v_BTKE = qkv_BTNE.split(self.heads, dim=2)
-        q_BTHE, k_BTKE = rotate(q_BTHE), rotate(k_BTKE)
+        q_BTHE, k_BTKE = rotate(self.q_norm(q_BTHE)), rotate(self.k_norm(k_BTKE))
+        keys = None
         if cache is not None:
-            k_BTKE, v_BTKE = cache.append(k_BTKE, v_BTKE)
+            k_BTKE, v_BTKE, keys = cache.append(k_BTKE, v_BTKE, scores.step)
         o_BHTE = scores.attend(
             q_BTHE.transpose(1, 2),
             k_BTKE.transpose(1, 2),
             v_BTKE.transpose(1, 2),
-            self.dropout if self.training else 0.0,
+            keys=keys,
+            pattern=self.pattern,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout=self.dropout if self.training else 0.0,
         )
         return self.out(o_BHTE.transpose(1, 2).flatten(2))
 
-    def mixing_flops(self, context: float) -> float:
+    def bias(self) -> Tensor | None:
+        """Of q, k and v side by side; zero where a part has none."""
+        biases = (self.q_bias, self.k_bias, self.v_bias)
+        if all(bias is None for bias in biases):
+            return None
+        widths = (heads * self.d_head for heads in self.heads)
+        none = self.qkv.weight.new_zeros
+        return torch.cat([none(w) if b is None else b for b, w in zip(biases, widths, strict=True)])
+
+    @property
+    def cached_widths(self) -> int:
+        return 2 * self.heads[1] * self.d_head
+
+    def mixing_flops(self, keys: float) -> float:
         """QKᵀ and weights·V: a multiplication and an addition for each of E channels, twice, for each head."""
-        return 4 * self.heads[0] * self.d_head * context
+        return 4 * self.heads[0] * self.d_head * keys
+
+
+class NoQKNorm(nn.Module):
+    """Queries and keys as they are."""
+
+    def __init__(self, n_heads: int, d_head: int):
+        super().__init__()
+
+    def forward(self, x_BTHE: Float[Tensor, "B T H E"]) -> Float[Tensor, "B T H E"]:
+        return x_BTHE
+
+
+class PerHeadNorm(nn.Module):
+    """One norm of width E that all heads share. Dehghani et al. 2023, arXiv:2302.05442, §2; Qwen3, Gemma 3."""
+
+    def __init__(self, n_heads: int, d_head: int, *, norm: NormFactory):
+        super().__init__()
+        self.norm = norm(d_head)
+
+    def forward(self, x_BTHE: Float[Tensor, "B T H E"]) -> Float[Tensor, "B T H E"]:
+        return self.norm(x_BTHE).type_as(x_BTHE)
+
+
+class EachHeadNorm(nn.Module):
+    """A norm of width E for each head, of its own weights. StableLM 2, Cohere's Command R+."""
+
+    def __init__(self, n_heads: int, d_head: int, *, norm: NormFactory):
+        super().__init__()
+        self.norms = nn.ModuleList([norm(d_head) for _ in range(n_heads)])
+
+    def forward(self, x_BTHE: Float[Tensor, "B T H E"]) -> Float[Tensor, "B T H E"]:
+        heads = x_BTHE.unbind(2)
+        return torch.stack([norm(x) for norm, x in zip(self.norms, heads, strict=True)], 2).type_as(x_BTHE)
+
+
+class FullWidthNorm(nn.Module):
+    """One norm over all heads together, of width H·E. OLMo 2, arXiv:2501.00656, §3.2."""
+
+    def __init__(self, n_heads: int, d_head: int, *, norm: NormFactory):
+        super().__init__()
+        self.norm = norm(n_heads * d_head)
+
+    def forward(self, x_BTHE: Float[Tensor, "B T H E"]) -> Float[Tensor, "B T H E"]:
+        return self.norm(x_BTHE.flatten(2)).view_as(x_BTHE).type_as(x_BTHE)
+
+
+class LatentAttention(PatternedAttention):
+    """Multi-head latent attention (MLA). DeepSeek-V2, arXiv:2405.04434, §2.1.
+
+    c = norm(W_down·x) of width C is all that is kept of a token, beside one rotated key r of width R that the heads
+    share: k_h = [W_k,h·c ; r], v_h = W_v,h·c, and the query is [nope part ; rotated part]. With `q_rank` the query
+    too comes from a narrow vector. Over cached tokens W_k moves to the query's side and W_v behind the sum, so
+    that attention works on c itself, as one key/value head of width C + R (ibid., §2.1.2).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_head: int,
+        layer: int,
+        *,
+        q_rank: int | None,
+        kv_rank: int,
+        d_rotated: int,
+        d_value: int | None,
+        bias: bool,
+        norm: NormFactory,
+        scale: float | None,
+        softcap: float | None,
+        pattern: Callable[[int], Pattern],
+        dropout: float,
+    ):
+        super().__init__(layer, pattern=pattern, softcap=softcap, dropout=dropout)
+        self.n_heads, self.d_nope, self.d_rotated = n_heads, d_head, d_rotated
+        self.d_value = d_head if d_value is None else d_value
+        self.kv_rank = kv_rank
+        self.scale = (d_head + d_rotated) ** -0.5 if scale is None else scale
+        width = n_heads * (d_head + d_rotated)
+        if q_rank is None:
+            self.q = nn.Linear(d_model, width, bias=False)
+        else:
+            self.q = nn.Sequential(
+                nn.Linear(d_model, q_rank, bias=bias), norm(q_rank), nn.Linear(q_rank, width, bias=False)
+            )
+        self.kv_down = nn.Linear(d_model, kv_rank + d_rotated, bias=bias)
+        self.kv_norm = norm(kv_rank)
+        self.kv_up = nn.Linear(kv_rank, n_heads * (d_head + self.d_value), bias=False)
+        self.out = nn.Linear(n_heads * self.d_value, d_model, bias=bias)
+
+    def forward(
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        rotate: Rotation,
+        scores: Scores,
+        cache: LayerCache | None,
+    ) -> Float[Tensor, "B T D"]:
+        q_BTHE = self.q(x_BTD).unflatten(-1, (self.n_heads, -1))
+        nope_BTHE, turned_BTHR = q_BTHE.split([self.d_nope, self.d_rotated], -1)
+        turned_BTHR = rotate(turned_BTHR)
+        c_BTC, r_BTR = self.kv_down(x_BTD).split([self.kv_rank, self.d_rotated], -1)
+        c_BT1C, r_BT1R = self.kv_norm(c_BTC)[:, :, None], rotate(r_BTR[:, :, None])
+        settings = {
+            "pattern": self.pattern,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "dropout": self.dropout if self.training else 0.0,
+        }
+        if cache is not None:
+            c_BS1C, r_BS1R, keys = cache.append(c_BT1C, r_BT1R, scores.step)
+            up_HEC = self.kv_up.weight.view(self.n_heads, -1, self.kv_rank)
+            up_k, up_v = up_HEC.split([self.d_nope, self.d_value], 1)
+            q = torch.cat((torch.einsum("bthe,hec->bthc", nope_BTHE, up_k), turned_BTHR), -1)
+            k = torch.cat((c_BS1C, r_BS1R), -1)
+            o_BHTC = scores.attend(
+                q.transpose(1, 2), k.transpose(1, 2), c_BS1C.transpose(1, 2), keys=keys, **settings
+            )
+            o_BTHE = torch.einsum("bhtc,hec->bthe", o_BHTC, up_v)
+        else:
+            kv_BTHE = self.kv_up(c_BT1C.squeeze(2)).unflatten(-1, (self.n_heads, -1))
+            k_BTHE, v_BTHE = kv_BTHE.split([self.d_nope, self.d_value], -1)
+            q = torch.cat((nope_BTHE, turned_BTHR), -1)
+            k = torch.cat((k_BTHE, r_BT1R.expand(-1, -1, self.n_heads, -1)), -1)
+            o_BHTE = scores.attend(
+                q.transpose(1, 2), k.transpose(1, 2), v_BTHE.transpose(1, 2), keys=None, **settings
+            )
+            o_BTHE = o_BHTE.transpose(1, 2)
+        return self.out(o_BTHE.flatten(2))
+
+    @property
+    def cached_widths(self) -> int:
+        return self.kv_rank + self.d_rotated
+
+    def mixing_flops(self, keys: float) -> float:
+        return 2 * self.n_heads * (self.d_nope + self.d_rotated + self.d_value) * keys

@@ -1,42 +1,262 @@
-"""Keys and values of past tokens, passed to the decoder as an argument while it generates."""
+"""What a decoder remembers of past tokens, passed to it as an argument while it generates.
+
+A row's token at position p always stands at the same place, whatever the other rows hold. Rows of different length
+are padded on the right: a pad's key is later than every real query, so that causality hides it, and the row's next
+token takes its place.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from scantling.model.pattern import Pattern
+
+
+@dataclass
+class Step:
+    """Where the tokens of one forward pass stand."""
+
+    positions_BT: Int[Tensor, "_ T"]
+    """One row when all rows stand alike."""
+    start: int | None
+    """Position of the first token, when all rows have the same."""
+    end: int
+    """One past the last position of the longest row."""
+    valid_BT: Bool[Tensor, "B T"] | None = None
+    """False for padding; None where there is none."""
+
+    @property
+    def before(self) -> Tensor:
+        """Tokens that each row had before, [B or 1, 1]."""
+        return self.positions_BT[:, :1]
+
+    @property
+    def after(self) -> Tensor:
+        new = self.positions_BT.shape[1] if self.valid_BT is None else self.valid_BT.sum(1, keepdim=True)
+        return self.before + new
+
+    @classmethod
+    def whole(cls, tokens_BT: Tensor) -> Step:
+        """Tokens from position 0, with nothing before them."""
+        T = tokens_BT.shape[1]
+        return cls(torch.arange(T, device=tokens_BT.device)[None], 0, T)
+
+
+@dataclass
+class Keys:
+    """Where the keys stand that a layer attends to."""
+
+    positions: Callable[[], Tensor]
+    """[B or 1, S]; negative where a place is empty."""
+    all_seen: bool
+    """Whether every query sees every key, so that no mask is needed."""
+
+
+class Buffer:
+    """Room for `n_slots` tokens of keys or values, in the precision of the computation."""
+
+    def __init__(self, n_slots: int, like_BTKE: Tensor):
+        B, _, K, E = like_BTKE.shape
+        self.data_BSKE = like_BTKE.new_zeros(B, n_slots, K, E)
+
+    def write(self, index: Any, x: Tensor) -> None:
+        self.data_BSKE[index] = x
+
+    def read(self, n_slots: int) -> Tensor:
+        return self.data_BSKE[:, :n_slots]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken twice."""
+        self.data_BSKE = self.data_BSKE[rows]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data_BSKE.nbytes
+
+
+class QuantisedBuffer(Buffer):
+    """x ≈ scale · q with q in `dtype` and one float32 scale for each token and head, so that the largest |x| is kept."""
+
+    dtype: torch.dtype
+    largest: float
+
+    def __init__(self, n_slots: int, like_BTKE: Tensor):
+        B, _, K, E = like_BTKE.shape
+        self.computes_in = like_BTKE.dtype
+        self.data_BSKE = torch.zeros(B, n_slots, K, E, dtype=self.dtype, device=like_BTKE.device)
+        self.scale_BSK1 = torch.zeros(B, n_slots, K, 1, device=like_BTKE.device)
+
+    def write(self, index: Any, x: Tensor) -> None:
+        scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / self.largest
+        self.scale_BSK1[index] = scale
+        self.data_BSKE[index] = self.rounded(x.float() / scale).to(self.dtype)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x
+
+    def read(self, n_slots: int) -> Tensor:
+        return (self.data_BSKE[:, :n_slots].float() * self.scale_BSK1[:, :n_slots]).to(self.computes_in)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.scale_BSK1 = self.scale_BSK1[rows]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data_BSKE.nbytes + self.scale_BSK1.nbytes
+
+
+class Int8Buffer(QuantisedBuffer):
+    dtype, largest = torch.int8, 127.0
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x.round()
+
+
+class Float8Buffer(QuantisedBuffer):
+    """Four bits of exponent, three of fraction (e4m3)."""
+
+    dtype, largest = torch.float8_e4m3fn, 448.0
+
+
+BUFFERS: dict[str, type[Buffer]] = {"full": Buffer, "int8": Int8Buffer, "fp8": Float8Buffer}
+"""Precisions of a cache; `full` is that of the computation."""
 
 
 class LayerCache:
-    """Keys and values of one layer, in room for `max_len` tokens set aside at the first append."""
+    """Keys and values of one layer.
 
-    def __init__(self, max_len: int):
-        self.max_len = max_len
+    A pattern with a limited reach needs no more than its first tokens and the last `reach`: the cache rolls, token p
+    standing at place n_first + (p - n_first) mod reach.
+    """
+
+    def __init__(self, max_len: int, pattern: Pattern, buffer: type[Buffer]):
+        self.first, self.window = pattern.n_first, max_len if pattern.reach is None else pattern.reach
+        self.n_slots = min(max_len, self.first + self.window)
+        self.rolls = self.first + self.window < max_len
+        self.holds_what_is_seen = pattern.is_full or pattern.reach is not None
+        self.buffer = buffer
+        self.k: Buffer | None = None
+        self.v: Buffer | None = None
         self.length = 0
-        self.k_BSKE = self.v_BSKE = torch.empty(0)
+        """Tokens of the longest row."""
 
     def append(
-        self, k_BTKE: Float[Tensor, "B T K E"], v_BTKE: Float[Tensor, "B T K E"]
-    ) -> tuple[Tensor, Tensor]:
-        """All keys and values so far, [B, S, K, E] each, the new ones last."""
-        B, T, K, E = k_BTKE.shape
-        if self.length == 0:
-            self.k_BSKE = k_BTKE.new_empty(B, self.max_len, K, E)
-            self.v_BSKE = v_BTKE.new_empty(B, self.max_len, K, E)
-        assert self.length + T <= self.max_len, "the cache is full"
-        new = slice(self.length, self.length + T)
-        self.k_BSKE[:, new], self.v_BSKE[:, new] = k_BTKE, v_BTKE
-        self.length += T
-        return self.k_BSKE[:, : self.length], self.v_BSKE[:, : self.length]
+        self, k_BTKE: Float[Tensor, "B T K E"], v_BTKE: Float[Tensor, "B T K _"], step: Step
+    ) -> tuple[Tensor, Tensor, Keys]:
+        """Keys and values that the new tokens may see, [B, S, K, E] each, and where they stand."""
+        assert step.end <= self.n_slots or self.rolls, "the cache is full"
+        if self.k is None or self.v is None:
+            self.k, self.v = self.buffer(self.n_slots, k_BTKE), self.buffer(self.n_slots, v_BTKE)
+        before = self.length
+        one_more = k_BTKE.shape[1] == 1 and step.valid_BT is None
+        old = None
+        if self.rolls and not one_more and before:
+            filled = min(before, self.n_slots)
+            old = self.k.read(filled).clone(), self.v.read(filled).clone(), self.held(step.before, filled)
+        self.write(k_BTKE, v_BTKE, step, one_more)
+        self.length = step.end
+        filled = min(step.end, self.n_slots)
+        if not self.rolls or one_more:
+            all_seen = one_more and step.start is not None and self.holds_what_is_seen
+            keys = Keys(lambda: self.held(step.after, filled), all_seen)
+            return self.k.read(filled), self.v.read(filled), keys
+        B, new = k_BTKE.shape[0], step.positions_BT
+        if old is None:
+            return k_BTKE, v_BTKE, Keys(lambda: new, all_seen=False)
+        k, v, positions = old
+        return (
+            torch.cat((k, k_BTKE), 1),
+            torch.cat((v, v_BTKE), 1),
+            Keys(lambda: torch.cat((positions.expand(B, -1), new.expand(B, -1)), 1), all_seen=False),
+        )
+
+    def write(self, k_BTKE: Tensor, v_BTKE: Tensor, step: Step, one_more: bool) -> None:
+        assert self.k is not None and self.v is not None
+        B, T = k_BTKE.shape[:2]
+        index: Any
+        if step.start is not None and step.valid_BT is None and (not self.rolls or one_more):
+            slot = self.slot_of(step.start)
+            index = (slice(None), slice(slot, slot + T))
+        else:
+            positions = step.positions_BT.expand(B, T)
+            kept = torch.ones_like(positions, dtype=torch.bool) if step.valid_BT is None else step.valid_BT
+            if self.rolls:
+                kept = kept & ((positions < self.first) | (positions >= step.after - self.window))
+            rows, columns = kept.nonzero(as_tuple=True)
+            index = (rows, self.slot_of(positions[rows, columns]))
+            k_BTKE, v_BTKE = k_BTKE[rows, columns], v_BTKE[rows, columns]
+        self.k.write(index, k_BTKE)
+        self.v.write(index, v_BTKE)
+
+    def slot_of(self, position: Any) -> Any:
+        if not self.rolls:
+            return position
+        wrapped = self.first + (position - self.first) % self.window
+        if isinstance(position, int):
+            return position if position < self.first else wrapped
+        return torch.where(position < self.first, position, wrapped)
+
+    def held(self, lengths_B1: Tensor, filled: int) -> Tensor:
+        """The position that each of the first `filled` places holds, [B or 1, filled]; -1 in empty ones."""
+        slots = torch.arange(filled, device=lengths_B1.device)[None]
+        if not self.rolls:
+            return slots
+        newest = lengths_B1 - 1 - self.first
+        rolled = newest - (newest - (slots - self.first)) % self.window
+        position = torch.where(slots < self.first, slots, self.first + rolled)
+        filled_already = (position < lengths_B1) & ((slots < self.first) | (rolled >= 0))
+        return torch.where(filled_already, position, -1)
+
+    def select(self, rows: Tensor) -> None:
+        for buffer in (self.k, self.v):
+            if buffer is not None:
+                buffer.select(rows)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (self.k, self.v) if buffer is not None)
 
 
 class KVCache:
-    """A `LayerCache` for each layer."""
+    """One cache for each layer, and how many tokens each row has."""
 
-    def __init__(self, n_layers: int, max_len: int):
-        self.max_len = max_len
-        self.layers = [LayerCache(max_len) for _ in range(n_layers)]
+    def __init__(self, layers: list[Any], max_len: int):
+        self.layers, self.max_len = layers, max_len
+        self.length = 0
+        """Tokens of the longest row."""
+        self.lengths_B: Tensor | None = None
+        """Tokens of each row, where they differ."""
+
+    def advance(self, tokens_BT: Tensor, lengths_B: Int[Tensor, " B"] | None) -> Step:
+        """Where new tokens stand; `lengths_B` says how many of each row are real, the rest being padding."""
+        (B, T), device = tokens_BT.shape, tokens_BT.device
+        offsets = torch.arange(T, device=device)[None]
+        if lengths_B is None and self.lengths_B is None:
+            start = self.length
+            self.length += T
+            return Step(start + offsets, start, self.length)
+        before = self.lengths_B
+        if before is None:
+            before = torch.full((B,), self.length, device=device)
+        valid = None if lengths_B is None else offsets < lengths_B[:, None]
+        after = before + (T if lengths_B is None else lengths_B)
+        self.lengths_B, self.length = after, int(after.max())
+        return Step(before[:, None] + offsets, None, int(before.max()) + T, valid)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; beam search drops and doubles them."""
+        for layer in self.layers:
+            layer.select(rows)
+        if self.lengths_B is not None:
+            self.lengths_B = self.lengths_B[rows]
 
     @property
-    def length(self) -> int:
-        return self.layers[0].length
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)

@@ -1,7 +1,7 @@
 """The model on one page.
 
 Tensor names end in their axes: B batch, T query position, S key position, D model, H heads, K key/value heads,
-E head dim, F hidden, V vocabulary.
+E head dim, R rotated or reduced width, C compressed width, F hidden, V vocabulary, X experts, N tokens of a batch.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from scantling.model.attn import CausalScores, Mixer
-from scantling.model.block import Block, NormFactory
-from scantling.model.cache import KVCache
+from scantling.model.attn import Mixer
+from scantling.model.block import Block
+from scantling.model.cache import BUFFERS, KVCache, Step
 from scantling.model.embed import Embedding
+from scantling.model.head import Head
+from scantling.model.moe import Router
+from scantling.model.norm import NormFactory
 from scantling.model.pos import Position
+from scantling.model.scores import Scores
 
 
 class Decoder(nn.Module):
     """tokens_BT -> logits_BTV: embedding, position, `n_layers` blocks, norm, head.
 
     Parts come as factories that lack only the shape facts, which the decoder supplies. `d_head: null` stands for
-    d_model / n_heads; `d_ff` is the hidden width of an ungated feed-forward layer.
+    d_model / n_heads; `d_ff` is the hidden width of an ungated feed-forward layer. Each block serves
+    `layers_per_block` layers in a row: 1 for most models, n_layers for ALBERT (Lan et al. 2019, arXiv:1909.11942, §3.1).
 
     Raises ValueError when the shapes do not fit each other.
     """
@@ -33,6 +38,7 @@ class Decoder(nn.Module):
         self,
         *,
         n_layers: int,
+        layers_per_block: int,
         d_model: int,
         n_heads: int,
         d_head: int | None,
@@ -46,6 +52,7 @@ class Decoder(nn.Module):
         ffn: Callable[..., nn.Module],
         block: Callable[..., Block],
         embed: Callable[..., Embedding],
+        head: Callable[..., Head],
     ):
         super().__init__()
         if d_head is None:
@@ -56,56 +63,92 @@ class Decoder(nn.Module):
                     ", or set model.d_head"
                 )
             d_head = d_model // n_heads
-        self.n_heads, self.seq_len = n_heads, seq_len
+        if n_layers < 1 or n_layers % layers_per_block:
+            raise ValueError(f"layers_per_block={layers_per_block} does not divide n_layers={n_layers}")
+        self.n_heads, self.seq_len, self.layers_per_block = n_heads, seq_len, layers_per_block
         self.embed = embed(vocab_size, d_model)
-        self.pos = pos(d_model, n_heads, d_head)
+        self.head = head(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        blocks = [
+            block(
+                d_model,
+                layer,
+                n_layers,
+                attn=attn(d_model, n_heads, d_head, layer),
+                ffn=ffn(d_model, d_ff, layer),
+                norm=norm,
+            )
+            for layer in range(0, n_layers, layers_per_block)
+        ]
+        self.pos = pos(d_model, n_heads, blocks[0].attn.d_rotated)
         if self.pos.max_len is not None and seq_len > self.pos.max_len:
             raise ValueError(
                 f"seq_len={seq_len} is longer than the {self.pos.max_len} positions of the position embedding: "
                 f"use model.seq_len={self.pos.max_len} or pos.max_len={seq_len}"
             )
-        self.dropout = nn.Dropout(dropout)
-        blocks = [
-            block(
-                d_model,
-                attn=attn(d_model, n_heads, d_head),
-                ffn=ffn(d_model, d_ff),
-                norm=norm,
-            )
-            for _ in range(n_layers)
-        ]
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(d_model) if blocks[-1].final_norm else nn.Identity()
+        self.routers = tuple(module for module in self.modules() if isinstance(module, Router))
 
-    def forward(self, tokens_BT: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
-        """Logits of the next token at each position; with a cache, `tokens_BT` follow those already in it."""
-        start = 0 if cache is None else cache.length
-        length, device = tokens_BT.shape[1], tokens_BT.device
-        positions_T = torch.arange(start, start + length, device=device)
-        rotate = self.pos.rotate(positions_T)
-        scores = CausalScores(
-            bias=self.pos.bias, n_heads=self.n_heads, start=start, length=length, device=device
-        )
-        x_BTD = self.dropout(self.pos.embed(self.embed(tokens_BT), positions_T))
-        for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotate, scores, None if cache is None else cache.layers[i])
-        return self.embed.logits(self.norm(x_BTD))
+    @property
+    def layers(self) -> list[Block]:
+        """The block of each layer; one that serves several stands there as often."""
+        return [block for block in self.blocks for _ in range(self.layers_per_block)]  # type: ignore[misc]
+
+    def forward(
+        self,
+        tokens_BT: Int[Tensor, "B T"],
+        cache: KVCache | None = None,
+        *,
+        lengths_B: Int[Tensor, " B"] | None = None,
+        targets_BT: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"] | Float[Tensor, ""]:
+        """Logits of the next token at each position, or with targets their summed loss in nats.
+
+        With a cache `tokens_BT` follow those already in it; `lengths_B` then says how many of each row's tokens
+        are real, where rows are padded on the right.
+        """
+        step = Step.whole(tokens_BT) if cache is None else cache.advance(tokens_BT, lengths_B)
+        layers = self.layers
+        rotations = self.pos.rotations(step.positions_BT, len(layers))
+        scores = Scores(bias=self.pos.bias, n_heads=self.n_heads, step=step)
+        x_BTD = self.dropout(self.pos.embed(self.embed(tokens_BT), step.positions_BT))
+        for i, block in enumerate(layers):
+            x_BTD = block(x_BTD, rotations[i], scores, None if cache is None else cache.layers[i])
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is None:
+            return self.head.logits(x_BTD, self.embed)
+        return self.head.nats(x_BTD, self.embed, targets_BT)
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """What the routers of the last forward pass in training add to the loss, a mean over tokens."""
+        return sum((router.loss for router in self.routers if router.loss is not None), start=0.0)
+
+    def new_cache(self, max_len: int, precision: str = "full") -> KVCache:
+        """Room for `max_len` tokens; `precision` is one of `cache.BUFFERS`."""
+        layers = [block.attn.new_cache(max_len, BUFFERS[precision]) for block in self.layers]
+        return KVCache(layers, max_len)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Every weight of the model, from `seed`.
 
         Matrices and tables: normal, standard deviation 0.02; those that write to the residual stream (a part's
-        last layer, named `out`) scaled by 1/√(2·n_layers). Radford et al. 2019 (GPT-2), §2.3. Biases 0; other
-        vectors keep what their part gave them. Each tensor draws from a generator of its own, seeded by its
-        name, so that two models share the initial weights of every tensor they have in common.
+        last layer, named `out`) scaled as the block says, by 1/√(2·n_layers) for most. Radford et al. 2019 (GPT-2),
+        §2.3. Biases 0; other vectors keep what their part gave them. Each tensor draws from a generator of its own,
+        seeded by its name, so that two models share the initial weights of every tensor they have in common.
         """
+        out_scale = self.layers[0].out_scale(len(self.layers))
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.ndim >= 2:
-                residual = ".out." in name
-                std = 0.02 / (2 * len(self.blocks)) ** 0.5 if residual else 0.02
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                std = 0.02 * out_scale if ".out." in name else 0.02
+                parameter.copy_(drawn(parameter.shape, f"{seed}/{name}") * std)
+
+
+def drawn(shape: torch.Size, name: str) -> Tensor:
+    """Standard normal numbers that depend on the name alone."""
+    digest = hashlib.sha256(name.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.empty(shape).normal_(generator=generator)

@@ -20,13 +20,13 @@ class ReLU2(nn.Module):
 class FeedForward(nn.Module):
     """out(act(up(x))), hidden width F = d_ff. Vaswani et al. 2017, arXiv:1706.03762, §3.3."""
 
-    def __init__(self, d_model: int, d_ff: int, *, activation: Activation, bias: bool):
+    def __init__(self, d_model: int, d_ff: int, layer: int, *, activation: Activation, bias: bool):
         super().__init__()
         self.activation = activation()
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.out = nn.Linear(d_ff, d_model, bias=bias)
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.out(self.activation(self.up(x_BTD)))
 
 
@@ -37,7 +37,7 @@ class GatedFeedForward(nn.Module):
     that parameters match the ungated layer of width d_ff (ibid., §3).
     """
 
-    def __init__(self, d_model: int, d_ff: int, *, activation: Activation, bias: bool, multiple_of: int):
+    def __init__(self, d_model: int, d_ff: int, layer: int, *, activation: Activation, bias: bool, multiple_of: int):
         super().__init__()
         width = max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of
         self.activation = activation()
@@ -45,5 +45,5 @@ class GatedFeedForward(nn.Module):
         self.up = nn.Linear(d_model, width, bias=bias)
         self.out = nn.Linear(width, d_model, bias=bias)
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.out(self.activation(self.gate(x_BTD)) * self.up(x_BTD))

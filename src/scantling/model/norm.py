@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+NormFactory = Callable[[int], nn.Module]
+"""width -> a norm over the last axis."""
 
-class LayerNorm(nn.LayerNorm):
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over D. Ba et al. 2016, arXiv:1607.06450.
 
-    `bias=False` leaves the bias out, as nanoGPT does.
+class LayerNorm(nn.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) · w + b, over D. Ba et al. 2016, arXiv:1607.06450.
+
+    `weight` and `bias` may be left out: without bias as in nanoGPT and Cohere's Command R, without both as in OLMo 1
+    (arXiv:2402.00838, §2.1). With `unit_offset` the factor is 1 + w, w starting at 0 (Nemotron-4, arXiv:2402.16819).
     """
 
-    def __init__(self, d_model: int, *, eps: float, bias: bool):
-        super().__init__(d_model, eps=eps, bias=bias)
+    def __init__(self, d_model: int, *, eps: float, weight: bool, bias: bool, unit_offset: bool):
+        super().__init__()
+        start = torch.zeros if unit_offset else torch.ones
+        self.weight = nn.Parameter(start(d_model)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+        self.width, self.eps, self.unit_offset = (d_model,), eps, unit_offset
+
+    def forward(self, x_BTD: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        weight = self.weight
+        if weight is not None and self.unit_offset:
+            weight = 1 + weight
+        return nn.functional.layer_norm(x_BTD, self.width, weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x²) + eps) * weight, over D. Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """y = x / sqrt(mean(x²) + eps) · w, over D. Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
 
-    The statistics are taken in float32 whatever the precision of x, as in Llama.
+    The statistics are taken in float32 whatever the precision of x, as in Llama. With `unit_offset` the factor is
+    1 + w, w starting at 0, as in Gemma (arXiv:2403.08295).
     """
 
-    def __init__(self, d_model: int, *, eps: float):
+    def __init__(self, d_model: int, *, eps: float, unit_offset: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(d_model) if unit_offset else torch.ones(d_model))
+        self.eps, self.unit_offset = eps, unit_offset
 
     def forward(self, x_BTD: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        weight = 1 + self.weight if self.unit_offset else self.weight
         if x_BTD.is_cuda:  # one fused kernel there; on CPU torch's own is slower than the formula
-            return nn.functional.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+            return nn.functional.rms_norm(x_BTD, weight.shape, weight, self.eps)
         x = x_BTD.float()
         square = torch.linalg.vecdot(x, x)[..., None]  # cheaper to differentiate than x.square()
         scale = torch.rsqrt(square / x.shape[-1] + self.eps)
-        return (x * scale).type_as(x_BTD) * self.weight
+        return (x * scale).type_as(x_BTD) * weight
 
 
 class NoNorm(nn.Module):

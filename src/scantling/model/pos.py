@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from scantling.model.rope_scaling import FrequencyScaling
+
 Rotation = Callable[[Tensor], Tensor]
 ScoreBias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -34,13 +36,17 @@ class Position(nn.Module):
     def __init__(self, d_model: int, n_heads: int, d_head: int):
         super().__init__()
 
-    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_T: Int[Tensor, " T"]) -> Float[Tensor, "B T D"]:
+    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]) -> Float[Tensor, "B T D"]:
         """Token embeddings with the position added."""
         return x_BTD
 
-    def rotate(self, positions_T: Int[Tensor, " T"]) -> Rotation:
-        """A function of queries or keys [B, T, heads, E] at these positions; computed once, used by every layer."""
+    def rotate(self, positions_BT: Int[Tensor, "_ T"]) -> Rotation:
+        """A function of queries or keys [B, T, heads, E] at these positions."""
         return unrotated
+
+    def rotations(self, positions_BT: Int[Tensor, "_ T"], n_layers: int) -> list[Rotation]:
+        """One for each layer, computed once where layers are alike."""
+        return [self.rotate(positions_BT)] * n_layers
 
     @property
     def bias(self) -> ScoreBias | None:
@@ -64,10 +70,10 @@ class Sinusoidal(Position):
             raise ValueError(f"pos=sinusoidal pairs sines with cosines: d_model={d_model} must be even")
         self.theta, self.scale = theta, scale
 
-    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_T: Int[Tensor, " T"]) -> Float[Tensor, "B T D"]:
-        angles = positions_T[:, None] * inverse_frequencies(x_BTD.shape[-1], self.theta, x_BTD.device)
-        table_TD = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
-        return x_BTD + (self.scale * table_TD).type_as(x_BTD)
+    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]) -> Float[Tensor, "B T D"]:
+        angles = positions_BT[..., None] * inverse_frequencies(x_BTD.shape[-1], self.theta, x_BTD.device)
+        table_BTD = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+        return x_BTD + (self.scale * table_BTD).type_as(x_BTD)
 
 
 class Learned(Position):
@@ -78,34 +84,90 @@ class Learned(Position):
         self.weight = nn.Parameter(torch.empty(max_len, d_model))
         self.max_len = max_len
 
-    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_T: Int[Tensor, " T"]) -> Float[Tensor, "B T D"]:
-        return x_BTD + self.weight[positions_T]
+    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]) -> Float[Tensor, "B T D"]:
+        return x_BTD + nn.functional.embedding(positions_BT, self.weight)
 
 
 class RoPE(Position):
-    """Pairs (x_i, x_{i+E/2}) of queries and keys turned by the angle t·θ^(-2i/E). Su et al. 2021, arXiv:2104.09864, eq. 34.
+    """Pairs (x_i, x_{i+R/2}) of queries and keys turned by the angle t·θ^(-2i/R). Su et al. 2021, arXiv:2104.09864, eq. 34.
 
-    The pairing of halves is GPT-NeoX's and Llama's in `transformers`; the paper pairs neighbours, which is the
-    same function up to a permutation of each head's rows in W_q and W_k.
+    R is the first `fraction` of a head's channels; the others stay (GPT-NeoX, arXiv:2204.06745, §2.1.1). Halves are
+    paired as in GPT-NeoX's and Llama's code; `interleaved` pairs neighbours (x_2i, x_{2i+1}) as the paper, GPT-J and
+    DeepSeek do, which is the same function up to a permutation of each head's rows in W_q and W_k. `scaling` changes
+    the frequencies for contexts longer than those of training.
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_head: int, *, theta: float):
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_head: int,
+        *,
+        theta: float,
+        fraction: float,
+        interleaved: bool,
+        scaling: FrequencyScaling,
+    ):
         super().__init__(d_model, n_heads, d_head)
-        if d_head % 2:
-            raise ValueError(f"pos=rope turns pairs of channels: d_head={d_head} must be even")
-        self.d_head, self.theta = d_head, theta
+        width = round(d_head * fraction)
+        if width % 2 or not 0 < width <= d_head:
+            raise ValueError(
+                f"pos=rope turns pairs of channels: {fraction:g} of d_head={d_head} must be even and more than 0"
+            )
+        self.width, self.theta, self.interleaved, self.scaling = width, theta, interleaved, scaling
 
-    def rotate(self, positions_T: Int[Tensor, " T"]) -> Rotation:
-        angles_TF = positions_T[:, None] * inverse_frequencies(self.d_head, self.theta, positions_T.device)
-        cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
-        cos_T1E = torch.cat((cos_TF, cos_TF), dim=-1)[:, None]
-        sin_T1E = torch.cat((-sin_TF, sin_TF), dim=-1)[:, None]
+    def frequencies(self, device: torch.device) -> tuple[Float[Tensor, " F"], float]:
+        """Of each pair, and the factor on turned queries and keys."""
+        return self.scaling(inverse_frequencies(self.width, self.theta, device), self.theta)
+
+    def rotate(self, positions_BT: Int[Tensor, "_ T"]) -> Rotation:
+        frequencies_F, factor = self.frequencies(positions_BT.device)
+        angles_BTF = positions_BT[..., None] * frequencies_F
+        cos_BTF, sin_BTF = angles_BTF.cos() * factor, angles_BTF.sin() * factor
+        if self.interleaved:
+            cos_BTR = cos_BTF.repeat_interleave(2, -1)
+            sin_BTR = torch.stack((-sin_BTF, sin_BTF), -1).flatten(-2)
+        else:
+            cos_BTR = torch.cat((cos_BTF, cos_BTF), -1)
+            sin_BTR = torch.cat((-sin_BTF, sin_BTF), -1)
+        cos_BT1R, sin_BT1R = cos_BTR[:, :, None], sin_BTR[:, :, None]
 
         def turn(x_BTHE: Tensor) -> Tensor:
-            swapped_BTHE = x_BTHE.roll(self.d_head // 2, dims=-1)
-            return x_BTHE * cos_T1E.type_as(x_BTHE) + swapped_BTHE * sin_T1E.type_as(x_BTHE)
+            turned, kept = x_BTHE[..., : self.width], x_BTHE[..., self.width :]
+            if self.interleaved:
+                swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            else:
+                swapped = turned.roll(self.width // 2, dims=-1)
+            turned = turned * cos_BT1R.type_as(x_BTHE) + swapped * sin_BT1R.type_as(x_BTHE)
+            return torch.cat((turned, kept), -1) if kept.shape[-1] else turned
 
         return turn
+
+
+class EveryNth(Position):
+    """The position `others` in most layers, and `nth` in every `every`-th, both of which may rotate and no more.
+
+    With `nth` no position: NoPE in chosen layers (SmolLM3; Yang et al. 2025, arXiv:2501.18795). With another base:
+    Gemma 3's global layers (arXiv:2503.19786, §2).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_head: int,
+        *,
+        nth: Callable[..., Position],
+        others: Callable[..., Position],
+        every: int,
+    ):
+        super().__init__(d_model, n_heads, d_head)
+        self.nth, self.others = nth(d_model, n_heads, d_head), others(d_model, n_heads, d_head)
+        self.every = every
+
+    def rotations(self, positions_BT: Int[Tensor, "_ T"], n_layers: int) -> list[Rotation]:
+        nth, others = self.nth.rotate(positions_BT), self.others.rotate(positions_BT)
+        return [others if (layer + 1) % self.every else nth for layer in range(n_layers)]
 
 
 class ALiBi(Position):
@@ -125,6 +187,30 @@ class ALiBi(Position):
     def bias(self) -> ScoreBias:
         slopes_H = self.slopes_H
         return lambda head, query, key: -slopes_H[head] * (query - key)
+
+
+class T5Relative(Position):
+    """score(t, s) + W[bucket(t - s), head], one table for all layers. Raffel et al. 2020, arXiv:1910.10683, §2.1.
+
+    Half of the buckets are single distances, the others grow with the logarithm of the distance up to
+    `max_distance`, beyond which all share the last.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_head: int, *, n_buckets: int, max_distance: int):
+        super().__init__(d_model, n_heads, d_head)
+        self.weight = nn.Parameter(torch.empty(n_buckets, n_heads))
+        self.n_buckets, self.max_distance = n_buckets, max_distance
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        exact = self.n_buckets // 2
+        growth = math.log(self.max_distance / exact)
+        far = torch.log(distance.clamp(min=1).float() / exact) / growth * (self.n_buckets - exact)
+        return torch.where(distance < exact, distance, (exact + far.long()).clamp(max=self.n_buckets - 1))
+
+    @property
+    def bias(self) -> ScoreBias:
+        # A key later than its query is hidden anyway; distance 0 keeps the table's index in range.
+        return lambda head, query, key: self.weight[self.bucket((query - key).clamp(min=0)), head]
 
 
 def inverse_frequencies(width: int, theta: float, device: torch.device) -> Float[Tensor, " F"]:

@@ -8,25 +8,12 @@ from collections.abc import Callable
 import lightning.pytorch as L
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from scantling.model.decoder import Decoder
-
-IGNORED = -100
-"""A target that is not to be predicted."""
-
-
-def negative_log_likelihood(
-    logits_BTV: Float[Tensor, "B T V"], targets_BT: Int[Tensor, "B T"]
-) -> Float[Tensor, ""]:
-    """Sum of -log p(target) in nats over targets that are not ignored, in float32."""
-    return torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
+from scantling.model.head import IGNORED
 
 class TextLoss:
     """Loss in nats per token and bits per byte over any number of batches.
@@ -86,9 +73,11 @@ class LanguageModelTask(L.LightningModule):
         """Learning rate of the last step."""
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        nats = negative_log_likelihood(self.decoder(batch["inputs"]), batch["targets"])
+        nats = self.decoder(batch["inputs"], targets_BT=batch["targets"])
         loss = nats / batch["step_targets"]
         self.step_loss = self.step_loss.to(loss.device) + loss.detach()
+        if self.decoder.routers:  # a mean over this micro-batch's tokens, weighted by their share of the step's
+            loss = loss + self.decoder.auxiliary_loss() * (batch["targets"].numel() / batch["step_targets"])
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def take_step_loss(self) -> Tensor:
@@ -109,7 +98,7 @@ class LanguageModelTask(L.LightningModule):
         self.text_loss = TextLoss(self.token_bytes)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        nats = negative_log_likelihood(self.decoder(batch["inputs"]), batch["targets"])
+        nats = self.decoder(batch["inputs"], targets_BT=batch["targets"])
         self.text_loss.add(nats, batch["targets"])
 
     def configure_optimizers(self):

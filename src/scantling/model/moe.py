@@ -1,0 +1,153 @@
+"""Mixture of experts: `ffn=moe` and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Router(nn.Module):
+    """Chooses `n_active` of the experts for each token, and their weights.
+
+    p = softmax(x·Wᵀ); the n largest are chosen, and with `renormalised` their p are divided by their sum (Mixtral,
+    arXiv:2401.04088, §2.1). Two losses keep the choice balanced and the logits small, each averaged over tokens:
+
+        load balance  n_experts · Σ_e f_e · P_e    f_e the share of choices that fell on e, P_e the mean of p_e
+                      (Fedus et al. 2021, arXiv:2101.03961, eq. 4)
+        z             mean of (logsumexp of the logits)²    (Zoph et al. 2022, arXiv:2202.08906, eq. 5)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        n_active: int,
+        renormalised: bool,
+        load_balance: float,
+        z: float,
+    ):
+        super().__init__()
+        if not 1 <= n_active <= n_experts:
+            raise ValueError(f"n_active={n_active} of n_experts={n_experts}: use 1 … {n_experts}")
+        self.n_experts, self.n_active, self.renormalised = n_experts, n_active, renormalised
+        self.load_balance, self.z = load_balance, z
+        self.gate = nn.Linear(d_model, n_experts, bias=False)
+        self.loss: Tensor | None = None
+        """Of the last forward pass while training, both terms with their coefficients."""
+
+    def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor]:
+        """Weights and indices of each token's experts."""
+        logits_NX = self.gate(x_ND).float()
+        p_NX = logits_NX.softmax(-1)
+        weights_NA, chosen_NA = p_NX.topk(self.n_active, dim=-1)
+        if self.renormalised:
+            weights_NA = weights_NA / weights_NA.sum(-1, keepdim=True)
+        self.loss = self.losses(logits_NX, p_NX, chosen_NA) if self.training else None
+        return weights_NA.type_as(x_ND), chosen_NA
+
+    def losses(self, logits_NX: Tensor, p_NX: Tensor, chosen_NA: Tensor) -> Tensor:
+        share_X = torch.bincount(chosen_NA.flatten(), minlength=self.n_experts) / chosen_NA.numel()
+        balance = self.n_experts * (share_X * p_NX.mean(0)).sum()
+        return self.load_balance * balance + self.z * logits_NX.logsumexp(-1).square().mean()
+
+
+class BiasedRouter(Router):
+    """DeepSeek-V3's: s = sigmoid(x·Wᵀ); experts are chosen by s + b, with b an offset that no gradient moves, within the
+    `n_active_groups` groups of experts whose two best are largest; their weights are `scale`·s. arXiv:2412.19437, §2.1.2.
+
+    After each training step b falls by `speed` for experts with more than their share of tokens and rises for others.
+    """
+
+    correction: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        n_groups: int,
+        n_active_groups: int,
+        scale: float,
+        speed: float,
+        **choice,
+    ):
+        super().__init__(d_model, n_experts, **choice)
+        if n_experts % n_groups or not 1 <= n_active_groups <= n_groups:
+            raise ValueError(f"n_groups={n_groups} must divide n_experts={n_experts}, with n_active_groups of them")
+        self.n_groups, self.n_active_groups, self.scale, self.speed = n_groups, n_active_groups, scale, speed
+        self.register_buffer("correction", torch.zeros(n_experts))
+
+    def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor]:
+        logits_NX = nn.functional.linear(x_ND.float(), self.gate.weight.float())
+        s_NX = logits_NX.sigmoid()
+        groups_NGX = (s_NX + self.correction).detach().unflatten(-1, (self.n_groups, -1))
+        best_NG = groups_NGX.topk(min(2, groups_NGX.shape[-1]), dim=-1).values.sum(-1)
+        left_out = torch.ones_like(best_NG, dtype=torch.bool)
+        left_out.scatter_(-1, best_NG.topk(self.n_active_groups, dim=-1).indices, False)
+        ranked_NX = groups_NGX.masked_fill(left_out[..., None], -torch.inf).flatten(1)
+        chosen_NA = ranked_NX.topk(self.n_active, dim=-1).indices
+        weights_NA = s_NX.gather(-1, chosen_NA)
+        if self.renormalised:
+            weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
+        self.loss = None
+        if self.training:
+            p_NX = s_NX / s_NX.sum(-1, keepdim=True)
+            self.loss = self.losses(logits_NX, p_NX, chosen_NA)
+            load_X = torch.bincount(chosen_NA.flatten(), minlength=self.n_experts).float()
+            self.correction += self.speed * (load_X.mean() - load_X).sign()
+        return (weights_NA * self.scale).type_as(x_ND), chosen_NA
+
+
+class MixtureOfExperts(nn.Module):
+    """Σ weight_e · expert_e(x) over the experts that the router chose, plus the shared ones. Shazeer et al. 2017,
+    arXiv:1701.06538, §2; shared experts: DeepSeekMoE, arXiv:2401.06066, §3.2.
+
+    No expert has a capacity: each computes all tokens that chose it, and none is dropped. An expert is a feed-forward
+    of its own, of width `d_ff` as any option of `ffn=` reads it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        layer: int,
+        *,
+        expert: Callable[[int, int, int], nn.Module],
+        router: Callable[[int, int], Router],
+        n_experts: int,
+        n_shared: int,
+    ):
+        super().__init__()
+        self.router = router(d_model, n_experts)
+        self.experts = nn.ModuleList([expert(d_model, d_ff, layer) for _ in range(n_experts)])
+        self.shared = expert(d_model, n_shared * d_ff, layer) if n_shared else None
+
+    def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        weights_NA, chosen_NA = self.router(x_ND)
+        out_ND = torch.zeros_like(x_ND)
+        for index, expert in enumerate(self.experts):
+            tokens, ranks = (chosen_NA == index).nonzero(as_tuple=True)
+            weighted = expert(x_ND[tokens]) * weights_NA[tokens, ranks][:, None]
+            out_ND = out_ND.index_add(0, tokens, weighted.type_as(out_ND))
+        if self.shared is not None:
+            out_ND = out_ND + self.shared(x_ND)
+        return out_ND.view_as(x_BTD)
+
+
+def dense_first(
+    d_model: int,
+    d_ff: int,
+    layer: int,
+    *,
+    dense: Callable[[int, int, int], nn.Module],
+    rest: Callable[[int, int, int], nn.Module],
+    n_dense: int,
+    d_ff_dense: int,
+) -> nn.Module:
+    """Dense feed-forwards of width `d_ff_dense` in the first `n_dense` layers, experts in the rest. DeepSeek-V3, §4.2."""
+    return dense(d_model, d_ff_dense, layer) if layer < n_dense else rest(d_model, d_ff, layer)

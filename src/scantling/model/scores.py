@@ -1,0 +1,159 @@
+"""softmax(QKᵀ)·V: which kernel computes it, and the masks and biases that go in."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from scantling.model.cache import Keys, Step
+from scantling.model.pattern import Pattern
+from scantling.model.pos import ScoreBias
+
+
+class Scores:
+    """softmax(cap(scale·QKᵀ) + bias)·V over the keys that causality and the pattern show, cap(s) = c·tanh(s/c).
+
+    One object a forward pass, shared by its layers. `scaled_dot_product_attention` does the work (its flash or math
+    kernel, PyTorch's choice). FlexAttention takes over on a GPU where a bias, a pattern or a cap would rule the
+    flash kernel out. Attention written out serves where it is the fastest on a CPU, and caps.
+    """
+
+    def __init__(self, *, bias: ScoreBias | None, n_heads: int, step: Step):
+        self.bias, self.n_heads, self.step = bias, n_heads, step
+        self.masks: dict[Pattern, Tensor] = {}
+        self.block_masks: dict[Pattern, object] = {}
+
+    def attend(
+        self,
+        q_BHTE: Float[Tensor, "B H T E"],
+        k_BKSE: Float[Tensor, "B K S E"],
+        v_BKSE: Float[Tensor, "B K S C"],
+        *,
+        keys: Keys | None,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        dropout: float,
+    ) -> Float[Tensor, "B H T C"]:
+        """`keys` says where cached keys stand; None: the keys are those of the queries' own positions."""
+        dtype, (_, _, T, E), S = q_BHTE.dtype, q_BHTE.shape, k_BKSE.shape[2]
+        plain = self.bias is None and softcap is None and pattern.is_full
+        if q_BHTE.is_cuda and keys is None and dropout == 0 and not plain:
+            kernel = compiled_flex_attention()
+            return self.flex(q_BHTE, k_BKSE, v_BKSE, pattern, scale, softcap, kernel)
+        if plain and keys is None:
+            mask = "causal"
+        elif self.bias is None and keys is not None and keys.all_seen:
+            mask = None
+        else:
+            mask = self.mask(keys, pattern)
+        slow_bfloat16 = q_BHTE.is_cpu and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+        # The CPU's flash kernel is slow in bfloat16 without AMX, and slower than the formula up to 64 keys. The
+        # formula takes no more memory than a cast to float32, which serves longer contexts, up to T = 8·E.
+        if softcap is not None or (slow_bfloat16 and T <= 8 * E) or (q_BHTE.is_cpu and S <= 64 and T > 1):
+            mask = self.mask(keys, pattern) if mask == "causal" else mask
+            return self.written_out(q_BHTE, k_BKSE, v_BKSE, mask, scale, softcap, dropout)
+        if slow_bfloat16:
+            q_BHTE, k_BKSE, v_BKSE = q_BHTE.float(), k_BKSE.float(), v_BKSE.float()
+        with torch.autocast(q_BHTE.device.type, enabled=False):  # it would undo the cast above
+            o_BHTC = nn.functional.scaled_dot_product_attention(
+                q_BHTE,
+                k_BKSE,
+                v_BKSE,
+                attn_mask=None if mask is None or isinstance(mask, str) else as_type(mask, q_BHTE),
+                is_causal=mask == "causal",
+                dropout_p=dropout,
+                scale=scale,
+                enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
+            )
+        return o_BHTC.to(dtype)
+
+    def written_out(
+        self,
+        q_BHTE: Tensor,
+        k_BKSE: Tensor,
+        v_BKSE: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        dropout: float,
+    ) -> Tensor:
+        """The formula; the queries of one key/value head stand in one matrix of G·T rows."""
+        (B, H, T, _), (_, K, S, _) = q_BHTE.shape, k_BKSE.shape
+        groups = H // K
+        q = q_BHTE.reshape(B * K, groups * T, -1)
+        k, v = k_BKSE.reshape(B * K, S, -1), v_BKSE.reshape(B * K, S, -1)
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
+            mask = mask.type_as(q).expand(B, H, T, S).reshape(B * K, groups * T, S)
+        with torch.autocast(q.device.type, enabled=False):  # it would take the softmax in float32
+            if softcap is None and mask is not None:
+                scores = torch.baddbmm(mask, q, k.mT, alpha=scale)
+            else:
+                scores = torch.bmm(q * scale, k.mT)
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                scores = scores if mask is None else scores + mask
+            weights = nn.functional.dropout(scores.softmax(-1), dropout)
+            return torch.bmm(weights, v).reshape(B, H, T, -1)
+
+    def mask(self, keys: Keys | None, pattern: Pattern) -> Tensor:
+        """[B or 1, H or 1, T, S]: what may be seen, or with a bias what is added. Layers of one pattern share it."""
+        if pattern not in self.masks:
+            query = self.step.positions_BT[:, None, :, None]
+            key = (self.step.positions_BT if keys is None else keys.positions())[:, None, None, :]
+            seen = (key >= 0) & (key <= query) & pattern.sees(query, key)
+            if self.bias is None:
+                self.masks[pattern] = seen
+            else:
+                head = torch.arange(self.n_heads, device=query.device)[:, None, None]
+                self.masks[pattern] = self.bias(head, query, key).masked_fill(~seen, -torch.inf)
+        return self.masks[pattern]
+
+    def flex(
+        self,
+        q_BHTE: Tensor,
+        k_BKSE: Tensor,
+        v_BKSE: Tensor,
+        pattern: Pattern,
+        scale: float,
+        softcap: float | None,
+        kernel=flex_attention,
+    ) -> Tensor:
+        if pattern not in self.block_masks:
+            self.block_masks[pattern] = create_block_mask(
+                lambda b, h, t, s: (s <= t) & pattern.sees(t, s),
+                B=None,
+                H=None,
+                Q_LEN=q_BHTE.shape[2],
+                KV_LEN=k_BKSE.shape[2],
+                device=q_BHTE.device,
+            )
+        bias = self.bias
+
+        def score(score, b, h, t, s):
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
+            return score if bias is None else score + bias(h, t, s)
+
+        return kernel(
+            q_BHTE,
+            k_BKSE,
+            v_BKSE,
+            score_mod=None if bias is None and softcap is None else score,
+            block_mask=self.block_masks[pattern],
+            scale=scale,
+            enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
+        )
+
+
+def as_type(mask: Tensor, like: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask.type_as(like)
+
+
+def compiled_flex_attention():
+    """Flex attention is fast only when compiled; torch keeps the compiled code."""
+    return torch.compile(flex_attention, dynamic=False)
