@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,31 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from scantling.command_line import mistakes
+from scantling.data.context_windows import ContextWindows
 from scantling.data.corpora import Corpus
 from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
 from scantling.model.decoder import Decoder
+from scantling.model.head import IGNORED
 from scantling.run_directory import RunDirectory
+from scantling.study.lengths import FILES, write_lengths
 from scantling.training.hardware import keep_freed_memory
 from scantling.training.task import TextLoss
 
-LOADABLE = ("scantling.model.", "scantling.data.", "torch.nn.ReLU", "torch.nn.GELU", "torch.nn.SiLU", "torch.nn.Identity")
+LOADABLE = (
+    "scantling.model.",
+    "scantling.data.",
+    "torch.nn.ReLU",
+    "torch.nn.GELU",
+    "torch.nn.SiLU",
+    "torch.nn.Identity",
+)
 """Where a stored configuration may take classes from: nothing else is built because a file was read."""
 
 
@@ -83,6 +94,28 @@ class TrainedRun:
             result.add(self.decoder(batch["inputs"].to(device), targets_BT=targets_BT), targets_BT)
         return result
 
+    @torch.no_grad()
+    def loss_by_length(
+        self, corpus: TokenizedCorpus, windows: ContextWindows, *, batch_size: int
+    ) -> Iterator[tuple[int, int, TextLoss]]:
+        """(length, stride, loss) for each cut of the windows, in float32.
+
+        `batch_size` counts windows of the model's context length: longer ones come in smaller batches.
+        """
+        device = self.decoder.embed.tokens.weight.device
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+            bar = progress.add_task(f"evaluating {self.directory.name}", total=windows.n_inputs)
+            for length, stride in windows.cuts:
+                result = TextLoss(corpus.token_bytes)
+                rows = max(1, batch_size * self.decoder.seq_len // length)
+                for inputs_BT, targets_BT in windows.batches(length, stride, rows):
+                    inputs_BT, targets_BT = inputs_BT.to(device), targets_BT.to(device)
+                    targets_BT[:, : length - stride] = IGNORED
+                    result.add(self.decoder(inputs_BT, targets_BT=targets_BT), targets_BT)
+                    progress.advance(bar, inputs_BT.numel())
+                yield length, stride, result
+
 
 def check_targets(config: Any, source: Path) -> None:
     """Raise ValueError when a stored configuration names code outside of `LOADABLE`."""
@@ -120,23 +153,33 @@ def sample(config: DictConfig) -> None:
 
 
 def evaluate(config: DictConfig) -> None:
-    """Print a table of losses, one row a run."""
+    """Print a table of losses, one row a run, or with `lengths` one row for each length of context of each."""
     keep_freed_memory()
     console = Console(highlight=False)
     paths = config.run if isinstance(config.run, ListConfig) else [config.run]
     with mistakes():
         if config.split not in ("train", "val"):
             raise ValueError(f"split={config.split} is unknown: use val or train")
+        if config.lengths is None and (config.stride is not None or config.to is not None):
+            raise ValueError("stride and to belong to a loss by length of context: add lengths=[64,128,256]")
         runs = [TrainedRun.load(path, config.checkpoint) for path in paths]
         corpora = [run.corpus(config.data, Path(config.paths.cache)) for run in runs]
-    table = Table("run", "bits/byte", "nats/token", "perplexity", "tokens", box=None)
-    for run, corpus in zip(runs, corpora, strict=True):
-        loss = run.loss(corpus, split=config.split, n_windows=config.n_windows, batch_size=config.batch_size)
-        result = loss.results()
-        numbers = (f"{result[key]:.4f}" for key in ("bpb", "loss", "perplexity"))
-        table.add_row(run.directory.name, *numbers, f"{loss.n_tokens:,}")
+        windows = [] if config.lengths is None else context_windows(config, runs, corpora)
     console.print(f"{corpora[0].description}, {config.split} split")
-    console.print(table)
+    if config.lengths is None:
+        console.print(losses(config, runs, corpora))
+    else:
+        rows = []
+        for run, corpus, of_run in zip(runs, corpora, windows, strict=True):
+            rows += rows_by_length(config, run, corpus, of_run)
+        counts = " and ".join(f"{n:,}" for n in sorted({row["tokens"] for row in rows}))
+        console.print(f"the same {counts} tokens at every length")
+        console.print(table_by_length(rows))
+        if config.to is not None:
+            one_tokenizer = len({run.tokenizer.fingerprint for run in runs}) == 1
+            title = f"loss by length of context, {windows[0].n_targets:,} tokens"
+            write_lengths(rows, Path(config.to), measure="loss" if one_tokenizer else "bpb", title=title)
+            console.print(f"written to {Path(config.to)}: {', '.join(FILES)}")
     if len({corpus.fingerprint for corpus in corpora}) > 1:
         console.print(
             "[yellow]warning: these runs were measured on different texts; do not compare them[/yellow]"
@@ -144,3 +187,78 @@ def evaluate(config: DictConfig) -> None:
     trained_on = {run.directory.environment["corpus"]["fingerprint"] for run in runs}
     if len(trained_on) > 1:
         console.print("[yellow]warning: these runs were trained on different texts[/yellow]")
+
+
+def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]) -> Table:
+    table = Table("run", "bits/byte", "nats/token", "perplexity", "tokens", box=None)
+    for run, corpus in zip(runs, corpora, strict=True):
+        loss = run.loss(corpus, split=config.split, n_windows=config.n_windows, batch_size=config.batch_size)
+        result = loss.results()
+        numbers = (f"{result[key]:.4f}" for key in ("bpb", "loss", "perplexity"))
+        table.add_row(run.directory.name, *numbers, f"{int(loss.n_tokens):,}")
+    return table
+
+
+def context_windows(
+    config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]
+) -> list[ContextWindows]:
+    """Those of each run's text. Raises ValueError for lengths that a model cannot take, and files that are there."""
+    if not isinstance(config.lengths, ListConfig):
+        raise ValueError(f"lengths={config.lengths} must be a list of tokens, as [64,128,256]")
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size={config.batch_size} must be at least 1")
+    if config.to is not None and (there := [name for name in FILES if (Path(config.to) / name).exists()]):
+        raise ValueError(f"to={config.to} holds a {there[0]} already: give another directory")
+    windows = [
+        ContextWindows(
+            getattr(corpus, config.split).tokens,
+            list(config.lengths),
+            stride=config.stride,
+            n_windows=config.n_windows,
+        )
+        for corpus in corpora
+    ]
+    for run in runs:
+        limit, longest = run.decoder.pos.max_len, windows[0].lengths[-1]
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{run.directory.name} has a table of {limit} positions and cannot read lengths={longest}: "
+                f"take lengths up to {limit}"
+            )
+    return windows
+
+
+def rows_by_length(
+    config: DictConfig, run: TrainedRun, corpus: TokenizedCorpus, windows: ContextWindows
+) -> list[dict[str, Any]]:
+    found = {
+        (length, stride): loss
+        for length, stride, loss in run.loss_by_length(corpus, windows, batch_size=config.batch_size)
+    }
+    strides = [(length, length, False) for length in windows.lengths]
+    if windows.stride is not None:
+        strides += [(length, windows.stride, True) for length in windows.lengths]
+    return [
+        {
+            "run": run.directory.name,
+            "trained_at": run.decoder.seq_len,
+            "length": length,
+            "sliding": sliding,
+            "stride": stride,
+            **found[length, stride].results(),
+            "tokens": int(found[length, stride].n_tokens),
+        }
+        for length, stride, sliding in strides
+    ]
+
+
+def table_by_length(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, caption="* length of training; no stride: side by side", caption_justify="left")
+    for heading in ("run", "context", "stride", "bits/byte", "nats/token", "perplexity"):
+        table.add_column(heading, no_wrap=heading != "run", overflow="fold")
+    for row in rows:
+        context = f"{row['length']}{' *' if row['length'] == row['trained_at'] else ''}"
+        numbers = (f"{row[key]:.4f}" for key in ("bpb", "loss", "perplexity"))
+        stride = str(row["stride"]) if row["sliding"] else ""
+        table.add_row(row["run"], context, stride, *numbers)
+    return table

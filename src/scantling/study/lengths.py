@@ -1,0 +1,58 @@
+"""Loss by length of context: the files that `evaluate.py lengths=[…] to=DIR` leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
+
+FILES = ("lengths.json", "lengths.csv", "lengths.png")
+
+LABELS = {"loss": "nats per token", "bpb": "bits per byte"}
+
+
+def write_lengths(rows: list[dict[str, Any]], directory: Path, *, measure: str, title: str) -> None:
+    """The rows as JSON and CSV, and the figure."""
+    directory.mkdir(parents=True, exist_ok=True)
+    json_file, csv_file, figure_file = (directory / name for name in FILES)
+    json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    with csv_file.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_lengths(rows, figure_file, measure=measure, title=title)
+
+
+def draw_lengths(rows: list[dict[str, Any]], path: Path, *, measure: str, title: str) -> None:
+    """`measure` against the length of context, a line a run: dashed side by side, solid where windows slide.
+
+    A ring marks the length that a run was trained at.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    slides = any(row["sliding"] for row in rows)
+    for i, run in enumerate(dict.fromkeys(row["run"] for row in rows)):
+        for sliding in (False, True) if slides else (False,):
+            of_run = [row for row in rows if row["run"] == run and row["sliding"] == sliding]
+            x, y = [row["length"] for row in of_run], [row[measure] for row in of_run]
+            style = "-" if sliding or not slides else "--"
+            label = run if style == "-" else None
+            axes.plot(x, y, color=f"C{i}", ls=style, lw=1.5 if label else 1, marker="o", ms=3, label=label)
+            at = [(row["length"], row[measure]) for row in of_run if row["length"] == row["trained_at"]]
+            axes.plot(*zip(*at, strict=True), "o", color=f"C{i}", mfc="none", ms=9) if at else None
+    axes.set_xscale("log", base=2)
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="context, tokens (ring: that of training)", ylabel=LABELS[measure], title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, title="solid: sliding, dashed: side by side" if slides else None)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
