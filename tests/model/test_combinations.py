@@ -29,13 +29,13 @@ def part(composed):
 @pytest.fixture(scope="module")
 def shape(composed) -> dict:
     keys = ("n_layers", "d_model", "n_heads", "d_head", "d_ff", "vocab_size", "seq_len", "dropout")
-    return {key: composed("model=nano").model[key] for key in keys}
+    return {"layers_per_block": 1} | {key: composed("model=nano").model[key] for key in keys}
 
 
 @pytest.mark.parametrize("options", product(*PARTS.values()), ids="-".join)
 def test_five_steps_on_one_batch_lower_the_loss(part, shape, options):
     parts = {group: part(group, option) for group, option in zip(PARTS, options, strict=True)}
-    decoder = Decoder(**shape, **parts, embed=part("embed", "tied"))
+    decoder = Decoder(**shape, **parts, embed=part("embed", "tied"), head=part("head", "full"))
     decoder.initialise(0)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3, fused=True)
     losses = []

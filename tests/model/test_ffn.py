@@ -91,7 +91,7 @@ def test_gated_width_keeps_the_parameters_of_the_ungated(composed, name, preset,
 
     config = composed(f"model={preset}", f"ffn={name}")
     with torch.device("meta"):
-        gated = instantiate(config.ffn)(config.model.d_model, config.model.d_ff)
+        gated = instantiate(config.ffn)(config.model.d_model, config.model.d_ff, layer=0)
     assert gated.out.in_features % 8 == 0
     ungated = 2 * config.model.d_model * config.model.d_ff
     assert abs(sum(p.numel() for p in gated.parameters()) / ungated - 1) < within

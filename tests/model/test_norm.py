@@ -23,7 +23,7 @@ def weight() -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])  # at 1e-3, eps = 1e-5 outweighs mean(x²)
 def test_rmsnorm_equals_llamas(x, weight, dtype, scale):
-    ours, theirs = RMSNorm(D, eps=1e-5), LlamaRMSNorm(D, eps=1e-5)
+    ours, theirs = RMSNorm(D, eps=1e-5, unit_offset=False), LlamaRMSNorm(D, eps=1e-5)
     for norm in (ours, theirs):
         norm.weight.data.copy_(weight)
         norm.to(dtype)
@@ -32,7 +32,7 @@ def test_rmsnorm_equals_llamas(x, weight, dtype, scale):
 
 
 def test_rmsnorm_equals_its_formula(x, weight):
-    norm = RMSNorm(D, eps=1e-5)
+    norm = RMSNorm(D, eps=1e-5, unit_offset=False)
     norm.weight.data.copy_(weight)
     x64 = x.double()
     expected = x64 / (x64.pow(2).sum(-1, keepdim=True) / D + 1e-5).sqrt() * weight.double()
@@ -40,21 +40,21 @@ def test_rmsnorm_equals_its_formula(x, weight):
 
 
 def test_rmsnorm_equals_torchs_fused_one_that_the_gpu_takes(x, weight):
-    norm = RMSNorm(D, eps=1e-5)
+    norm = RMSNorm(D, eps=1e-5, unit_offset=False)
     norm.weight.data.copy_(weight)
     assert_close(norm(x), torch.nn.functional.rms_norm(x, (D,), weight, 1e-5))
 
 
 def test_rmsnorm_takes_its_statistics_of_bfloat16_in_float32(weight):
     """In bfloat16, adding up 4096 ones would stop at 256."""
-    norm = RMSNorm(4096, eps=0.0)
+    norm = RMSNorm(4096, eps=0.0, unit_offset=False)
     x = torch.full((4096,), 2.0, dtype=torch.bfloat16)
     assert_close(norm(x), torch.ones(4096))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_layernorm_equals_torchs(x, weight, bias):
-    norm = LayerNorm(D, eps=1e-3, bias=bias)
+    norm = LayerNorm(D, eps=1e-3, weight=True, bias=bias, unit_offset=False)
     norm.weight.data.copy_(weight)
     b = None
     if bias:
@@ -68,7 +68,8 @@ def test_layernorm_equals_its_formula(x):
     x64 = x.double()
     centred = x64 - x64.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert_close(LayerNorm(D, eps=1e-5, bias=True)(x).double(), expected, rtol=1e-5, atol=1e-6)
+    norm = LayerNorm(D, eps=1e-5, weight=True, bias=True, unit_offset=False)
+    assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_no_norm_is_the_identity(x):

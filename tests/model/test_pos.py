@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from scantling.model.pos import ALiBi, Learned, Position, RoPE, Sinusoidal
+from scantling.model.pos import ALiBi, EveryNth, Learned, Position, RoPE, Sinusoidal, T5Relative
+from scantling.model.rope_scaling import linear, unscaled
 
 B, T, H, E = 2, 24, 4, 16
 D = H * E
@@ -17,6 +18,12 @@ D = H * E
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rope(d_head: int = E, *, theta=10000.0, fraction=1.0, interleaved=False, scaling=unscaled) -> RoPE:
+    return RoPE(
+        H * d_head, H, d_head, theta=theta, fraction=fraction, interleaved=interleaved, scaling=scaling
+    )
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
@@ -28,10 +35,10 @@ def test_rope_equals_llamas(theta, start):
         rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
     q, k = normal(B, T, H, E), normal(B, T, H, E, seed=1)
-    positions = torch.arange(start, start + T)
-    cos, sin = LlamaRotaryEmbedding(config)(q, positions[None])
+    positions = torch.arange(start, start + T)[None]
+    cos, sin = LlamaRotaryEmbedding(config)(q, positions)
     expected_q, expected_k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-    rotate = RoPE(D, H, E, theta=theta).rotate(positions)
+    rotate = rope(theta=theta).rotate(positions)
     assert_close(rotate(q), expected_q)
     assert_close(rotate(k), expected_k)
 
@@ -44,15 +51,14 @@ def test_rope_is_a_product_of_complex_numbers():
     angles = positions[:, None, None].double() * frequencies
     turned = pairs * torch.polar(torch.ones_like(angles), angles)
     expected = torch.cat([turned.real, turned.imag], -1)
-    assert_close(RoPE(D, H, E, theta=10000.0).rotate(positions)(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(rope().rotate(positions[None])(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rope_scores_depend_on_the_distance_alone():
     q, k = normal(1, 1, H, E).expand(1, T, H, E), normal(1, 1, H, E, seed=1).expand(1, T, H, E)
-    rope = RoPE(D, H, E, theta=10000.0)
 
     def scores(start: int) -> torch.Tensor:
-        rotate = rope.rotate(torch.arange(start, start + T))
+        rotate = rope().rotate(torch.arange(start, start + T)[None])
         return torch.einsum("bthe,bshe->bhts", rotate(q), rotate(k))
 
     near, far = scores(0), scores(1000)
@@ -65,12 +71,12 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 def test_rope_keeps_lengths():
     x = normal(B, T, H, E)
-    assert_close(RoPE(D, H, E, theta=10000.0).rotate(torch.arange(T))(x).norm(dim=-1), x.norm(dim=-1))
+    assert_close(rope().rotate(torch.arange(T)[None])(x).norm(dim=-1), x.norm(dim=-1))
 
 
 def test_rope_refuses_an_odd_head():
     with pytest.raises(ValueError, match="d_head=15 must be even"):
-        RoPE(60, 4, 15, theta=10000.0)
+        rope(15)
 
 
 def slopes_of_the_authors(n: int) -> list[float]:
@@ -105,7 +111,7 @@ def test_alibi_bias_equals_its_figure():
 @pytest.mark.parametrize("start", [0, 9])
 def test_sinusoidal_equals_the_papers_formula(start):
     x = normal(B, T, D)
-    out = Sinusoidal(D, H, E, theta=10000.0, scale=0.5).embed(x, torch.arange(start, start + T))
+    out = Sinusoidal(D, H, E, theta=10000.0, scale=0.5).embed(x, torch.arange(start, start + T)[None])
     table = torch.empty(T, D)
     for t in range(T):
         for i in range(D // 2):
@@ -122,12 +128,12 @@ def test_sinusoidal_refuses_an_odd_width():
 def test_learned_equals_a_lookup():
     learned = Learned(D, H, E, max_len=64)
     learned.weight.data.copy_(normal(64, D, seed=2))
-    x, positions = normal(B, T, D), torch.arange(5, 5 + T)
+    x, positions = normal(B, T, D), torch.arange(5, 5 + T)[None]
     assert_close(learned.embed(x, positions), x + torch.nn.functional.embedding(positions, learned.weight))
 
 
 def test_hooks_do_nothing_by_default():
-    none, x, positions = Position(D, H, E), normal(B, T, D), torch.arange(T)
+    none, x, positions = Position(D, H, E), normal(B, T, D), torch.arange(T)[None]
     heads = normal(B, T, H, E)
     assert none.embed(x, positions) is x
     assert none.rotate(positions)(heads) is heads

@@ -1,0 +1,142 @@
+"""Every kernel against the softmax written out over one query at a time."""
+
+import jaxtyping
+import pytest
+import torch
+from torch.testing import assert_close
+
+from scantling.model.cache import Buffer, KVCache, LayerCache, Step
+from scantling.model.pattern import BlockGlobal, Dilated, Full, Random, Sinks, Sliding
+from scantling.model.pos import ALiBi
+from scantling.model.scores import Scores
+
+B, T, H, E = 2, 19, 4, 16
+LONG = 70  # above 64 keys torch's kernel takes over on a CPU
+SCALE = 0.4
+PATTERNS = {
+    "full": Full(0),
+    "sliding": Sliding(0, window=6),
+    "sinks": Sinks(0, window=6, n_sinks=2),
+    "dilated": Dilated(0, window=4, dilation=3),
+    "block_global": BlockGlobal(0, window=4, every=5),
+    "random": Random(1, block=4, n_local=1, n_global=1, n_random=1),
+}
+over_patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
+over_shapes_of_scores = pytest.mark.parametrize(
+    ("biased", "softcap"), [(False, None), (True, None), (False, 2.0), (True, 2.0)], ids=str
+)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bias(head, query, key):
+    """Falls with the square of the distance: a slip in positions would cancel out of a linear one."""
+    return -0.02 * (head + 1) * (query - key) ** 2
+
+
+def formula(q, k, v, pattern, biased, softcap):
+    """The last queries of a text over all its keys: softmax(cap(scale·q·k) + bias) over keys that are seen."""
+    B, H, T, _ = q.shape
+    groups, start = H // k.shape[1], k.shape[2] - T
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    out = torch.empty(B, H, T, v.shape[-1])
+    for t in range(T):
+        here = start + t
+        seen = torch.arange(here + 1)
+        seen = seen[pattern.sees(torch.tensor(here), seen)]
+        score = SCALE * torch.einsum("bhe,bhse->bhs", q[:, :, t], k[:, :, seen])
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if biased:
+            distance = here - seen
+            score = score - 0.02 * torch.arange(1, H + 1)[:, None] * distance**2
+        out[:, :, t] = torch.einsum("bhs,bhse->bhe", score.softmax(-1), v[:, :, seen])
+    return out
+
+
+def inputs(n_kv_heads: int, length: int):
+    return normal(B, H, length, E), *(normal(B, n_kv_heads, length, E, seed=seed) for seed in (1, 2))
+
+
+def scores_of(biased: bool, step: Step) -> Scores:
+    return Scores(bias=bias if biased else None, n_heads=H, step=step)
+
+
+@over_shapes_of_scores
+@pytest.mark.parametrize(
+    ("pattern", "n_kv_heads"), [*((name, 2) for name in PATTERNS), ("full", 4), ("sinks", 1)], ids=str
+)
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
+def test_every_kernel_equals_the_formula(monkeypatch, pattern, n_kv_heads, biased, softcap):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # flex cannot trace the checks of shapes
+    pattern = PATTERNS[pattern]
+    for length in (T, LONG):
+        scores = scores_of(biased, Step.whole(torch.zeros(B, length)))
+        q, k, v = inputs(n_kv_heads, length)
+        expected = formula(q, k, v, pattern, biased, softcap)
+        chosen = scores.attend(q, k, v, keys=None, pattern=pattern, scale=SCALE, softcap=softcap, dropout=0.0)
+        assert_close(chosen, expected, rtol=1e-4, atol=1e-5)
+        written_out = scores.written_out(q, k, v, scores.mask(None, pattern), SCALE, softcap, 0.0)
+        assert_close(written_out, expected, rtol=1e-4, atol=1e-5)
+        assert_close(scores.flex(q, k, v, pattern, SCALE, softcap), expected, rtol=1e-4, atol=1e-5)
+
+
+@over_patterns
+@over_shapes_of_scores
+@pytest.mark.parametrize("pieces", [[12, 9], [40, 30], [40, 1, 1, 1], [1] * 9, [66, 1]], ids=str)
+def test_cached_keys_give_the_formula_too(pattern, biased, softcap, pieces):
+    q, k, v = inputs(2, sum(pieces))
+    layer = LayerCache(sum(pieces), pattern, Buffer)
+    cache, parts = KVCache([layer], sum(pieces)), []
+    for of_q, of_k, of_v in zip(*(x.split(pieces, dim=2) for x in (q, k, v)), strict=True):
+        step = cache.advance(torch.zeros(B, of_q.shape[2]), None)
+        all_k, all_v, keys = layer.append(of_k.transpose(1, 2), of_v.transpose(1, 2), step)
+        scores = scores_of(biased, step)
+        settings = {"keys": keys, "pattern": pattern, "scale": SCALE, "softcap": softcap, "dropout": 0.0}
+        parts.append(scores.attend(of_q, all_k.transpose(1, 2), all_v.transpose(1, 2), **settings))
+    assert_close(torch.cat(parts, 2), formula(q, k, v, pattern, biased, softcap), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("length", [T, LONG, 9 * E])  # a CPU without AMX takes another way up to 8·E
+def test_bfloat16_attention_is_near_float32(monkeypatch, amx, length):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    q, k, v = inputs(H, length)
+    step = Step.whole(torch.zeros(B, length))
+    low, high = (
+        Scores(bias=ALiBi(H * E, H, E).bias, n_heads=H, step=step).attend(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            keys=None,
+            pattern=Full(0),
+            scale=0.25,
+            softcap=None,
+            dropout=0.0,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert low.dtype == torch.bfloat16
+    assert_close(low.float(), high, rtol=0, atol=0.03)
+
+
+def test_layers_of_one_pattern_share_a_mask():
+    scores = scores_of(False, Step.whole(torch.zeros(B, T)))
+    assert scores.mask(None, Sliding(0, window=6)) is scores.mask(None, Sliding(3, window=6))
+    one, other = (Random(layer, block=4, n_local=1, n_global=1, n_random=1) for layer in (0, 1))
+    assert not torch.equal(scores.mask(None, one), scores.mask(None, other))
+
+
+def test_cache_returns_what_was_appended():
+    layer = LayerCache(10, Full(0), Buffer)
+    cache = KVCache([layer], 10)
+    k, v = normal(B, 7, 2, E), normal(B, 7, 2, E, seed=1)
+    for new in (slice(0, 4), slice(4, 5), slice(5, 7)):
+        step = cache.advance(k[:, new, 0, 0], None)
+        all_k, all_v, keys = layer.append(k[:, new], v[:, new], step)
+        assert_close((all_k, all_v), (k[:, : new.stop], v[:, : new.stop]), rtol=0, atol=0)
+        assert keys.positions().tolist() == [list(range(new.stop))]
+    with pytest.raises(AssertionError, match="full"):
+        layer.append(k[:, :4], v[:, :4], cache.advance(k[:, :4, 0, 0], None))
