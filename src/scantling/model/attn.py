@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,8 @@ QKNorm = Callable[[int, int], nn.Module]
 class Mixer(nn.Module, ABC):
     """Base of every option: x_BTD -> x_BTD, each position from itself and those before it."""
 
+    takes_bias: ClassVar[bool] = True
+    """Whether a position may add to its scores."""
     d_rotated: int
     """Width of the head vectors that a position rotates."""
 
@@ -31,7 +34,7 @@ class Mixer(nn.Module, ABC):
         x_BTD: Float[Tensor, "B T D"],
         rotate: Rotation,
         scores: Scores,
-        cache: LayerCache | None,
+        cache: Any,
     ) -> Float[Tensor, "B T D"]:
         """`rotate` turns queries and keys, `scores` attends, `cache` holds what is kept of past tokens."""
 
@@ -47,9 +50,13 @@ class Mixer(nn.Module, ABC):
     def cached_numbers(self, context: int) -> int:
         """Numbers kept of `context` past tokens, for one sequence."""
 
+    def cached_vectors(self, context: int) -> int:
+        """Vectors that these numbers form, each with a scale of its own in a quantised cache; 0: it leaves them as they are."""
+        return 0
+
     @abstractmethod
-    def new_cache(self, max_len: int, buffer: type[Buffer]) -> LayerCache:
-        """Room for what is kept of at most `max_len` tokens."""
+    def new_cache(self, max_len: int, buffer: type[Buffer]) -> Any:
+        """Room for what is kept of at most `max_len` tokens, with `select` and `nbytes` as `cache.LayerCache` has them."""
 
 
 class PatternedAttention(Mixer):
@@ -66,12 +73,23 @@ class PatternedAttention(Mixer):
     def cached_widths(self) -> int:
         """Numbers kept of one token."""
 
+    @property
+    @abstractmethod
+    def cached_heads(self) -> int:
+        """Vectors that they form."""
+
     def mean_keys(self, seq_len: int) -> float:
         return self.pattern.mean_keys(seq_len)
 
     def cached_numbers(self, context: int) -> int:
+        return self.cached_widths * self.cached_tokens(context)
+
+    def cached_vectors(self, context: int) -> int:
+        return self.cached_heads * self.cached_tokens(context)
+
+    def cached_tokens(self, context: int) -> int:
         reach = context if self.pattern.reach is None else self.pattern.n_first + self.pattern.reach
-        return self.cached_widths * min(context, reach)
+        return min(context, reach)
 
     def new_cache(self, max_len: int, buffer: type[Buffer]) -> LayerCache:
         return LayerCache(max_len, self.pattern, buffer)
@@ -160,6 +178,10 @@ class Attention(PatternedAttention):
     @property
     def cached_widths(self) -> int:
         return 2 * self.heads[1] * self.d_head
+
+    @property
+    def cached_heads(self) -> int:
+        return 2 * self.heads[1]
 
     def mixing_flops(self, keys: float) -> float:
         """QKᵀ and weights·V: a multiplication and an addition for each of E channels, twice, for each head."""
@@ -296,6 +318,10 @@ class LatentAttention(PatternedAttention):
     @property
     def cached_widths(self) -> int:
         return self.kv_rank + self.d_rotated
+
+    @property
+    def cached_heads(self) -> int:
+        return 2
 
     def mixing_flops(self, keys: float) -> float:
         return 2 * self.n_heads * (self.d_nope + self.d_rotated + self.d_value) * keys

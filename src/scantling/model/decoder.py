@@ -86,6 +86,10 @@ class Decoder(nn.Module):
                 f"seq_len={seq_len} is longer than the {self.pos.max_len} positions of the position embedding: "
                 f"use model.seq_len={self.pos.max_len} or pos.max_len={seq_len}"
             )
+        if self.pos.bias is not None and not all(block.attn.takes_bias for block in blocks):
+            raise ValueError(
+                "this attention forms no scores that a position could add to: use pos=rope, learned, sinusoidal or none"
+            )
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(d_model) if blocks[-1].final_norm else nn.Identity()
         self.routers = tuple(module for module in self.modules() if isinstance(module, Router))
