@@ -126,6 +126,9 @@ def orthogonal_features(n_features: int, width: int, seed: int) -> Float[Tensor,
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu")
 
-    blocks = [torch.linalg.qr(normal(width, width)).Q for _ in range(math.ceil(n_features / width))]
+    blocks = []
+    for _ in range(math.ceil(n_features / width)):
+        Q, R = torch.linalg.qr(normal(width, width))
+        blocks.append(Q * R.diagonal().sign())  # without the signs Q would favour some directions
     lengths = normal(n_features, width).norm(dim=1, keepdim=True)
     return torch.cat(blocks)[:n_features] * lengths
