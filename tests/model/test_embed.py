@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from scantling.model.embed import Factorised, Tied, Untied
+from scantling.model.embed import Tied, Untied
 from scantling.model.head import Full
 
 TOKENS = torch.tensor([[3, 1, 4], [1, 5, 9]])

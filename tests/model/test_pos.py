@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import LlamaConfig
+from transformers import GPTNeoXConfig, LlamaConfig, SmolLM3Config, T5Config
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.gpt_neox import modeling_gpt_neox as neox
+from transformers.models.gptj import modeling_gptj as gptj
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from scantling.model.pos import ALiBi, EveryNth, Learned, Position, RoPE, Sinusoidal, T5Relative
-from scantling.model.rope_scaling import linear, unscaled
+from scantling.model.rope_scaling import unscaled
 
 B, T, H, E = 2, 24, 4, 16
 D = H * E
@@ -41,6 +44,59 @@ def test_rope_equals_llamas(theta, start):
     rotate = rope(theta=theta).rotate(positions)
     assert_close(rotate(q), expected_q)
     assert_close(rotate(k), expected_k)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_partial_rope_equals_gpt_neoxs(fraction):
+    config = GPTNeoXConfig(
+        hidden_size=D,
+        num_attention_heads=H,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": fraction},
+    )
+    q, k, positions = normal(B, T, H, E), normal(B, T, H, E, seed=1), torch.arange(3, 3 + T)[None]
+    cos, sin = neox.GPTNeoXRotaryEmbedding(config)(q, positions)
+    expected = neox.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    rotate = rope(fraction=fraction).rotate(positions)
+    assert_close((rotate(q), rotate(k)), expected)
+    assert torch.equal(rotate(q)[..., round(E * fraction) :], q[..., round(E * fraction) :])
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_interleaved_rope_equals_gptjs(fraction):
+    """GPT-J turns the first `rotary_dim` channels of each head."""
+    x, width = normal(B, T, H, E), round(E * fraction)
+    positions = torch.stack([torch.arange(T), torch.arange(9, 9 + T)])  # rows may stand apart
+    sin, cos = gptj.create_sinusoidal_positions(64, width)[positions].chunk(2, dim=-1)
+    turned = gptj.apply_rotary_pos_emb(x[..., :width], sin, cos)
+    ours = rope(fraction=fraction, interleaved=True).rotate(positions)(x)
+    assert_close(ours, torch.cat([turned, x[..., width:]], -1))
+
+
+def test_interleaved_rope_is_the_halved_one_of_permuted_channels():
+    x, positions = normal(B, T, H, E), torch.arange(T)[None]
+    order = torch.arange(E).view(2, -1).T.flatten()  # 0, E/2, 1, E/2+1, …
+    assert_close(
+        rope(interleaved=True).rotate(positions)(x[..., order]), rope().rotate(positions)(x)[..., order]
+    )
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_every_nth_layer_is_smollm3s(every):
+    """Its list says for each layer whether it rotates."""
+    pos = EveryNth(
+        D,
+        H,
+        E,
+        nth=Position,
+        others=lambda *shape: rope(theta=5000.0),
+        every=every,
+    )
+    x, positions = normal(B, T, H, E), torch.arange(T)[None]
+    rotations = pos.rotations(positions, 12)
+    rotates = SmolLM3Config(num_hidden_layers=12, no_rope_layer_interval=every).no_rope_layers
+    assert len(rotations) == len(rotates) == 12
+    for rotation, rotated in zip(rotations, rotates, strict=True):
+        assert_close(rotation(x), rope(theta=5000.0).rotate(positions)(x) if rotated else x, rtol=0, atol=0)
 
 
 def test_rope_is_a_product_of_complex_numbers():
@@ -106,6 +162,33 @@ def test_alibi_bias_equals_its_figure():
     assert_close(rows, expected)
     far = bias(torch.tensor([0, 7]), torch.tensor(5000), torch.tensor(0))
     assert_close(far, torch.tensor([-2500.0, -5000 / 256]))
+
+
+@pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (8, 20)])
+def test_t5_bias_equals_t5s(n_buckets, max_distance):
+    """A decoder's: earlier keys alone have buckets."""
+    config = T5Config(
+        d_model=D,
+        num_heads=H,
+        d_kv=E,
+        is_decoder=True,
+        relative_attention_num_buckets=n_buckets,
+        relative_attention_max_distance=max_distance,
+    )
+    theirs = T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
+    ours = T5Relative(D, H, E, n_buckets=n_buckets, max_distance=max_distance)
+    ours.weight.data.copy_(normal(n_buckets, H))
+    theirs.relative_attention_bias.weight.data.copy_(ours.weight)
+    distance = torch.arange(300)
+    bucket = T5Attention._relative_position_bucket(
+        -distance, bidirectional=False, num_buckets=n_buckets, max_distance=max_distance
+    )
+    assert torch.equal(ours.bucket(distance), bucket)
+    head, query = torch.arange(H)[:, None, None], torch.arange(40, 300)[:, None]
+    bias = ours.bias(head, query, torch.arange(300))
+    expected = theirs.compute_bias(260, 300, past_seen_tokens=40)[0]
+    causal = torch.arange(300) <= query
+    assert_close(bias.where(causal, 0), expected.where(causal, 0), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("start", [0, 9])
