@@ -8,36 +8,58 @@ from dataclasses import dataclass
 from torch import nn
 
 from scantling.model.decoder import Decoder
-from scantling.model.moe import MixtureOfExperts
+from scantling.model.moe import MixtureOfExperts, Router
 
 GROUPS = {
     "embedding": (".embed.tokens.", ".embed.wide.", ".embed.norm."),
     "head": (".embed.head.", ".embed.narrow.", ".head."),
     "position": (".pos.",),
     "attention": (".attn.",),
+    "router": (".ffn.router.",),
     "feed-forward": (".ffn.",),
 }
+"""Marks in the names of a group's parameters; the first group that fits has it. What fits none is a block's own: norms."""
+
+
+# --- parameters ---
 
 
 def parameter_counts(decoder: Decoder) -> dict[str, int]:
     """Parameters by group; a matrix that embedding and head share counts once, as embedding."""
     counts = dict.fromkeys([*GROUPS, "norm"], 0)
     for name, parameter in decoder.named_parameters():
-        dotted = f".{name}"
-        group = next((g for g, marks in GROUPS.items() if any(mark in dotted for mark in marks)), "norm")
-        counts[group] += parameter.numel()
+        counts[group_of(name)] += parameter.numel()
     assert sum(counts.values()) == sum(p.numel() for p in decoder.parameters())
     return counts
 
 
-def active_parameters(decoder: Decoder) -> int:
-    """Parameters that one token passes: of the experts, those that its router chooses."""
-    idle = 0
+def group_of(parameter: str) -> str:
+    dotted = f".{parameter}"
+    return next((group for group, marks in GROUPS.items() if any(mark in dotted for mark in marks)), "norm")
+
+
+def active_counts(decoder: Decoder) -> dict[str, int]:
+    """Parameters by group that one token passes: of the experts, those that its router chooses."""
+    counts = parameter_counts(decoder)
     for moe in decoder.modules():
         if isinstance(moe, MixtureOfExperts):
             experts = sum(p.numel() for p in moe.experts.parameters())
-            idle += experts * (moe.router.n_experts - moe.router.n_active) // moe.router.n_experts
-    return sum(p.numel() for p in decoder.parameters()) - idle
+            n, chosen = moe.router.n_experts, moe.router.n_active
+            assert experts % n == 0, "experts differ in size"
+            counts["feed-forward"] -= experts // n * (n - chosen)
+    return counts
+
+
+def active_parameters(decoder: Decoder) -> int:
+    return sum(active_counts(decoder).values())
+
+
+def non_embedding(counts: dict[str, int]) -> int:
+    """Parameters that are no embedding of tokens or positions and no output head."""
+    return sum(counts.values()) - counts["embedding"] - counts["head"] - counts["position"]
+
+
+# --- FLOPs ---
 
 
 def linear_flops(module: nn.Module) -> float:
@@ -50,19 +72,43 @@ def linear_flops(module: nn.Module) -> float:
     return flops
 
 
-def forward_flops_per_token(decoder: Decoder, keys: float | None, seq_len: int) -> float:
-    """Matrix products of one token's forward pass; 2 FLOPs a multiply-add.
+def forward_flops_by_part(decoder: Decoder, keys: float | None, seq_len: int) -> dict[str, float]:
+    """Matrix products of one token's forward pass by part; 2 FLOPs a multiply-add.
 
-    The token sees `keys` keys in every layer; None: as many as causality and the layer's pattern leave on average.
-    Norms, activations, softmax and the lookup of embeddings are left out, as in all the literature's counts.
+    The token sees `keys` keys in every layer; None: as many as causality and the layer's pattern leave on average in
+    a sequence of `seq_len`. Norms, activations, softmax and the lookup of embeddings are left out, as in most of the
+    literature's counts.
     """
-    mixing = sum(
-        block.attn.mixing_flops(block.attn.mean_keys(seq_len) if keys is None else float(keys))
-        for block in decoder.layers
+    layers = decoder.layers
+    projections = sum(linear_flops(block.attn) for block in layers)
+    feed_forward = sum(linear_flops(block.ffn) for block in layers)
+    router = sum(
+        linear_flops(part) for block in layers for part in block.ffn.modules() if isinstance(part, Router)
     )
-    linear = sum(linear_flops(block) for block in decoder.layers)
-    widening = sum(2 * p.numel() for name, p in decoder.embed.named_parameters() if name.startswith("wide."))
-    return linear + mixing + widening + decoder.head.flops(decoder.embed)
+    return {
+        "embedding": sum(
+            2 * p.numel() for name, p in decoder.embed.named_parameters() if name.startswith("wide.")
+        ),
+        "attention projections": projections,
+        "attention mixing": sum(
+            block.attn.mixing_flops(block.attn.mean_keys(seq_len) if keys is None else float(keys))
+            for block in layers
+        ),
+        "router": router,
+        "feed-forward": feed_forward - router,
+        "block": sum(linear_flops(block) for block in layers) - projections - feed_forward,
+        "head": decoder.head.flops(decoder.embed),
+    }
+
+
+def forward_flops_per_token(decoder: Decoder, keys: float | None, seq_len: int) -> float:
+    """The sum of `forward_flops_by_part`."""
+    return sum(forward_flops_by_part(decoder, keys, seq_len).values())
+
+
+def mixing_in_full(decoder: Decoder, seq_len: int) -> float:
+    """Forward FLOPs per token of attention itself as if every token saw all `seq_len` keys, later ones too."""
+    return sum(block.attn.mixing_flops(float(seq_len)) for block in decoder.layers)
 
 
 def exact(decoder: Decoder, seq_len: int) -> float:
@@ -70,34 +116,75 @@ def exact(decoder: Decoder, seq_len: int) -> float:
     return 3 * forward_flops_per_token(decoder, None, seq_len)
 
 
+def exact_full(decoder: Decoder, seq_len: int) -> float:
+    """3 × the forward pass, each token attending to all T keys."""
+    return 3 * forward_flops_per_token(decoder, float(seq_len), seq_len)
+
+
 def kaplan(decoder: Decoder, seq_len: int) -> float:
     """6·N, N without vocabulary and position parameters. Kaplan et al. 2020, arXiv:2001.08361, §1.3 and §2.1."""
-    return 6 * non_embedding(parameter_counts(decoder))
+    return 6 * non_embedding(active_counts(decoder))
+
+
+def kaplan_context(decoder: Decoder, seq_len: int) -> float:
+    """6·N + 6·n_layers·T·d_attn, N as in `kaplan`: the context term of Kaplan et al.'s table 1, attention counted half."""
+    return kaplan(decoder, seq_len) + 3 * mixing_in_full(decoder, seq_len) / 2
 
 
 def six_n(decoder: Decoder, seq_len: int) -> float:
     """6·N, N all parameters. Hoffmann et al. 2022, arXiv:2203.15556, §3."""
-    return 6 * sum(parameter_counts(decoder).values())
+    return 6 * active_parameters(decoder)
 
 
 def palm(decoder: Decoder, seq_len: int) -> float:
     """6·N + 12·L·H·E·T, attention counted in full. Chowdhery et al. 2022, arXiv:2204.02311, appendix B."""
-    mixing = sum(block.attn.mixing_flops(float(seq_len)) for block in decoder.layers)
-    return six_n(decoder, seq_len) + 3 * mixing
+    return six_n(decoder, seq_len) + 3 * mixing_in_full(decoder, seq_len)
+
+
+def hoffmann(decoder: Decoder, seq_len: int) -> float:
+    """3 × (matrix products, attention in full, a softmax of 3 FLOPs a head and key, the lookup as a product with the
+    table). Hoffmann et al. 2022, arXiv:2203.15556, appendix F.
+    """
+    softmax = 3 * decoder.n_heads * seq_len * len(decoder.layers)
+    lookup = 2 * decoder.embed.tokens.weight.numel()
+    return exact_full(decoder, seq_len) + 3 * (softmax + lookup)
 
 
 CONVENTIONS: dict[str, Callable[[Decoder, int], float]] = {
     "exact": exact,
+    "exact_full": exact_full,
     "kaplan": kaplan,
+    "kaplan_context": kaplan_context,
     "6n": six_n,
     "palm": palm,
+    "hoffmann": hoffmann,
 }
-"""Training FLOPs per token, forward and backward, under each name."""
+"""Training FLOPs per token, forward and backward, under each name.
+
+The papers count dense models. In a mixture of experts N is the active parameters in every convention, for the idle
+experts compute nothing; the exact counts and Hoffmann's take the products of the chosen experts and of the router.
+"""
 
 
-def non_embedding(counts: dict[str, int]) -> int:
-    """Parameters that are no embedding of tokens or positions and no output head."""
-    return sum(counts.values()) - counts["embedding"] - counts["head"] - counts["position"]
+# --- bytes ---
+
+CACHED = {"fp32": (4, 0), "bf16": (2, 0), "int8": (1, 4), "fp8": (1, 4)}
+"""Bytes of a cached number, and of the scale that a quantised cache keeps for each vector (`model/cache.py`)."""
+
+
+def cache_bytes(decoder: Decoder, *, context: int, batch: int, precision: str) -> int:
+    """What `batch` sequences of `context` tokens take in a key/value cache; windows and latent vectors spare theirs.
+
+    For one token: `context=1`, as long as no window is full. What a quantised cache leaves as it is counts in float32.
+    """
+    if precision not in CACHED:
+        raise ValueError(f"a cache in {precision} is unknown: use one of {', '.join(CACHED)}")
+    number, scale = CACHED[precision]
+    total = 0
+    for mixer in (block.attn for block in decoder.layers):
+        numbers, vectors = mixer.cached_numbers(context), mixer.cached_vectors(context)
+        total += number * numbers + scale * vectors if vectors or not scale else CACHED["fp32"][0] * numbers
+    return batch * total
 
 
 @dataclass(frozen=True)
@@ -117,15 +204,32 @@ class Memory:
 def training_memory(decoder: Decoder, *, sequences: int, seq_len: int, half_precision: bool) -> Memory:
     """Float32 weights and gradients, AdamW's two states (no optimiser here has more), and activations.
 
-    Per token a layer keeps the input and output of every linear layer, and about four more tensors of width D for
-    norms and residual sums (after Korthikanti et al. 2022, arXiv:2205.05198, §4); the logits are kept in the
-    precision of the products and twice in float32.
+    Per token a layer keeps the input and output of every linear layer (of the experts, those chosen), and two tensors
+    of width D in float32 for each norm, at least four for the residual sums (after Korthikanti et al. 2022,
+    arXiv:2205.05198, §4); the logits are kept in the precision of the products and twice in float32, as if every head
+    took the whole vocabulary. In half precision autocast keeps a copy of each matrix, until the backward pass is over.
     """
     n = sum(p.numel() for p in decoder.parameters())
     width = 2 if half_precision else 4
-    d_model = decoder.layers[0].attn.out.out_features
-    linears = [m for block in decoder.layers for m in block.modules() if isinstance(m, nn.Linear)]
-    kept = sum(m.in_features + m.out_features for m in linears) + 4 * d_model * len(decoder.layers)
+    out = decoder.layers[0].attn.out
+    assert isinstance(out, nn.Linear)
+    kept = 0.0
+    for block in decoder.layers:
+        norms = sum(name.endswith("norm") for name, _ in block.named_children())
+        kept += width * kept_numbers(block) + 4 * 2 * max(2, norms) * out.out_features
     logits = decoder.embed.tokens.num_embeddings * (width + 8)
-    tokens = sequences * seq_len
-    return Memory(4 * n, 4 * n, 8 * n, tokens * (kept * width + logits))
+    matrices = [
+        m.weight.numel() for block in decoder.blocks for m in block.modules() if isinstance(m, nn.Linear)
+    ]
+    copies = width * (sum(matrices) + decoder.head.flops(decoder.embed) // 2) if half_precision else 0
+    return Memory(4 * n, 4 * n, 8 * n, round(sequences * seq_len * (kept + logits) + copies))
+
+
+def kept_numbers(module: nn.Module) -> float:
+    """Inputs and outputs per token of all linear layers below `module`."""
+    if isinstance(module, nn.Linear):
+        return module.in_features + module.out_features
+    kept = sum(kept_numbers(child) for name, child in module.named_children() if name != "experts")
+    if isinstance(module, MixtureOfExperts):
+        kept += kept_numbers(module.experts) * module.router.n_active / module.router.n_experts
+    return kept

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from scantling import __version__
 from scantling.accounting import CONVENTIONS, parameter_counts
 from scantling.command_line import SWEEPS, mistakes
+from scantling.composition import PARTS, build_decoder, choices
 from scantling.data.loading import TrainBatches, check_batch_size, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
@@ -43,8 +44,6 @@ from scantling.training.callbacks import CleanStop, Interrupted, Metrics, Progre
 from scantling.training.checkpoints import Checkpoints, WholeFiles, first_step_of
 from scantling.training.loggers import Wandb
 from scantling.training.task import LanguageModelTask
-
-PARTS = ("norm", "pos", "attn", "ffn", "block", "embed", "head")
 
 NOT_IDENTITY = ("study", "resume", "dry_run", "log_every", "sample", "paths", "logger", "trainer")
 """Settings that do not change what is trained, and so are no part of a run's id; of `trainer`, precision does."""
@@ -101,12 +100,6 @@ def run_id(config: DictConfig) -> str:
     """The model preset's name, for people, and a hash of the run's identity."""
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
     return f"{choices()['model']}-{digest[:10]}"
-
-
-def choices() -> dict[str, str]:
-    """Which option each group took."""
-    chosen = HydraConfig.get().runtime.choices
-    return {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
 
 
 def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
@@ -184,11 +177,6 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
             )
         run.first_step = first_step_of(directory.last)
     return run
-
-
-def build_decoder(config: DictConfig, vocab_size: int, device: str) -> Decoder:
-    with torch.device(device):
-        return instantiate(config.decoder, vocab_size=vocab_size)
 
 
 def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precision: str) -> Plan:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.accounting import forward_flops_per_token
-from scantling.run import PARTS
+from scantling.composition import PARTS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 T = 64

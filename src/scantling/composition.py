@@ -1,0 +1,35 @@
+"""What Hydra composed from the command line: the options chosen, and the decoder that they make."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from scantling.model.decoder import Decoder
+
+PARTS = ("norm", "pos", "attn", "ffn", "block", "embed", "head")
+
+
+def choices() -> dict[str, str]:
+    """Which option each group took."""
+    chosen = HydraConfig.get().runtime.choices
+    return {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
+
+
+def build_decoder(config: DictConfig, vocab_size: int, device: str) -> Decoder:
+    """On the device "meta" it has shapes and no memory."""
+    factory = plain(instantiate(config.decoder, vocab_size=vocab_size, _partial_=True))
+    with torch.device(device):
+        return factory()
+
+
+def plain(value: Any) -> Any:
+    """Without Hydra's check of its policy at each call of a part, which is most of the time that 15,000 experts take."""
+    if not isinstance(value, partial):
+        return value
+    return partial(value.func, *value.args, **{name: plain(part) for name, part in value.keywords.items()})
