@@ -26,8 +26,9 @@ def test_chunks_add_up_to_the_sum_over_all_earlier_keys():
 @pytest.mark.parametrize("n_features", [8192, 512])
 def test_features_stand_for_the_softmax(n_features):
     """φ(q)·φ(k) is exp(q·k/√E) on average (Choromanski et al. 2020, lemma 1); the error falls with 1/√M."""
+    torch.manual_seed(0)  # of the linear layers
     layer = Performer(H * E, H, E, 0, n_features=n_features, bias=False)
-    x = normal(B, T, H * E)
+    x = 0.5 * normal(B, T, H * E)  # far apart, queries and keys need many more features
     step = Step.whole(torch.zeros(B, T, dtype=torch.long))
     layer.out = torch.nn.Identity()
     with torch.no_grad():
@@ -35,7 +36,7 @@ def test_features_stand_for_the_softmax(n_features):
         q, k, v = (y.unflatten(-1, (H, E)).transpose(1, 2) for y in layer.qkv(x).chunk(3, -1))
         theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     error = (ours - theirs.transpose(1, 2).flatten(2)).square().mean().sqrt() / theirs.std()
-    assert error < 5.0 / n_features**0.5
+    assert error < 2.0 / n_features**0.5
 
 
 def test_features_are_orthogonal_and_as_long_as_normal_ones():
