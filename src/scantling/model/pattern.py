@@ -104,7 +104,10 @@ class Sinks(Sliding):
         return (query - key < self.window) | (key < self.n_sinks)
 
     def mean_keys(self, seq_len: int) -> float:
-        return Pattern.mean_keys(self, seq_len)
+        seen = torch.arange(1, seq_len + 1)
+        return (
+            int((seen.clamp(max=self.window) + (seen - self.window).clamp(0, self.n_sinks)).sum()) / seq_len
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ class Dilated(Pattern):
         distance = query - key
         return (distance < self.window * self.dilation) & (distance % self.dilation == 0)
 
+    def mean_keys(self, seq_len: int) -> float:
+        return int((torch.arange(seq_len) // self.dilation + 1).clamp(max=self.window).sum()) / seq_len
+
 
 @dataclass(frozen=True)
 class BlockGlobal(Pattern):
@@ -130,6 +136,12 @@ class BlockGlobal(Pattern):
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return (query - key < self.window) | (key % self.every == 0) | (query % self.every == 0)
+
+    def mean_keys(self, seq_len: int) -> float:
+        query = torch.arange(seq_len)
+        beyond = ((query - self.window) // self.every + 1).clamp(min=0)
+        local = (query + 1).clamp(max=self.window) + beyond
+        return int(torch.where(query % self.every == 0, query + 1, local).sum()) / seq_len
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,13 @@ class Random(Pattern):
             number = (own * 40503 + self.layer * 7919 + draw * 104729 + 1) * 48271 % 2147483647
             seen = seen | (other == number % (own + 1))
         return seen
+
+    def mean_keys(self, seq_len: int) -> float:
+        """By blocks: a query sees all of some earlier ones, and of its own the keys up to itself."""
+        starts = torch.arange(0, seq_len, self.block)
+        earlier = ((starts < starts[:, None]) & self.sees(starts[:, None], starts)).sum(1)
+        queries = (seq_len - starts).clamp(max=self.block)
+        return float((queries * self.block * earlier + queries * (queries + 1) / 2).sum()) / seq_len
 
 
 def local_global(layer: int, *, window: int, every: int) -> Pattern:
