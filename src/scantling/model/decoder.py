@@ -114,6 +114,8 @@ class Decoder(nn.Module):
         """
         step = Step.whole(tokens_BT) if cache is None else cache.advance(tokens_BT, lengths_B)
         layers = self.layers
+        for router in self.routers:
+            router.loss = None
         rotations = self.pos.rotations(step.positions_BT, len(layers))
         scores = Scores(bias=self.pos.bias, n_heads=self.n_heads, step=step)
         x_BTD = self.dropout(self.pos.embed(self.embed(tokens_BT), step.positions_BT))

@@ -71,8 +71,9 @@ class Sampled(Full):
     """In training a softmax over the batch's targets and `n_samples` entries drawn without regard to context; else full.
 
     Entry v is drawn with q(v) = log(1 + 1/(v+1)) / log(V+1), which suits vocabularies ordered by frequency, as trained
-    ones are, and ln(n·q) is taken off its logit; a drawn entry that is the target itself is hidden. The
-    gradient is that of the full softmax as n grows. Jean et al. 2015, arXiv:1412.2007, §3.
+    ones are. The target stands with its own logit; ln(n·q) is taken off those of drawn entries, so that the sum of
+    exponentials is right on average, and a drawn entry that is the target itself is hidden. Loss and gradient are
+    those of the full softmax as n grows. Bengio & Senécal 2003, §3; Jean et al. 2015, arXiv:1412.2007, §3.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Sampled(Full):
         of_drawn_NS = nn.functional.linear(x_ND, embed.output[drawn_S], None if bias is None else bias[drawn_S])
         if bias is not None:
             of_targets_N = of_targets_N + bias[targets_N]
-        of_targets_N = self.shaped(of_targets_N).float() - self.log_expected(targets_N)
+        of_targets_N = self.shaped(of_targets_N).float()
         of_drawn_NS = self.shaped(of_drawn_NS).float() - self.log_expected(drawn_S)
         of_drawn_NS = of_drawn_NS.masked_fill(drawn_S == targets_N[:, None], -torch.inf)
         logits = torch.cat((of_targets_N[:, None], of_drawn_NS), -1)

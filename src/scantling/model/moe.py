@@ -37,7 +37,7 @@ class Router(nn.Module):
         self.load_balance, self.z = load_balance, z
         self.gate = nn.Linear(d_model, n_experts, bias=False)
         self.loss: Tensor | None = None
-        """Of the last forward pass while training, both terms with their coefficients."""
+        """While training, both terms with their coefficients, added up over the layers that this router serves."""
 
     def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor]:
         """Weights and indices of each token's experts."""
@@ -46,13 +46,15 @@ class Router(nn.Module):
         weights_NA, chosen_NA = p_NX.topk(self.n_active, dim=-1)
         if self.renormalised:
             weights_NA = weights_NA / weights_NA.sum(-1, keepdim=True)
-        self.loss = self.losses(logits_NX, p_NX, chosen_NA) if self.training else None
+        if self.training:
+            self.add_loss(logits_NX, p_NX, chosen_NA)
         return weights_NA.type_as(x_ND), chosen_NA
 
-    def losses(self, logits_NX: Tensor, p_NX: Tensor, chosen_NA: Tensor) -> Tensor:
+    def add_loss(self, logits_NX: Tensor, p_NX: Tensor, chosen_NA: Tensor) -> None:
         share_X = torch.bincount(chosen_NA.flatten(), minlength=self.n_experts) / chosen_NA.numel()
         balance = self.n_experts * (share_X * p_NX.mean(0)).sum()
-        return self.load_balance * balance + self.z * logits_NX.logsumexp(-1).square().mean()
+        loss = self.load_balance * balance + self.z * logits_NX.logsumexp(-1).square().mean()
+        self.loss = loss if self.loss is None else self.loss + loss
 
 
 class BiasedRouter(Router):
@@ -78,6 +80,9 @@ class BiasedRouter(Router):
         super().__init__(d_model, n_experts, **choice)
         if n_experts % n_groups or not 1 <= n_active_groups <= n_groups:
             raise ValueError(f"n_groups={n_groups} must divide n_experts={n_experts}, with n_active_groups of them")
+        reached = n_active_groups * n_experts // n_groups
+        if self.n_active > reached:
+            raise ValueError(f"n_active={self.n_active} is more than the {reached} experts of the active groups")
         self.n_groups, self.n_active_groups, self.scale, self.speed = n_groups, n_active_groups, scale, speed
         self.register_buffer("correction", torch.zeros(n_experts))
 
@@ -93,10 +98,9 @@ class BiasedRouter(Router):
         weights_NA = s_NX.gather(-1, chosen_NA)
         if self.renormalised:
             weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
-        self.loss = None
         if self.training:
             p_NX = s_NX / s_NX.sum(-1, keepdim=True)
-            self.loss = self.losses(logits_NX, p_NX, chosen_NA)
+            self.add_loss(logits_NX, p_NX, chosen_NA)
             load_X = torch.bincount(chosen_NA.flatten(), minlength=self.n_experts).float()
             self.correction += self.speed * (load_X.mean() - load_X).sign()
         return (weights_NA * self.scale).type_as(x_ND), chosen_NA
