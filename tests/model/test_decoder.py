@@ -77,6 +77,75 @@ def test_dropout_falls_on_the_embedding(nano):
         assert decoder.eval()(TOKENS).std() > 0.1
 
 
+RATES = (
+    "decoder.dropout",
+    "block.dropout",
+    "attn.dropout",
+)  # of the embedding, the branches, the attention weights
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_dropout_is_set_apart_on_embedding_branches_and_attention(nano, rate):
+    """One of three at 1/2: that one draws, and draws as it does alone in torch; the others do nothing."""
+    drawn = []
+    decoder = nano("model.dropout=0.0", f"{rate}=0.5", gain=8).train()
+    block = decoder.blocks[0]
+    for name, module in (("decoder.dropout", decoder.dropout), ("block.dropout", block.residual.dropout)):
+        module.register_forward_hook(
+            lambda _, args, out, name=name: drawn.append((name, (out == 0).float().mean(), out, args[0]))
+        )
+    torch.manual_seed(0)
+    logits = decoder(TOKENS)
+    assert block.attn.dropout == (0.5 if rate == "attn.dropout" else 0.0)
+    for name, zeros, out, given in drawn:
+        if name == rate:
+            assert 0.45 < zeros < 0.55
+            assert_close(out[out != 0], 2 * given[out != 0])
+        else:
+            assert torch.equal(out, given)
+    assert not torch.equal(decoder(TOKENS), logits)
+    assert torch.equal(decoder.eval()(TOKENS), nano("model.dropout=0.0", gain=8).eval()(TOKENS))
+
+
+def test_one_rate_of_dropout_serves_all_unless_one_is_set(nano):
+    decoder = nano("model.dropout=0.3", "attn.dropout=0.1")
+    rates = (decoder.dropout.p, decoder.blocks[1].residual.dropout.p, decoder.blocks[1].attn.dropout)
+    assert rates == (0.3, 0.3, 0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n_layers", "per_block"), [(6, 6), (6, 2)])
+def test_layers_that_share_a_block_equal_layers_of_the_same_weights(nano, n_layers, per_block):
+    """ALBERT's sharing: as a model without it whose layers hold the same weights, and with the parameters of a few."""
+    shared = nano(f"model.n_layers={n_layers}", f"decoder.layers_per_block={per_block}", gain=4).eval()
+    apart = nano(f"model.n_layers={n_layers}").eval()
+    state = apart.state_dict()
+    for name in state:
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            state[name] = shared.state_dict()[f"blocks.{int(layer) // per_block}.{rest}"]
+        else:
+            state[name] = shared.state_dict()[name]
+    apart.load_state_dict(state)
+    logits = shared(TOKENS)
+    assert torch.equal(logits, apart(TOKENS))
+    assert logits.std() > 0.1
+
+    sizes = [sum(p.numel() for p in block.parameters()) for block in apart.blocks]
+    saved = sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in shared.parameters())
+    assert saved == sizes[0] * (n_layers - n_layers // per_block)
+
+    cache = shared.new_cache(64)  # keys and values of every layer, shared or not
+    pieces = [shared(piece, cache) for piece in TOKENS.split([20, 1, 1, 42], dim=1)]
+    assert_close(torch.cat(pieces, 1), logits, rtol=0, atol=5e-5)
+    assert len(cache.layers) == n_layers
+
+
+def test_layers_that_do_not_share_evenly_are_refused(nano):
+    with pytest.raises(ValueError, match="layers_per_block=4 does not divide n_layers=6"):
+        nano("model.n_layers=6", "decoder.layers_per_block=4")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch.testing import assert_close
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 from scantling.model.norm import LayerNorm, NoNorm, RMSNorm
 
 D = 48
+PLAIN = {
+    LayerNorm: {"eps": 1e-5, "weight": True, "bias": True, "unit_offset": False},
+    RMSNorm: {"eps": 1e-5, "unit_offset": False},
+}
 
 
 @pytest.fixture
@@ -70,6 +79,31 @@ def test_layernorm_equals_its_formula(x):
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     norm = LayerNorm(D, eps=1e-5, weight=True, bias=True, unit_offset=False)
     assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+RELATIVES = {
+    "layernorm_1p": NemotronLayerNorm1P(D, eps=1e-5),
+    "layernorm_no_bias": CohereLayerNorm(D, eps=1e-5),
+    "layernorm_plain": OlmoLayerNorm(D),
+    "rmsnorm_1p": GemmaRMSNorm(D, eps=1e-5),
+}
+
+
+@pytest.mark.parametrize(("option", "theirs"), RELATIVES.items(), ids=RELATIVES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_norm_equals_its_relative(composed, x, option, theirs, dtype):
+    """Gemma multiplies by the factor before it rounds to bfloat16 and we after, as Llama does."""
+    ours = instantiate(composed("model=nano", f"norm={option}").norm)(D)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    if "1p" in option:
+        assert_close(ours(x), type(ours)(D, **PLAIN[type(ours)])(x))  # w starts where the factor is 1
+    for i, p in enumerate(ours.parameters()):
+        p.copy_(torch.randn(D, generator=torch.Generator().manual_seed(i)))
+    theirs.load_state_dict(ours.state_dict())
+    ours, theirs, x = ours.to(dtype), theirs.to(dtype), x.to(dtype)
+    tolerance = {"rtol": 0.01, "atol": 0.01} if dtype == torch.bfloat16 else {}
+    assert_close(ours(x), theirs(x), **tolerance)
 
 
 def test_no_norm_is_the_identity(x):
