@@ -15,11 +15,12 @@ MAY_IMPORT = {
     "command_line": set(),
     "accounting": {"model"},
     "generation": {"model"},
+    "hub": {"hub", "model"},
     "plan": {"accounting", "model"},
     "training": {"training", "model", "data", "accounting", "generation", "plan", "run_directory"},
     "study": {"study", "run_directory"},
 }
-MAY_USE_HYDRA = {"command_line", "run", "trained"}
+MAY_USE_HYDRA = {"command_line", "hub.runs", "run", "trained"}
 
 
 def imported(path: Path) -> set[str]:
@@ -35,8 +36,9 @@ def imported(path: Path) -> set[str]:
 
 
 def room(path: Path) -> str:
-    """The first name under `scantling` that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """The first name under `scantling` that a file belongs to; what makes runs of hub's files stands beside `run`."""
+    inside = path.relative_to(PACKAGE)
+    return "hub.runs" if inside.as_posix() == "hub/runs.py" else inside.parts[0].removesuffix(".py")
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

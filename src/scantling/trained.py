@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
+from torch import Tensor
 
 from scantling.command_line import mistakes
 from scantling.data.context_windows import ContextWindows
@@ -21,7 +23,7 @@ from scantling.data.corpora import Corpus
 from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
 from scantling.data.tokens import TokenizedCorpus, prepare
-from scantling.generation import continuation
+from scantling.generation import Settings, continuations
 from scantling.model.decoder import Decoder
 from scantling.model.head import IGNORED
 from scantling.run_directory import RunDirectory
@@ -55,17 +57,13 @@ class TrainedRun:
             raise ValueError(
                 f"run={path} holds no run: give a directory that holds a config.yaml, as below runs/"
             )
-        file = {"best": directory.best, "last": directory.last}.get(checkpoint)
-        if file is None:
-            raise ValueError(f"checkpoint={checkpoint} is unknown: use best or last")
-        if not file.exists():
-            raise ValueError(f"{path} has no {checkpoint} checkpoint yet: {file} is missing")
+        weights = stored_weights(directory, checkpoint)
         config: Any = OmegaConf.load(directory.config)
         check_targets(config.decoder, directory.config)
         tokenizer = Tokenizer.load(directory.tokenizer)
-        decoder: Decoder = instantiate(config.decoder, vocab_size=tokenizer.vocab_size)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in state.items()})
+        rows = len(weights["embed.tokens.weight"])  # an imported table may have more than the tokenizer has entries
+        decoder: Decoder = instantiate(config.decoder, vocab_size=rows)
+        decoder.load_state_dict(weights)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(directory, config, decoder.eval().to(device), tokenizer)
 
@@ -117,6 +115,17 @@ class TrainedRun:
                 yield length, stride, result
 
 
+def stored_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
+    """The decoder's state dict, as it is on disk. Raises ValueError where there is no such checkpoint."""
+    file = {"best": directory.best, "last": directory.last}.get(checkpoint)
+    if file is None:
+        raise ValueError(f"checkpoint={checkpoint} is unknown: use best or last")
+    if not file.exists():
+        raise ValueError(f"{directory.path} has no {checkpoint} checkpoint yet: {file} is missing")
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    return {key.removeprefix("decoder."): value for key, value in state.items()}
+
+
 def check_targets(config: Any, source: Path) -> None:
     """Raise ValueError when a stored configuration names code outside of `LOADABLE`."""
     if isinstance(config, DictConfig):
@@ -133,22 +142,71 @@ def check_targets(config: Any, source: Path) -> None:
 
 
 def sample(config: DictConfig) -> None:
-    """Print the prompt and its continuation as it comes."""
+    """Print each prompt and its continuation: of the first that is not done as it comes, of others when it is done."""
     with mistakes():
+        settings = Settings(
+            **{name: config[name] for name in SAMPLING},
+            stop=tuple(unescaped(stop) for stop in one_or_more(config.stop, config.stops, "stop")),
+            precision=config.cache,
+        )
+        prompts = one_or_more(config.prompt, lines_or_list(config.prompts), "prompt") or [""]
         run = TrainedRun.load(config.run, config.checkpoint)
-        pieces = continuation(
+        draft = None if config.draft is None else TrainedRun.load(config.draft, config.draft_checkpoint)
+        if draft is not None and draft.tokenizer.fingerprint != run.tokenizer.fingerprint:
+            raise ValueError(f"draft={config.draft} has another tokenizer than {config.run}: use a run that shares it")
+        pieces = continuations(
             run.decoder,
             run.tokenizer,
-            config.prompt,
-            n_tokens=config.n_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
+            prompts,
+            settings=settings,
             seed=config.seed,
+            draft=None if draft is None else draft.decoder,
         )
-    print(config.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    show(prompts, pieces)
+
+
+SAMPLING = (
+    *("n_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "context"),
+    *("beams", "length_penalty", "draft_tokens"),
+)
+"""Settings of conf/sample.yaml that go to generation as they are."""
+
+
+def one_or_more(one: str | None, several: list[str] | None, name: str) -> list[str]:
+    if one and several is not None:
+        raise ValueError(f"{name} and {name}s are both set: put all into {name}s")
+    return several if several is not None else [one] if one else []
+
+
+def lines_or_list(prompts: ListConfig | str | None) -> list[str] | None:
+    """A list as it is, of a file its lines."""
+    if prompts is None:
+        return None
+    found = list(prompts) if isinstance(prompts, ListConfig) else Path(prompts).read_text().splitlines()
+    if not found:
+        raise ValueError(f"prompts={prompts} holds none: give a list, or a file with a prompt on each line")
+    return [str(prompt) for prompt in found]
+
+
+def unescaped(text: str) -> str:
+    r"""Line breaks and tabs may be typed as \n and \t."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
+
+
+def show(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
+    """Texts one below the other: what comes of a later one waits until those before it are done."""
+    waiting, done, shown = list(prompts), set(), 0
+    print(waiting[0], end="", flush=True)
+    for row, piece in pieces:
+        if piece is None:
+            done.add(row)
+        elif row == shown:
+            print(piece, end="", flush=True)
+        else:
+            waiting[row] += piece
+        while shown in done and shown + 1 < len(prompts):
+            shown += 1
+            print(f"\n\n{waiting[shown]}", end="", flush=True)
     print()
 
 

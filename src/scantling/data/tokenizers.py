@@ -58,7 +58,7 @@ class Tokenizer:
                 f"no end-of-text token: looked for {', '.join(END_OF_TEXT_NAMES)} "
                 f"among the special tokens {sorted(special)}"
             )
-        self.end_of_text: int = special[name]
+        self.end_of_text_name, self.end_of_text = name, special[name]
 
     @property
     def vocab_size(self) -> int:

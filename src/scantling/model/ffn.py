@@ -39,7 +39,7 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, layer: int, *, activation: Activation, bias: bool, multiple_of: int):
         super().__init__()
-        width = max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of
+        width = gated_width(d_ff, multiple_of)
         self.activation = activation()
         self.gate = nn.Linear(d_model, width, bias=bias)
         self.up = nn.Linear(d_model, width, bias=bias)
@@ -47,3 +47,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.out(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+def gated_width(d_ff: int, multiple_of: int) -> int:
+    """Two thirds of `d_ff` in multiples of `multiple_of`."""
+    return max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of

@@ -1,0 +1,1 @@
+"""One class a family, related ones in one file."""

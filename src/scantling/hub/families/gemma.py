@@ -1,0 +1,76 @@
+"""Gemma, Gemma 2 and the text model of Gemma 3."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from scantling.hub.families.llama import QKV_BIAS as QKV
+from scantling.hub.families.llama import SIZES, L, Llama, kv_heads
+from scantling.hub.family import Family
+from scantling.hub.fields import Activation, GatedWidth, Given, LayerTypes, Only, Same, but, tied
+from scantling.hub.rope import Rope, RopeLocalGlobal
+from scantling.hub.weights import Table
+
+
+class Gemma(Family):
+    """Gemma team 2024, arXiv:2403.08295: norms times 1 + w, embeddings times √d_model, GeGLU."""
+
+    model_type, architecture = "gemma", "GemmaForCausalLM"
+    fields = (
+        Given("norm=rmsnorm_1p", "attn=gqa", "block=pre", "model.bias=false", "model.dropout=0.0"),
+        *SIZES,
+        kv_heads(16),
+        Same("head_dim", "model.d_head", absent=256),
+        GatedWidth("intermediate_size"),
+        Activation("hidden_act", gated=True, absent="gelu_pytorch_tanh"),
+        Same("rms_norm_eps", "norm.eps", absent=1e-6),
+        Rope(),
+        Same("attention_bias", *QKV, "attn.out_bias", absent=False),
+        Only("use_bidirectional_attention", None),
+        tied(True),
+        Given("embed.width_exponent=0.5"),
+    )
+    tensors = Llama.tensors
+
+
+class Gemma2(Gemma):
+    """Gemma team 2024, arXiv:2408.00118: windows in every other layer, norms on both sides, capped scores and logits."""
+
+    model_type, architecture = "gemma2", "Gemma2ForCausalLM"
+    fields = but(
+        Gemma.fields,
+        Given("block=sandwich"),
+        kv_heads(4),
+        LayerTypes(every=2, window=4096),
+        Activation("hidden_activation", gated=True, absent="gelu_pytorch_tanh"),
+        Same(
+            "query_pre_attn_scalar",
+            "attn.scale",
+            absent=256,
+            read=lambda v: v**-0.5,
+            write=lambda v: round(v**-2, 6),
+        ),
+        Same("attn_logit_softcapping", "attn.softcap", absent=50.0, nullable=True),
+        Same("final_logit_softcapping", "head.softcap", absent=30.0, nullable=True),
+        without=("hidden_act",),
+    )
+    tensors: ClassVar[Table] = {
+        **Gemma.tensors,
+        "blocks.{i}.attn_post_norm": f"{L}.post_attention_layernorm",
+        "blocks.{i}.ffn_norm": f"{L}.pre_feedforward_layernorm",
+        "blocks.{i}.ffn_post_norm": f"{L}.post_feedforward_layernorm",
+    }
+
+
+class Gemma3(Gemma2):
+    """Gemma team 2025, arXiv:2503.19786: five windows to one whole layer, each with its rotary base; normed queries, keys."""
+
+    model_type, architecture = "gemma3_text", "Gemma3ForCausalLM"
+    fields = but(
+        Gemma2.fields,
+        Given("attn/qk_norm=per_head"),
+        LayerTypes(every=6, window=4096, also=["pos.every"]),
+        RopeLocalGlobal(local=1e4, whole=1e6),
+        Same("attn_logit_softcapping", "attn.softcap", absent=None, nullable=True),
+        Same("final_logit_softcapping", "head.softcap", absent=None, nullable=True),
+    )

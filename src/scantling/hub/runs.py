@@ -1,0 +1,256 @@
+"""Import makes a run of a Hugging Face directory, export a Hugging Face directory of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from scantling import __version__
+from scantling.command_line import CONF, leaves, mistakes, nearest
+from scantling.data.tokenizers import Tokenizer
+from scantling.hub.family import Family, all_families
+from scantling.hub.fields import Config, filled
+from scantling.hub.files import Tensors, exported, imported, read_json, write_tensors
+from scantling.hub.weights import rules_of, shapes_of
+from scantling.model.decoder import Decoder
+from scantling.run_directory import RunDirectory
+from scantling.trained import TrainedRun, stored_weights
+
+PADDING = 0.05
+"""A model may have so many more rows, as a share, than its tokenizer has entries: tables are padded to round sizes."""
+
+IN_TRAINING = ("dropout", "drop_path", "load_balance", "z", "speed")
+"""Settings that do not change what a trained model computes, and that few families can write down."""
+
+IN_SHAPES = ("d_ff", "d_ff_dense", "multiple_of")
+"""Settings that show in the shapes of tensors and nowhere else: more than one may give the same."""
+
+
+def hub(config: DictConfig) -> None:
+    """The entry: `action=import` or `action=export`."""
+    with mistakes():
+        actions = {"import": import_run, "export": export_run}
+        if config.action not in actions:
+            raise ValueError(f"action={config.action} is unknown: use import or export")
+        for key in {"import": ("source",), "export": ("run", "family", "to")}[config.action]:
+            if config[key] is None:
+                raise ValueError(f"action={config.action} needs {key}=…")
+        print(actions[config.action](config))
+
+
+def import_run(config: DictConfig) -> str:
+    """Writes a run directory; raises ValueError, with nothing written, for what does not fit."""
+    source = Path(config.source).expanduser()
+    target = Path(config.run or Path(config.paths.runs) / "imported" / source.resolve().name)
+    check_free(target, "run")
+    hf = read_json(source / "config.json")
+    family = family_of(hf.get("model_type"), f"{source / 'config.json'}: model_type")
+    tokenizer = Tokenizer.load(source / "tokenizer.json")
+    kept = str(target.resolve() / "tokenizer.json").replace("'", "\\'")
+    overrides = [*train_overrides(family, hf), "tokenizer=pretrained", f"tokenizer.source='{kept}'"]
+    run = composed(tuple(overrides))
+    decoder = on_meta(run["decoder"])
+    check_vocabulary(tokenizer, run["decoder"]["vocab_size"], source)
+    state = imported(family, decoder, Tensors(source))
+    environment = {
+        "scantling": __version__,
+        "overrides": overrides,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "imported": {"source": str(source.resolve()), "family": family.model_type},
+        "corpus": {"fingerprint": f"that of {source.resolve()}", "description": "unknown: an imported model"},
+        "tokenizer": tokenizer.fingerprint,
+    }
+    with whole(target) as partial:
+        directory = RunDirectory(partial)
+        directory.begin(OmegaConf.to_yaml(OmegaConf.create(run)), environment)
+        tokenizer.save(directory.tokenizer)
+        weights = {f"decoder.{name}": tensor for name, tensor in state.items()}
+        torch.save({"state_dict": weights, "global_step": 0}, directory.best)
+    n = sum(tensor.numel() for tensor in state.values())
+    return (
+        f"{family.model_type}, {n:,} parameters: {target}\n"
+        f"text       python src/sample.py run={target}\n"
+        f"evaluate   python src/evaluate.py run={target}"
+    )
+
+
+def export_run(config: DictConfig) -> str:
+    """Writes a directory for `AutoModelForCausalLM` and `AutoTokenizer`; raises ValueError, with nothing written, where
+    the family cannot express the run.
+    """
+    target = Path(config.to).expanduser()
+    check_free(target, "to")
+    family = family_of(config.family, "family")
+    run = TrainedRun.load(config.run, config.checkpoint)
+    state = stored_weights(run.directory, config.checkpoint)
+    decoder: Config = OmegaConf.to_container(run.config.decoder, resolve=True)  # type: ignore[assignment]
+    decoder["vocab_size"] = len(state["embed.tokens.weight"])
+    hf = expressed(family, decoder)
+    theirs = exported(rules_of(family.tensors, run.decoder), state)
+    end_of_text = run.tokenizer.end_of_text
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    dtype = str(state["embed.tokens.weight"].dtype).removeprefix("torch.")
+    with whole(target) as partial:
+        partial.mkdir(parents=True)
+        write_json(partial / "config.json", {**hf, **ids, "pad_token_id": None, "dtype": dtype})
+        write_json(partial / "generation_config.json", ids)
+        write_tensors(theirs, partial / "model.safetensors")
+        run.tokenizer.save(partial / "tokenizer.json")
+        write_json(partial / "tokenizer_config.json", tokenizer_config(run.tokenizer, decoder["seq_len"]))
+    return f'{family.model_type}: {target}\nAutoModelForCausalLM.from_pretrained("{target}")'
+
+
+# --- families ---
+
+
+def family_of(model_type: Any, asked_by: str) -> Family:
+    families = all_families()
+    if model_type not in families:
+        near = nearest(str(model_type), list(families)) or f": known are {', '.join(families)}"
+        raise ValueError(f"{asked_by}={model_type} is unknown{near}")
+    return families[model_type]
+
+
+def train_overrides(family: Family, hf: Config) -> list[str]:
+    """The command line of a run with this model."""
+    return ["model=llama_tiny", *family.overrides(hf)]
+
+
+@cache
+def composed(overrides: tuple[str, ...]) -> Config:
+    """The resolved configuration of `train.py` with these overrides, and which option each group took."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", overrides=list(overrides), return_hydra_config=True)
+            chosen = config.hydra.runtime.choices
+    finally:
+        GlobalHydra.instance().hydra = outer
+    choices = {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
+    with_hydra: Config = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    del with_hydra["hydra"]
+    resolved = OmegaConf.to_container(OmegaConf.create(with_hydra), resolve=True)
+    return {**resolved, "choices": choices}  # type: ignore[dict-item]
+
+
+def on_meta(decoder: Config) -> Decoder:
+    with torch.device("meta"):
+        return instantiate(decoder)
+
+
+def expressed(family: Family, decoder: Config) -> Config:
+    """The family's `config.json` for this decoder.
+
+    It is composed once more, and must give the same decoder: this finds whatever a family cannot write down, for parts
+    that it never heard of too. Raises ValueError with what came out otherwise.
+    """
+    hf = family.hf_config(filled(decoder))
+    try:
+        again = composed(tuple(train_overrides(family, hf)))["decoder"]
+        lost = differences(decoder, again)
+    except ValueError as error:
+        raise ValueError(f"family {family.model_type} cannot express this run: {error}") from error
+    if lost:
+        raise ValueError(f"family {family.model_type} cannot express {', '.join(lost)}")
+    ours, theirs = on_meta(decoder), on_meta(again)
+    shapes = shapes_of(theirs)
+    for name, shape in shapes_of(ours).items():
+        if shapes.get(name) != shape:
+            raise ValueError(
+                f"family {family.model_type} cannot express {name} of shape {list(shape)}: "
+                f"with these settings it has {list(shapes[name]) if name in shapes else 'none'}"
+            )
+    try:
+        rules_of(family.tensors, ours)
+    except ValueError as error:
+        raise ValueError(f"family {family.model_type} cannot express this run: {error}") from error
+    return hf
+
+
+def differences(decoder: Config, again: Config) -> list[str]:
+    """`setting=value` for what the second has otherwise; of a part that is another class, the class alone."""
+    ours, theirs = leaves(filled(decoder)), leaves(filled(again))
+    wrong = [key for key, value in ours.items() if compared(key) and not equal(value, theirs.get(key, ...))]
+    wrong += [key for key in theirs if compared(key) and key not in ours]
+    classes = [key.removesuffix("_target_") for key in wrong if key.endswith("_target_")]
+    return [
+        f"{key}={ours.get(key, '(nothing)')}"
+        for key in wrong
+        if key.endswith("_target_") or not any(key.startswith(part) for part in classes)
+    ]
+
+
+def compared(key: str) -> bool:
+    return key.rpartition(".")[2] not in (*IN_TRAINING, *IN_SHAPES)
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-9)
+    return a == b
+
+
+# --- files ---
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int, source: Path) -> None:
+    n = tokenizer.vocab_size
+    if not (1 - PADDING) * rows <= n <= rows:
+        raise ValueError(
+            f"{source / 'tokenizer.json'} has {n} entries, but by config.json the model has {rows} (vocab_size): "
+            "they do not belong together"
+        )
+
+
+def check_free(target: Path, setting: str) -> None:
+    if target.exists():
+        raise ValueError(
+            f"{target} exists already and is not overwritten: choose another place with {setting}=DIR"
+        )
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A directory beside `target` that becomes it in the end; after an error nothing is left of it."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def tokenizer_config(tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
+    """What `AutoTokenizer` needs beside `tokenizer.json` to give the same ids and the same text."""
+    name = tokenizer.end_of_text_name
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name,
+        "eos_token": name,
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # a text that spells a special token is ordinary text
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
