@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,14 +40,21 @@ def group_of(parameter: str) -> str:
 
 def active_counts(decoder: Decoder) -> dict[str, int]:
     """Parameters by group that one token passes: of the experts, those that its router chooses."""
-    counts = parameter_counts(decoder)
-    for moe in decoder.modules():
-        if isinstance(moe, MixtureOfExperts):
-            experts = sum(p.numel() for p in moe.experts.parameters())
-            n, chosen = moe.router.n_experts, moe.router.n_active
-            assert experts % n == 0, "experts differ in size"
-            counts["feed-forward"] -= experts // n * (n - chosen)
+    counts = dict.fromkeys([*GROUPS, "norm"], 0)
+    for path, module, times in passed(decoder):
+        for name, parameter in module.named_parameters(recurse=False):
+            counts[group_of(f"{path}.{name}")] += times * parameter.numel()
     return counts
+
+
+def passed(module: nn.Module, path: str = "", times: int = 1) -> Iterator[tuple[str, nn.Module, int]]:
+    """Every module below, its path, and how many like it one token passes; of experts, which are alike, only the first."""
+    yield path, module, times
+    for name, child in module.named_children():
+        if isinstance(module, MixtureOfExperts) and child is module.experts:
+            yield from passed(module.experts[0], f"{path}.{name}.0", times * module.router.n_active)
+        else:
+            yield from passed(child, f"{path}.{name}", times)
 
 
 def active_parameters(decoder: Decoder) -> int:
@@ -62,14 +69,9 @@ def non_embedding(counts: dict[str, int]) -> int:
 # --- FLOPs ---
 
 
-def linear_flops(module: nn.Module) -> float:
+def linear_flops(module: nn.Module) -> int:
     """Forward FLOPs per token of all linear layers below `module`, of the experts only those chosen."""
-    if isinstance(module, nn.Linear):
-        return 2 * module.weight.numel()
-    flops = sum(linear_flops(child) for name, child in module.named_children() if name != "experts")
-    if isinstance(module, MixtureOfExperts):
-        flops += linear_flops(module.experts) * module.router.n_active / module.router.n_experts
-    return flops
+    return sum(2 * n * m.weight.numel() for _, m, n in passed(module) if isinstance(m, nn.Linear))
 
 
 def forward_flops_by_part(decoder: Decoder, keys: float | None, seq_len: int) -> dict[str, float]:
@@ -83,7 +85,7 @@ def forward_flops_by_part(decoder: Decoder, keys: float | None, seq_len: int) ->
     projections = sum(linear_flops(block.attn) for block in layers)
     feed_forward = sum(linear_flops(block.ffn) for block in layers)
     router = sum(
-        linear_flops(part) for block in layers for part in block.ffn.modules() if isinstance(part, Router)
+        linear_flops(part) for block in layers for _, part, _ in passed(block.ffn) if isinstance(part, Router)
     )
     return {
         "embedding": sum(
@@ -112,22 +114,22 @@ def mixing_in_full(decoder: Decoder, seq_len: int) -> float:
 
 
 def exact(decoder: Decoder, seq_len: int) -> float:
-    """3 × the forward pass, each token attending to the keys that causality and patterns leave it, (T+1)/2 without any."""
+    """3 × the products, over the keys that a token sees. Causality leaves it (T+1)/2 on average, a pattern fewer."""
     return 3 * forward_flops_per_token(decoder, None, seq_len)
 
 
 def exact_full(decoder: Decoder, seq_len: int) -> float:
-    """3 × the forward pass, each token attending to all T keys."""
+    """3 × the products, over all T keys. What a kernel computes that masks only afterwards."""
     return 3 * forward_flops_per_token(decoder, float(seq_len), seq_len)
 
 
 def kaplan(decoder: Decoder, seq_len: int) -> float:
-    """6·N, N without vocabulary and position parameters. Kaplan et al. 2020, arXiv:2001.08361, §1.3 and §2.1."""
+    """6·N, N without vocabulary and positions. Kaplan et al. 2020, arXiv:2001.08361, §1.3 and §2.1."""
     return 6 * non_embedding(active_counts(decoder))
 
 
 def kaplan_context(decoder: Decoder, seq_len: int) -> float:
-    """6·N + 6·n_layers·T·d_attn, N as in `kaplan`: the context term of Kaplan et al.'s table 1, attention counted half."""
+    """6·N + 6·n_layers·T·d_attn, N as in kaplan. Ibid., table 1; its context term counts attention half."""
     return kaplan(decoder, seq_len) + 3 * mixing_in_full(decoder, seq_len) / 2
 
 
@@ -137,13 +139,13 @@ def six_n(decoder: Decoder, seq_len: int) -> float:
 
 
 def palm(decoder: Decoder, seq_len: int) -> float:
-    """6·N + 12·L·H·E·T, attention counted in full. Chowdhery et al. 2022, arXiv:2204.02311, appendix B."""
+    """6·N + 12·L·H·E·T, N all parameters. Chowdhery et al. 2022, arXiv:2204.02311, appendix B; attention in full."""
     return six_n(decoder, seq_len) + 3 * mixing_in_full(decoder, seq_len)
 
 
 def hoffmann(decoder: Decoder, seq_len: int) -> float:
-    """3 × (matrix products, attention in full, a softmax of 3 FLOPs a head and key, the lookup as a product with the
-    table). Hoffmann et al. 2022, arXiv:2203.15556, appendix F.
+    """3 × (products over all T keys + softmax + lookup). Hoffmann et al. 2022, arXiv:2203.15556, appendix F: 3 FLOPs of
+    softmax a head and key, and the lookup as a product with the table.
     """
     softmax = 3 * decoder.n_heads * seq_len * len(decoder.layers)
     lookup = 2 * decoder.embed.tokens.weight.numel()
@@ -213,23 +215,15 @@ def training_memory(decoder: Decoder, *, sequences: int, seq_len: int, half_prec
     width = 2 if half_precision else 4
     out = decoder.layers[0].attn.out
     assert isinstance(out, nn.Linear)
-    kept = 0.0
+    kept = 0
     for block in decoder.layers:
+        linear = [(m, times) for _, m, times in passed(block) if isinstance(m, nn.Linear)]
         norms = sum(name.endswith("norm") for name, _ in block.named_children())
-        kept += width * kept_numbers(block) + 4 * 2 * max(2, norms) * out.out_features
+        kept += width * sum(times * (m.in_features + m.out_features) for m, times in linear)
+        kept += 4 * 2 * max(2, norms) * out.out_features
     logits = decoder.embed.tokens.num_embeddings * (width + 8)
     matrices = [
         m.weight.numel() for block in decoder.blocks for m in block.modules() if isinstance(m, nn.Linear)
     ]
     copies = width * (sum(matrices) + decoder.head.flops(decoder.embed) // 2) if half_precision else 0
-    return Memory(4 * n, 4 * n, 8 * n, round(sequences * seq_len * (kept + logits) + copies))
-
-
-def kept_numbers(module: nn.Module) -> float:
-    """Inputs and outputs per token of all linear layers below `module`."""
-    if isinstance(module, nn.Linear):
-        return module.in_features + module.out_features
-    kept = sum(kept_numbers(child) for name, child in module.named_children() if name != "experts")
-    if isinstance(module, MixtureOfExperts):
-        kept += kept_numbers(module.experts) * module.router.n_active / module.router.n_experts
-    return kept
+    return Memory(4 * n, 4 * n, 8 * n, sequences * seq_len * (kept + logits) + copies)

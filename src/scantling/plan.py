@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from scantling.accounting import Memory, exact, non_embedding, training_memory
+from scantling.accounting import (
+    CONVENTIONS,
+    Memory,
+    active_counts,
+    cache_bytes,
+    exact,
+    forward_flops_by_part,
+    non_embedding,
+    parameter_counts,
+    training_memory,
+)
 from scantling.model.decoder import Decoder
 
 
@@ -101,8 +114,8 @@ class Plan:
         m = self.memory
         lines.add_row(
             "[bold]memory[/bold]",
-            f"about {gigabytes(m.total)} a device: weights {gigabytes(m.weights)}, gradients {gigabytes(m.gradients)}, "
-            f"optimiser {gigabytes(m.optimizer)}, activations {gigabytes(m.activations)}",
+            f"about {short(m.total, 'B')} a device: weights {short(m.weights, 'B')}, gradients {short(m.gradients, 'B')}, "
+            f"optimiser {short(m.optimizer, 'B')}, activations {short(m.activations, 'B')}",
         )
         return Group(lines)
 
@@ -112,10 +125,172 @@ class Plan:
         free = shutil.disk_usage(directory).free
         if free < needed:
             raise ValueError(
-                f"{directory} has {gigabytes(free)} of free disk, but three checkpoints take {gigabytes(needed)}: "
+                f"{directory} has {short(free, 'B')} of free disk, but three checkpoints take {short(needed, 'B')}: "
                 "free some or choose another place with paths.runs=DIR"
             )
 
 
-def gigabytes(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+# --- the tables of plan.py ---
+
+
+@dataclass(frozen=True)
+class Training:
+    """So many tokens, under a name."""
+
+    name: str
+    tokens: int
+
+
+def parts_table(decoder: Decoder, context: int) -> Table:
+    """Parameters and the forward pass, by part; a row for attention itself, which has no parameters."""
+    counts, active = parameter_counts(decoder), active_counts(decoder)
+    flops = forward_flops_by_part(decoder, None, context)
+    rows = {
+        "embedding": ("embedding", "embedding"),
+        "position": ("position", None),
+        "attention, projections": ("attention", "attention projections"),
+        "attention, mixing": (None, "attention mixing"),
+        "router": ("router", "router"),
+        "feed-forward": ("feed-forward", "feed-forward"),
+        "norms": ("norm", None),
+        "block": (None, "block"),
+        "head": ("head", "head"),
+    }
+    assert {group for group, _ in rows.values() if group} == counts.keys()
+    assert {part for _, part in rows.values() if part} == flops.keys()
+    total, sparse = sum(flops.values()), counts != active
+    table = titled(
+        "Parts",
+        f"forward FLOPs a token, the mean over a sequence of {context:,}",
+        *("parameters", *(["active"] if sparse else []), "FLOPs", "share"),
+    )
+    table.add_column()
+    for row, (group, part) in rows.items():
+        n, spent = (counts[group] if group else 0), (flops[part] if part else 0.0)
+        if n or spent:
+            sizes = [n, active[group] if group else 0] if sparse else [n]
+            table.add_row(
+                row,
+                *(f"{size:,}" if size else "" for size in sizes),
+                *((short(spent), f"{spent / total:.1%}", bar(spent / total)) if spent else ()),
+            )
+    sizes = [sum(counts.values()), sum(active.values())] if sparse else [sum(counts.values())]
+    table.add_section()
+    table.add_row("total", *(f"{size:,}" for size in sizes), short(total), style="bold")
+    sizes = [non_embedding(counts), non_embedding(active)] if sparse else [non_embedding(counts)]
+    table.add_row("without embeddings and head", *(f"{size:,}" for size in sizes), style="dim")
+    return table
+
+
+def conventions_table(decoder: Decoder, context: int) -> Table:
+    """Training FLOPs per token as the literature counts them."""
+    table = titled("Conventions", "training FLOPs a token, forward and backward", "a token", "of exact")
+    table.add_column("as", style="dim")
+    reference = exact(decoder, context)
+    for name, convention in CONVENTIONS.items():
+        flops = convention(decoder, context)
+        table.add_row(name, short(flops), f"{flops / reference:.1%}", first_sentence(convention))
+    return table
+
+
+def training_table(
+    decoder: Decoder, trainings: list[Training], devices: int, peak: float, mfu: float
+) -> Table:
+    """Tokens, FLOPs by the `exact` convention, and the time they take."""
+    speed = f"{devices} × {short(peak, 'FLOP/s')}, of which {mfu:.0%}"
+    table = titled("Training", speed, "tokens", "FLOPs", "time", "tokens/s")
+    per_token = exact(decoder, decoder.seq_len)
+    for training in trainings:
+        flops = training.tokens * per_token
+        rate = devices * peak * mfu
+        table.add_row(
+            training.name,
+            short(training.tokens),
+            f"{flops:.2e}",
+            duration(flops / rate),
+            short(rate / per_token),
+        )
+    return table
+
+
+def memory_table(decoder: Decoder, batch_size: int, *, half_precision: bool) -> Table:
+    """Of training, as if one device held it all: what sharding and accumulation have to divide."""
+    precision = "bf16 products" if half_precision else "fp32"
+    table = titled(
+        "Memory",
+        f"of training, undivided; AdamW, {precision}, float32 weights",
+        *("weights", "gradients", "optimiser", "activations", "total"),
+    )
+    for sequences in sorted({1, batch_size}):
+        memory = training_memory(
+            decoder, sequences=sequences, seq_len=decoder.seq_len, half_precision=half_precision
+        )
+        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        rows = f"{sequences:,} × {decoder.seq_len:,} tokens"
+        table.add_row(rows, *(short(size, "B") for size in sizes))
+    return table
+
+
+def cache_table(decoder: Decoder, contexts: Sequence[int], precisions: Sequence[str]) -> Table:
+    """Keys and values of one sequence, in bytes."""
+    table = titled(
+        "Cache", "of keys and values, one sequence", "a token", *(f"{n:,} tokens" for n in contexts)
+    )
+    for precision in precisions:
+        sizes = (cache_bytes(decoder, context=n, batch=1, precision=precision) for n in (1, *contexts))
+        table.add_row(precision, *(short(size, "B") for size in sizes))
+    return table
+
+
+def titled(title: str, about: str, *columns: str) -> Table:
+    """An open table: its name and subject above, numbers to the right."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"[bold]{title}[/bold]  [dim]{about}[/dim]",
+        title_justify="left",
+        title_style="",
+        header_style="dim",
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column(min_width=27)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def first_sentence(documented: object) -> str:
+    """Of a docstring, which by the rule of the house is the formula; the paper follows."""
+    text = " ".join((documented.__doc__ or "").split())
+    return re.split(r"(?<=\.)\s+(?=[A-Z]|arXiv:)", text)[0].rstrip(".")
+
+
+def bar(share: float, width: int = 16) -> str:
+    """A horizontal bar in eighths of a character."""
+    eighths = round(share * width * 8)
+    return f"[cyan]{'█' * (eighths // 8)}{'▏▎▍▌▋▊▉'[eighths % 8 - 1] if eighths % 8 else ''}[/cyan]"
+
+
+def short(number: float, unit: str = "") -> str:
+    """Three digits and a prefix: 2.68 G."""
+    for size, prefix in (
+        (1e24, "Y"),
+        (1e21, "Z"),
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {prefix}{unit}"
+    return f"{number:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    for size, name in ((365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {name}"
+    return f"{seconds:.1f} seconds"

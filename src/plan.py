@@ -1,0 +1,15 @@
+"""What a model takes: `python src/plan.py model=llama3_8b attn=gqa context=32768`. Options: conf/plan.yaml."""
+
+from omegaconf import DictConfig
+
+from scantling.command_line import run_entry
+
+
+def main(config: DictConfig) -> None:
+    from scantling.planned import plan  # here, so that a mistyped option need not wait for PyTorch
+
+    plan(config)
+
+
+if __name__ == "__main__":
+    run_entry(main, config_name="plan")
