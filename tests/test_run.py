@@ -231,6 +231,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     [
         (("attn=gqq",), "attn=gqq is unknown: did you mean gqa"),
         (("atn=gqa",), "atn is not a setting: did you mean attn"),
+        (("attn=performer", "attn/pattern=sliding"), "attn/pattern is a choice inside other options of attn="),
         (("model.n_layer=3",), "did you mean model.n_layers"),
         (("model.n_heads=5",), "n_heads=5 does not divide d_model=32"),
         (("attn=gqa", "attn.n_kv_heads=3"), "n_kv_heads=3 does not divide n_heads=4: use one of [1, 2, 4]"),

@@ -26,7 +26,7 @@ CONF = ROOT / "conf"
 SWEEPS = f"hydra.searchpath=['file://{ROOT}']"
 """Makes the folder `sweeps` beside `conf` a group of it."""
 
-FREE_TEXT = ("prompt", "sample.prompt")
+FREE_TEXT = ("prompt", "sample.prompt", "stop")
 """Settings that take any text: Hydra's grammar would trip over its brackets and strip its spaces."""
 
 
@@ -107,6 +107,9 @@ def one_line(error: Exception, config_name: str) -> str:
     if isinstance(error, MissingMandatoryValue) and (match := re.search(r"value: (\S+)", text)):
         return f"{match[1]} is not set: add {match[1]}=…"
     if match := re.search(r"Could not override '([^']+)'", text):
+        if (CONF / match[1]).is_dir():
+            group = match[1].rpartition("/")[0]
+            return f"{match[1]} is a choice inside other options of {group}= than the chosen one"
         return f"{match[1]} is not a setting{nearest(match[1], settings(config_name))}"
     return " ".join(text.split())
 

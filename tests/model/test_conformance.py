@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.accounting import forward_flops_per_token
+from scantling.model.head import IGNORED, negative_log_likelihood
 from scantling.composition import PARTS
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -166,6 +167,17 @@ def test_bfloat16_autocast_stays_near_float32(lively):
     high = lively(TOKENS)
     # The median, for a token whose router was of two minds may go to another expert.
     assert (low.float() - high).abs().median() < 0.02 * high.std()
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_the_logits(lively):
+    """In both precisions, with targets left out."""
+    targets = TOKENS.roll(-1, 1)
+    targets[:, -1] = IGNORED
+    expected = negative_log_likelihood(lively(TOKENS), targets)
+    assert_close(lively(TOKENS, targets_BT=targets), expected, rtol=1e-4, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(lively(TOKENS, targets_BT=targets), expected, rtol=0.02, atol=0)
 
 
 def test_a_seed_repeats_and_another_differs(nano, option):

@@ -81,7 +81,9 @@ class Sampled(Full):
     ):
         super().__init__(vocab_size, d_model, scale=scale, softcap=softcap)
         if not 0 < n_samples < vocab_size:
-            raise ValueError(f"head=sampled: n_samples={n_samples} must be below the vocabulary's {vocab_size}")
+            raise ValueError(
+                f"head=sampled: n_samples={n_samples} must be below the vocabulary's {vocab_size}"
+            )
         self.vocab_size, self.n_samples = vocab_size, n_samples
 
     def log_expected(self, tokens: Tensor) -> Tensor:
@@ -100,7 +102,9 @@ class Sampled(Full):
         drawn_S = ((self.vocab_size + 1) ** uniform_S - 1).long().clamp(max=self.vocab_size - 1)
         bias = embed.output_bias
         of_targets_N = (x_ND * embed.output[targets_N]).sum(-1)
-        of_drawn_NS = nn.functional.linear(x_ND, embed.output[drawn_S], None if bias is None else bias[drawn_S])
+        of_drawn_NS = nn.functional.linear(
+            x_ND, embed.output[drawn_S], None if bias is None else bias[drawn_S]
+        )
         if bias is not None:
             of_targets_N = of_targets_N + bias[targets_N]
         of_targets_N = self.shaped(of_targets_N).float()
@@ -130,7 +134,8 @@ class Adaptive(Head):
         self, x_BTD: Float[Tensor, "B T D"], embed: Embedding, targets_BT: Int[Tensor, "B T"]
     ) -> Float[Tensor, ""]:
         valid = targets_BT != IGNORED
-        return -self.softmax(x_BTD[valid].float(), targets_BT[valid]).output.sum()
+        with torch.autocast(x_BTD.device.type, enabled=False):  # torch's clusters want one precision
+            return -self.softmax(x_BTD[valid].float(), targets_BT[valid]).output.sum()
 
     def flops(self, embed: Embedding) -> int:
         """As if every cluster were entered, which a rare token alone does."""
