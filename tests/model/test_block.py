@@ -144,8 +144,8 @@ def test_stochastic_depth_grows_linearly_and_is_right_on_average(nano):
 
 
 def test_the_two_branches_are_left_out_apart(nano):
-    """At a rate of 1/2 in the first of two layers: both stay, one or the other, or none, each in a quarter."""
-    parts = Parts(nano("block=stochastic_depth", "block.drop_path=1.0", gain=8).train())
+    """At a rate of 1/2: both stay, one or the other, or none, each in a quarter."""
+    parts = Parts(nano("block=stochastic_depth", "block.drop_path=0.5", "model.n_layers=1", gain=8).train())
     torch.manual_seed(0)
     x = X[:1].expand(2000, -1, -1)
     with torch.no_grad():
@@ -168,3 +168,9 @@ def test_layers_that_write_to_the_stream_start_smaller(nano, block, scale):
     for kind, std in (("out", 0.02 * scale), ("up", 0.02)):
         weights = torch.cat([getattr(b.ffn, kind).weight.flatten() for b in decoder.blocks])
         assert weights.std().item() == pytest.approx(std, rel=5 / (2 * len(weights)) ** 0.5)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_a_rate_that_leaves_nothing_is_refused(nano, rate):
+    with pytest.raises(ValueError, match=r"drop_path=.* below 1"):
+        nano(f"block.drop_path={rate}")

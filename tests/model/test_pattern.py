@@ -79,9 +79,19 @@ def test_sliding_window_is_mistrals(window):
     assert torch.equal(seen_by(Sliding(0, window=window)), expected)
 
 
-def test_no_window_is_refused():
-    with pytest.raises(ValueError, match="at least 1"):
-        Sliding(0, window=0)
+@pytest.mark.parametrize(
+    "empty",
+    [
+        lambda: Sliding(0, window=0),
+        lambda: Sinks(0, window=0, n_sinks=4),
+        lambda: Dilated(0, window=4, dilation=0),
+        lambda: BlockGlobal(0, window=4, every=0),
+        lambda: Random(0, block=4, n_local=0, n_global=1, n_random=1),
+    ],
+)
+def test_a_query_that_would_not_see_itself_is_refused(empty):
+    with pytest.raises(ValueError, match="=0: a query sees at least itself, so at least 1"):
+        empty()
 
 
 @pytest.mark.parametrize(("config", "every"), [(Gemma2Config, 2), (Gemma3TextConfig, 6)])
@@ -118,8 +128,8 @@ def test_random_blocks_are_even_over_the_past_and_differ_between_layers():
     """Drawn blocks, as shares of the past, have the mean 1/2 and the variance 1/12 of a uniform number."""
     shares, agree = [], 0
     for layer in range(24):
-        pattern = Random(layer, block=1, n_local=0, n_global=0, n_random=1)
-        other = Random(layer + 1, block=1, n_local=0, n_global=0, n_random=1)
+        pattern = Random(layer, block=1, n_local=1, n_global=0, n_random=1)
+        other = Random(layer + 1, block=1, n_local=1, n_global=0, n_random=1)
         own, key = torch.arange(100, 400)[:, None], torch.arange(400)
         drawn, drawn_next = (p.sees(own, key).float().argmax(1) for p in (pattern, other))
         shares.append((drawn + 0.5) / (own[:, 0] + 1))

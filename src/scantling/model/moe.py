@@ -61,7 +61,8 @@ class BiasedRouter(Router):
     """DeepSeek-V3's: s = sigmoid(x·Wᵀ); experts are chosen by s + b, with b an offset that no gradient moves, within the
     `n_active_groups` groups of experts whose two best are largest; their weights are `scale`·s. arXiv:2412.19437, §2.1.2.
 
-    After each training step b falls by `speed` for experts with more than their share of tokens and rises for others.
+    After each forward pass in training b falls by `speed` for experts with more than their share of tokens, and
+    rises for others.
     """
 
     correction: Tensor
@@ -79,10 +80,14 @@ class BiasedRouter(Router):
     ):
         super().__init__(d_model, n_experts, **choice)
         if n_experts % n_groups or not 1 <= n_active_groups <= n_groups:
-            raise ValueError(f"n_groups={n_groups} must divide n_experts={n_experts}, with n_active_groups of them")
+            raise ValueError(
+                f"n_groups={n_groups} must divide n_experts={n_experts}, with n_active_groups of them"
+            )
         reached = n_active_groups * n_experts // n_groups
         if self.n_active > reached:
-            raise ValueError(f"n_active={self.n_active} is more than the {reached} experts of the active groups")
+            raise ValueError(
+                f"n_active={self.n_active} is more than the {reached} experts of the active groups"
+            )
         self.n_groups, self.n_active_groups, self.scale, self.speed = n_groups, n_active_groups, scale, speed
         self.register_buffer("correction", torch.zeros(n_experts))
 

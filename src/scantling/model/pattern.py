@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ class Pattern(ABC):
     """Base of every option."""
 
     layer: int = field(compare=False)  # layers that see alike share a mask
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Fields without whose 1 or more a query would not even see itself."""
+
+    def __post_init__(self):
+        for name in self.counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a query sees at least itself, so at least 1")
 
     @property
     def reach(self) -> int | None:
@@ -70,10 +78,7 @@ class Sliding(Pattern):
     """
 
     window: int
-
-    def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window={self.window}: a query sees at least itself, so at least 1")
+    counts = ("window",)
 
     @property
     def reach(self) -> int:
@@ -116,6 +121,7 @@ class Dilated(Pattern):
 
     window: int
     dilation: int
+    counts = ("window", "dilation")
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         distance = query - key
@@ -133,6 +139,7 @@ class BlockGlobal(Pattern):
 
     window: int
     every: int
+    counts = ("window", "every")
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return (query - key < self.window) | (key % self.every == 0) | (query % self.every == 0)
@@ -155,6 +162,7 @@ class Random(Pattern):
     n_local: int
     n_global: int
     n_random: int
+    counts = ("block", "n_local")
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         own, other = query // self.block, key // self.block
