@@ -1,33 +1,64 @@
 """Generation against the same decoder without a cache, `transformers`, and its tokenizer's own decoding."""
 
+import itertools
+import math
 import random
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from scantling import generation
 from scantling.data.tokenizers import Byte
-from scantling.generation import continuation, filtered, generate
+from scantling.generation import Settings, Text, beam_search, continuation, continuations, generate, speculate
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
 PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
 PROMPT = torch.randint(512, (9,), generator=torch.Generator().manual_seed(0))
+PROMPTS = [
+    torch.randint(512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 3, 14, 1)
+]
 
 
-def generated(decoder, n_tokens: int, *, prompt=PROMPT, seed: int = 0, **sampling) -> list[int]:
+def settings(n_tokens: int, **given) -> Settings:
+    return Settings(**({"n_tokens": n_tokens} | PLAIN | given))
+
+
+def generated(decoder, n_tokens: int, *, prompt=PROMPT, seed: int = 0, **given) -> list[int]:
+    (ids,) = batch_of(decoder, [list(prompt)], n_tokens, seed=seed, **given)
+    return ids
+
+
+def batch_of(decoder, prompts, n_tokens: int, *, seed: int = 0, done=None, **given) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return list(generate(decoder, prompt, n_tokens=n_tokens, generator=generator, **sampling))
+    texts: list[list[int]] = [[] for _ in prompts]
+    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    for step in generate(
+        decoder, prompts, settings=settings(n_tokens, **given), generator=generator, done=done
+    ):
+        for row, token in step:
+            texts[row].append(token)
+    return texts
 
 
 @torch.no_grad()
-def without_cache(decoder, n_tokens: int, prompt=PROMPT) -> list[int]:
+def without_cache(decoder, n_tokens: int, prompt=PROMPT, context=None) -> list[int]:
     """Greedy, each time over all tokens seen; a full context goes on from its last half."""
-    seen, out = prompt[-decoder.seq_len :].tolist(), []
+    context = context or decoder.seq_len
+    seen, out = [int(token) for token in prompt[-context:]], []
     for _ in range(n_tokens):
-        if len(seen) > decoder.seq_len:
-            seen = seen[-(decoder.seq_len // 2) :]
+        if len(seen) > context:
+            seen = seen[-(context // 2) :]
         out.append(int(decoder(torch.tensor([seen]))[0, -1].argmax()))
         seen.append(out[-1])
     return out
@@ -51,6 +82,48 @@ def test_a_prompt_of_any_length_goes_on(nano, length):
     assert generated(decoder, 15, prompt=end, **GREEDY) == generated(decoder, 15, prompt=prompt, **GREEDY)
 
 
+def test_a_model_without_limit_reads_on_when_asked(nano):
+    decoder = nano("pos=alibi", "embed=untied", "model.seq_len=24", gain=8)
+    ids = generated(decoder, 50, context=70, **GREEDY)
+    assert ids == without_cache(decoder, 50, context=70) != without_cache(decoder, 50)
+    with pytest.raises(ValueError, match="a table of 24 positions, so at most 24"):
+        generated(nano("pos=learned", "model.seq_len=24"), 5, context=25)
+
+
+@pytest.mark.parametrize("attn", ["sliding", "sinks"])
+def test_a_window_rolls_beyond_the_context_of_training(nano, attn):
+    decoder = nano(f"attn={attn}", "embed=untied", "model.seq_len=24", "model.window=8", gain=8)
+    ids = generated(decoder, 60, **GREEDY)
+    assert ids == without_cache(decoder, 60, context=1000)
+
+
+@pytest.mark.parametrize(
+    "overrides", [("pos=learned",), ("pos=rope", "attn=sliding", "model.window=8")], ids=" ".join
+)
+def test_prompts_of_different_length_go_on_as_each_alone(nano, overrides):
+    """Also where they reach the end of the context at different times, and where some end before others."""
+    decoder = nano(*overrides, "embed=untied", "model.seq_len=24", gain=8)
+    alone = [generated(decoder, 40, prompt=prompt, **GREEDY) for prompt in PROMPTS]
+    assert batch_of(decoder, PROMPTS, 40, **GREEDY) == alone
+    done = set()
+    context = Settings(n_tokens=40, **GREEDY)
+    found = [[] for _ in PROMPTS]
+    for step in generate(decoder, PROMPTS, settings=context, generator=torch.Generator(), done=done):
+        for row, token in step:
+            found[row].append(token)
+            if len(found[row]) == 5 * (row + 1):
+                done.add(row)
+    assert found == [ids[: 5 * (row + 1)] for row, ids in enumerate(alone)]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_cache_draws_from_nearly_the_same_distribution(nano, precision):
+    """The first tokens come out of the same logits but for rounding: greedy texts agree for a while."""
+    decoder = nano("embed=untied", gain=8)
+    full, low = (generated(decoder, 8, precision=p, **GREEDY) for p in ("full", precision))
+    assert full[:2] == low[:2]
+
+
 def test_greedy_equals_transformers_llama(llama_pair):
     ours, theirs = llama_pair(attn="gqa", embed="untied")
     expected = theirs.generate(
@@ -67,21 +140,242 @@ def test_greedy_equals_transformers_gpt2(gpt2_pair):
     assert generated(ours, 50, **GREEDY) == expected[0, len(PROMPT) :].tolist()
 
 
+# --- beams
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("end", [None, 7, 433])
+def test_beams_equal_transformers(llama_pair, beams, length_penalty, end):
+    ours, theirs = llama_pair(attn="gqa", embed="untied")
+    with torch.no_grad():  # some texts should end early
+        for model_weight in (ours.embed.head.weight, theirs.lm_head.weight):
+            model_weight.mul_(0.25)
+    expected = theirs.generate(
+        PROMPT[None],
+        do_sample=False,
+        num_beams=beams,
+        length_penalty=length_penalty,
+        max_new_tokens=20,
+        eos_token_id=end,
+        pad_token_id=0,
+    )[0, len(PROMPT) :].tolist()
+    expected = expected[: expected.index(end)] if end in expected else expected
+    given = settings(20, beams=beams, length_penalty=length_penalty)
+    assert beam_search(ours, [PROMPT.tolist()], settings=given, end_of_text=end) == [expected]
+
+
+def test_beams_of_a_batch_equal_each_alone_and_penalised_ones_transformers(gpt2_pair):
+    ours, theirs = gpt2_pair()
+    given = settings(15, beams=3, repetition_penalty=1.3)
+    alone = [beam_search(ours, [prompt], settings=given, end_of_text=0)[0] for prompt in PROMPTS]
+    assert beam_search(ours, PROMPTS, settings=given, end_of_text=0) == alone
+    for prompt, ids in zip(PROMPTS, alone, strict=True):
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            num_beams=3,
+            repetition_penalty=1.3,
+            max_new_tokens=15,
+            eos_token_id=0,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        assert ids == (expected[: expected.index(0)] if 0 in expected else expected)
+
+
+@torch.no_grad()
+def test_enough_beams_find_the_likeliest_text(nano):
+    """All texts of three tokens out of six, scored one by one."""
+    decoder = nano("model.vocab_size=6", "embed=untied", gain=12)
+    prompt = [1, 2, 3]
+
+    def score(text):
+        logits = decoder(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1)[range(len(text)), text].sum().item()
+
+    best = max(itertools.product(range(6), repeat=3), key=score)
+    found = beam_search(decoder, [prompt], settings=settings(3, beams=36), end_of_text=None)
+    assert found == [list(best)]
+
+
+# --- drafts
+
+
+@pytest.mark.parametrize(
+    "overrides", [("pos=learned",), ("attn=sliding", "model.window=8"), ("attn=mla",)], ids=" ".join
+)
+@pytest.mark.parametrize("draft_tokens", [1, 4, 7])
+def test_greedy_with_a_draft_equals_greedy_without(nano, overrides, draft_tokens):
+    """With a draft that is often right and one that never is, also beyond the context of both."""
+    decoder = nano(*overrides, "embed=untied", "model.seq_len=24", gain=8)
+    near = nano(*overrides, "embed=untied", "model.seq_len=24", gain=8)
+    with torch.no_grad():
+        near.embed.head.weight.add_(0.05 * torch.randn(512, 32, generator=torch.Generator().manual_seed(0)))
+    other = nano("pos=rope", "model.n_layers=1", "model.seq_len=16", seed=3, gain=8)
+    expected = generated(decoder, 50, **GREEDY)
+    for draft in (near, other):
+        given = settings(50, draft_tokens=draft_tokens, **GREEDY)
+        found = speculate(decoder, draft, PROMPT.tolist(), settings=given, generator=torch.Generator())
+        assert list(found) == expected
+
+
+class Table:
+    """Stands for a decoder: the logits of the next token depend on the last one alone."""
+
+    def __init__(self, vocab_size: int, seed: int):
+        self.table = 1.5 * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
+        self.embed = SimpleNamespace(tokens=SimpleNamespace(weight=self.table))
+        self.pos, self.layers, self.seq_len = SimpleNamespace(max_len=None), [], 1000
+
+    def new_cache(self, max_len, precision="full"):
+        return SimpleNamespace(keep_all=lambda: None, rewind=lambda n: None)
+
+    def forward(self, tokens_BT, cache):
+        return self.table[tokens_BT]
+
+
+def every_outcome(monkeypatch, run):
+    """(probability, result) of `run` for each way in which its draws can fall."""
+    paths = [()]
+    while paths:
+        path, taken, probability = paths.pop(), [], []
+
+        def one_of(p, generator, path=path, taken=taken, probability=probability):
+            p = p.double() / p.double().sum()
+            if len(taken) < len(path):
+                choice = path[len(taken)]
+            else:
+                choice, *others = p.nonzero()[:, 0].tolist()
+                paths.extend((*taken, other) for other in others)
+            taken.append(choice)
+            probability.append(p[choice].item())
+            return choice
+
+        monkeypatch.setattr(generation, "one_of", one_of)
+        result = run()
+        yield math.prod(probability), result
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"temperature": 0.6, "top_k": 3, "min_p": 0.1}, {"typical_p": 0.8}, {"repetition_penalty": 1.8}],
+    ids=str,
+)
+def test_a_draft_leaves_the_distribution_as_it_is(monkeypatch, given):
+    """Of all texts of four tokens out of four, exactly: every outcome of every draw is gone through."""
+    decoder, draft, prompt = Table(4, seed=0), Table(4, seed=1), [1, 2]
+    how = settings(4, draft_tokens=2, **given)
+    found: dict[tuple[int, ...], float] = {}
+    run = partial(speculate, decoder, draft, prompt, settings=how, generator=None)
+    for probability, text in every_outcome(monkeypatch, lambda: tuple(run())):
+        found[text] = found.get(text, 0.0) + probability
+    for text in itertools.product(range(4), repeat=4):
+        expected = 1.0
+        for i, token in enumerate(text):
+            before = [*prompt, *text[:i]]
+            seen = None
+            if how.repetition_penalty != 1:
+                seen = torch.zeros(1, 4, dtype=torch.bool).index_fill_(1, torch.tensor(before), True)
+            expected *= how.probabilities(decoder.table[before[-1:]], seen)[0, token].item()
+        assert found.get(text, 0.0) == pytest.approx(expected, abs=1e-6)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_draft_that_does_not_fit_is_refused(nano):
+    decoder, prompt = nano(), [1]
+    with pytest.raises(ValueError, match="use a draft of the same tokenizer"):
+        next(
+            speculate(
+                decoder,
+                nano("model.vocab_size=64"),
+                prompt,
+                settings=settings(3),
+                generator=torch.Generator(),
+            )
+        )
+    with pytest.raises(ValueError, match="cannot take one back"):
+        next(
+            speculate(
+                decoder, nano("attn=performer"), prompt, settings=settings(3), generator=torch.Generator()
+            )
+        )
+
+
+# --- filters
+
+
 LOGITS = 3 * torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-@pytest.mark.parametrize("top_k", [None, 1, 7, 200, 1000])
-@pytest.mark.parametrize("top_p", [None, 0.05, 0.5, 0.9, 1.0])
-def test_filters_equal_transformers(temperature, top_k, top_p):
-    """In the order in which `transformers` applies them: temperature, top-k, top-p."""
+@pytest.mark.parametrize("temperature", [0.3, 1.7])
+@pytest.mark.parametrize("top_k", [None, 7, 1000])
+@pytest.mark.parametrize("top_p", [None, 0.05, 0.9])
+@pytest.mark.parametrize("min_p", [None, 0.02, 0.5])
+@pytest.mark.parametrize("typical_p", [None, 0.2, 0.9])
+def test_filters_equal_transformers(temperature, top_k, top_p, min_p, typical_p):
+    """In the order in which `transformers` applies them: temperature, top-k, top-p, min-p, typical."""
     scores = TemperatureLogitsWarper(temperature)(None, LOGITS)
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p is not None:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    ours = filtered(LOGITS, temperature=temperature, top_k=top_k, top_p=top_p)
-    assert_close(ours, scores.softmax(-1), rtol=1e-4, atol=1e-7)
+    if min_p is not None:
+        scores = MinPLogitsWarper(min_p)(None, scores)
+    if typical_p is not None:
+        scores = TypicalLogitsWarper(typical_p)(None, scores)
+    given = settings(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
+    assert_close(given.probabilities(LOGITS), scores.softmax(-1), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.2, 3.0])
+def test_repetition_penalty_equals_transformers(penalty):
+    texts = torch.randint(200, (50, 9), generator=torch.Generator().manual_seed(1))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(texts, LOGITS)
+    given = settings(1, repetition_penalty=penalty)
+    seen = generation.seen_tokens(texts.tolist(), 200, LOGITS.device)
+    assert_close(given.probabilities(LOGITS, seen), expected.softmax(-1))
+
+
+def test_greedy_with_a_penalty_equals_transformers(gpt2_pair):
+    ours, theirs = gpt2_pair()
+    expected = theirs.generate(
+        PROMPT[None],
+        do_sample=False,
+        repetition_penalty=1.4,
+        max_new_tokens=40,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    found = generated(ours, 40, repetition_penalty=1.4, **GREEDY)
+    assert found == expected[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_k": 2.5},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": "high"},
+        {"min_p": -0.1},
+        {"typical_p": 2},
+        {"repetition_penalty": 0.0},
+        {"beams": 0},
+        {"length_penalty": float("inf")},
+        {"draft_tokens": 0},
+        {"precision": "int4"},
+        {"context": 0},
+        {"stop": ("a", "")},
+    ],
+    ids=str,
+)
+def test_wrong_values_are_refused_by_name(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match="cache" if name == "precision" else name):
+        settings(1, **wrong)
 
 
 def test_top_p_by_hand():
@@ -92,17 +386,17 @@ def test_top_p_by_hand():
         (0.6, [0, 2 / 3, 0, 1 / 3]),
         (0.8, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
     ):
-        p = filtered(logits, temperature=1.0, top_k=None, top_p=top_p)
+        p = settings(1, top_p=top_p).probabilities(logits)
         assert_close(p, torch.tensor([kept], dtype=torch.float32))
 
 
 def test_temperature_zero_is_the_limit():
-    near = filtered(LOGITS, temperature=1e-4, top_k=None, top_p=None)
-    assert_close(filtered(LOGITS, **GREEDY), near, rtol=0, atol=1e-3)
+    near = settings(1, temperature=1e-4).probabilities(LOGITS)
+    assert_close(settings(1, **GREEDY).probabilities(LOGITS), near, rtol=0, atol=1e-3)
 
 
 def test_bfloat16_logits_make_a_distribution():
-    p = filtered(LOGITS.bfloat16(), temperature=0.7, top_k=None, top_p=0.95)
+    p = settings(1, temperature=0.7, top_p=0.95).probabilities(LOGITS.bfloat16())
     assert_close(p.sum(-1), torch.ones(50))
 
 
@@ -110,8 +404,8 @@ def test_drawn_tokens_follow_the_probabilities(nano):
     decoder = nano(gain=8)
     with torch.no_grad():
         logits = decoder(PROMPT[None])[:, -1]
-    p = filtered(logits, temperature=1.0, top_k=5, top_p=None)[0]
-    drawn = [generated(decoder, 1, seed=s, temperature=1.0, top_k=5, top_p=None)[0] for s in range(200)]
+    p = settings(1, top_k=5).probabilities(logits)[0]
+    drawn = [generated(decoder, 1, seed=s, top_k=5)[0] for s in range(200)]
     counts = torch.bincount(torch.tensor(drawn), minlength=512)
     expected = 200 * p[p > 0]
     assert counts[p == 0].sum() == 0
@@ -121,7 +415,7 @@ def test_drawn_tokens_follow_the_probabilities(nano):
 
 def test_a_seed_repeats_and_another_differs(nano):
     decoder = nano(gain=8)
-    one, again, other = (generated(decoder, 30, seed=s, **PLAIN) for s in (1, 1, 2))
+    one, again, other = (generated(decoder, 30, seed=s) for s in (1, 1, 2))
     assert one == again != other
 
 
@@ -133,48 +427,58 @@ def codec():
     return Byte().train(iter([]))
 
 
-def stream(decoder, codec, *, n_tokens: int = 60, seed: int = 0, **sampling) -> list[str]:
-    return list(continuation(decoder, codec, "Où ?", n_tokens=n_tokens, seed=seed, **(PLAIN | sampling)))
+def stream(decoder, codec, *, n_tokens: int = 60, seed: int = 0, **given) -> list[str]:
+    return list(continuation(decoder, codec, "Où ?", n_tokens=n_tokens, seed=seed, **(PLAIN | given)))
 
 
-@pytest.fixture
-def scripted(nano, monkeypatch):
-    """`scripted(ids)` is a decoder that generates these."""
+def pieces_of(codec, ids: list[int], *stop: str) -> list[str]:
+    """What a text of these ids comes in, until it is done."""
+    text, pieces = Text(codec, stop), []
+    for token in ids:
+        pieces.append(text.add(token))
+        if text.is_done:
+            break
+    return [piece for piece in [*pieces, text.finish()] if piece]
 
-    def scripted(ids: list[int]):
-        monkeypatch.setattr(generation, "generate", lambda *_, **__: iter(ids))
-        return nano("model.vocab_size=257")
 
-    return scripted
-
-
-def test_pieces_make_up_the_text_and_never_split_a_character(scripted, codec):
+def test_pieces_make_up_the_text_and_never_split_a_character(codec):
     text = "naïve café, π ≈ 3,14 — 日本語 😀👩‍👩‍👧 e\u0301\n\tend"
-    pieces = stream(scripted(codec.encode(text)), codec)
+    pieces = pieces_of(codec, codec.encode(text))
     assert "".join(pieces) == text
     assert pieces == list(text)  # a byte a token: a character comes as soon as it is whole
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_pieces_make_up_the_text_of_broken_utf8(scripted, codec, seed):
+def test_pieces_make_up_the_text_of_broken_utf8(codec, seed):
     """Lead and continuation bytes in any order, cut off anywhere."""
     rng = random.Random(seed)
     ids = [
         rng.choice([0x41, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0xFF, 0xEF, 0xBF, 0xBD])
         for _ in range(50)
     ]
-    pieces = stream(scripted(ids), codec)
-    assert "".join(pieces) == codec.decode(ids) == bytes(ids).decode(errors="replace")
-    assert "" not in pieces
+    assert "".join(pieces_of(codec, ids)) == codec.decode(ids) == bytes(ids).decode(errors="replace")
 
 
-def test_a_character_left_unfinished_is_shown_at_the_end(scripted, codec):
-    assert stream(scripted([0x41, 0xE2, 0x82]), codec) == ["A", "\N{REPLACEMENT CHARACTER}"]
+def test_a_character_left_unfinished_is_shown_at_the_end(codec):
+    assert pieces_of(codec, [0x41, 0xE2, 0x82]) == ["A", "\N{REPLACEMENT CHARACTER}"]
 
 
-def test_end_of_text_ends_it(scripted, codec):
+def test_end_of_text_ends_it(codec):
     ids = [*codec.encode("ab"), codec.end_of_text, *codec.encode("cd")]
-    assert "".join(stream(scripted(ids), codec)) == "ab"
+    assert "".join(pieces_of(codec, ids)) == "ab"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_text_ends_before_the_first_stop_string(codec, seed):
+    """Over few letters, so that stop strings begin often and are often not gone on with."""
+    rng = random.Random(seed)
+    text = "".join(rng.choice("abé") for _ in range(40))
+    stop = ["".join(rng.choice("abé") for _ in range(n)) for n in (5, 4)]
+    first = min(
+        (text.find(s) + len(s), text.find(s)) for s in [*stop, text] if s in text
+    )  # the first to be whole
+    expected = text[: first[1]] if any(s in text for s in stop) else text
+    assert "".join(pieces_of(codec, codec.encode(text), *stop)) == expected
 
 
 def test_a_model_writes_what_its_ids_decode_to(nano, codec):
@@ -183,8 +487,42 @@ def test_a_model_writes_what_its_ids_decode_to(nano, codec):
     assert decoder.training, "left as it was found"
     decoder.eval()  # dropout must have been off
     prompt = torch.tensor([codec.end_of_text, *codec.encode("Où ?")])
-    ids = generated(decoder, 60, prompt=prompt, seed=0, **PLAIN)
+    ids = generated(decoder, 60, prompt=prompt, seed=0)
     ids = ids[: ids.index(codec.end_of_text)] if codec.end_of_text in ids else ids
     assert text == codec.decode(ids)
     assert text == "".join(stream(decoder, codec))
     assert text != "".join(stream(decoder, codec, seed=1))
+
+
+@pytest.mark.parametrize("how", [{}, {"beams": 3}, {"draft": True}], ids=str)
+def test_several_prompts_give_the_texts_of_each_alone(nano, codec, how):
+    decoder = nano("model.vocab_size=257", gain=8)
+    draft = nano("model.vocab_size=257", "model.n_layers=1", gain=8) if how.get("draft") else None
+    given = settings(20, stop=("e",), **GREEDY, **{k: v for k, v in how.items() if k == "beams"})
+
+    def texts(prompts):
+        found, done = [""] * len(prompts), []
+        for row, piece in continuations(decoder, codec, prompts, settings=given, seed=0, draft=draft):
+            assert row not in done
+            if piece is None:
+                done.append(row)
+            else:
+                found[row] += piece
+        assert sorted(done) == list(range(len(prompts)))
+        return found
+
+    prompts = ["def ", "a longer prompt ", "", "é"]
+    assert texts(prompts) == [texts([prompt])[0] for prompt in prompts]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_at_once(nano, codec):
+    given = settings(5)
+    with pytest.raises(
+        ValueError, match="70 tokens and the model reads 64: shorten it, or let it read on with context=70"
+    ):
+        continuations(nano("model.vocab_size=257"), codec, ["x" * 69], settings=given, seed=0)
+    with pytest.raises(ValueError, match=r"the model reads 64: shorten it$"):
+        continuations(nano("model.vocab_size=257", "pos=learned"), codec, ["x" * 69], settings=given, seed=0)
+    beams = settings(5, beams=2)
+    with pytest.raises(ValueError, match="room for n_tokens=4"):
+        continuations(nano("model.vocab_size=257"), codec, ["x" * 59], settings=beams, seed=0)

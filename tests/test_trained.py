@@ -178,3 +178,65 @@ def test_runs_of_other_tokenizers_compare_by_byte(command, stored, tmp_path):
     code, _, err = command("evaluate", runs, "lengths=[32,64]", "n_windows=2", "to=out")
     assert (code, err) == (0, "")
     assert (tmp_path / "out" / "lengths.png").exists()
+
+
+# --- sampling
+
+
+def test_prompts_of_a_list_and_of_a_file_give_the_texts_of_each_alone(command, stored, tmp_path):
+    run = stored("run")
+    alone = [
+        command("sample", f"run={run}", f"prompt={prompt}", "n_tokens=20", "temperature=0")[1]
+        for prompt in ("def [x", "class A")
+    ]
+    assert alone[0].startswith("def [x")
+    (tmp_path / "prompts.txt").write_text("def [x\nclass A\n")
+    for prompts in ('prompts=["def [x",class A]', "prompts=prompts.txt"):
+        code, out, _ = command("sample", f"run={run}", prompts, "n_tokens=20", "temperature=0")
+        assert code == 0
+        assert out == "\n".join(alone)
+
+
+def test_a_draft_and_a_low_cache_write_and_a_stop_string_ends(command, stored):
+    run, draft = stored("run"), stored("draft", "model.n_layers=1", seed=1)
+    text = command("sample", f"run={run}", "prompt=def ", "n_tokens=40", "temperature=0")[1]
+    drafted = command(
+        "sample", f"run={run}", "prompt=def ", "n_tokens=40", "temperature=0", f"draft={draft}"
+    )[1]
+    assert drafted == text
+    stop = text[len("def ") + 10 : len("def ") + 12]
+    code, out, _ = command(
+        "sample", f"run={run}", "prompt=def ", "temperature=0", f"stops=['{stop}']", "beams=1"
+    )
+    assert code == 0
+    assert out == text[: text.index(stop, len("def "))] + "\n"
+    code, out, _ = command("sample", f"run={run}", "n_tokens=10", "cache=int8", "min_p=0.05")
+    assert code == 0
+
+
+def test_escapes_in_stop_strings():
+    assert trained.unescaped(r"a\n\tb\\n\x é") == "a\n\tb\\n\\x é"
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("temperature=-1", "temperature=-1 must be at least 0"),
+        ("top_p=1.2", "top_p=1.2 must be above 0 and at most 1"),
+        ("cache=fp4", "cache=fp4 is unknown: use one of full, int8, fp8"),
+        ("n_tokens=0", "n_tokens=0 must be a whole number"),
+        ("draft=nowhere", "nowhere holds no run"),
+        ("draft=chars", "has another tokenizer"),
+        ("prompts=nowhere.txt", "nowhere.txt"),
+        ("prompts=[]", "holds none"),
+        (f"prompt={'x' * 70}", "71 tokens and the model reads 64"),
+    ],
+    ids=str,
+)
+def test_samples_that_cannot_be_are_refused_in_a_line(command, stored, override, complaint):
+    run = stored("run")
+    stored("chars", tokenizer=Char)
+    code, out, err = command("sample", f"run={run}", override)
+    assert (code, out) == (2, "")
+    assert complaint in err
+    assert len(err.splitlines()) == 1

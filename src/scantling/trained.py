@@ -61,7 +61,9 @@ class TrainedRun:
         config: Any = OmegaConf.load(directory.config)
         check_targets(config.decoder, directory.config)
         tokenizer = Tokenizer.load(directory.tokenizer)
-        rows = len(weights["embed.tokens.weight"])  # an imported table may have more than the tokenizer has entries
+        rows = len(
+            weights["embed.tokens.weight"]
+        )  # an imported table may have more than the tokenizer has entries
         decoder: Decoder = instantiate(config.decoder, vocab_size=rows)
         decoder.load_state_dict(weights)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,7 +155,9 @@ def sample(config: DictConfig) -> None:
         run = TrainedRun.load(config.run, config.checkpoint)
         draft = None if config.draft is None else TrainedRun.load(config.draft, config.draft_checkpoint)
         if draft is not None and draft.tokenizer.fingerprint != run.tokenizer.fingerprint:
-            raise ValueError(f"draft={config.draft} has another tokenizer than {config.run}: use a run that shares it")
+            raise ValueError(
+                f"draft={config.draft} has another tokenizer than {config.run}: use a run that shares it"
+            )
         pieces = continuations(
             run.decoder,
             run.tokenizer,

@@ -58,12 +58,21 @@ class Keys:
     """Whether every query sees every key, so that no mask is needed."""
 
 
+def slots(n_slots: int, like_BTKE: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, n_slots, K, E]; a head's slots lie side by side in memory, which is how attention reads them."""
+    B, _, K, E = like_BTKE.shape
+    return torch.zeros(B, K, n_slots, E, dtype=dtype, device=like_BTKE.device).transpose(1, 2)
+
+
+def taken(data_BSKE: Tensor, rows: Tensor) -> Tensor:
+    return data_BSKE.transpose(1, 2)[rows].transpose(1, 2)
+
+
 class Buffer:
     """Room for `n_slots` tokens of keys or values, in the precision of the computation."""
 
     def __init__(self, n_slots: int, like_BTKE: Tensor):
-        B, _, K, E = like_BTKE.shape
-        self.data_BSKE = like_BTKE.new_zeros(B, n_slots, K, E)
+        self.data_BSKE = slots(n_slots, like_BTKE, like_BTKE.dtype)
 
     def write(self, index: Any, x: Tensor) -> None:
         self.data_BSKE[index] = x
@@ -73,7 +82,7 @@ class Buffer:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be taken twice."""
-        self.data_BSKE = self.data_BSKE[rows]
+        self.data_BSKE = taken(self.data_BSKE, rows)
 
     @property
     def nbytes(self) -> int:
@@ -87,10 +96,9 @@ class QuantisedBuffer(Buffer):
     largest: float
 
     def __init__(self, n_slots: int, like_BTKE: Tensor):
-        B, _, K, E = like_BTKE.shape
         self.computes_in = like_BTKE.dtype
-        self.data_BSKE = torch.zeros(B, n_slots, K, E, dtype=self.dtype, device=like_BTKE.device)
-        self.scale_BSK1 = torch.zeros(B, n_slots, K, 1, device=like_BTKE.device)
+        self.data_BSKE = slots(n_slots, like_BTKE, self.dtype)
+        self.scale_BSK1 = slots(n_slots, like_BTKE[..., :1], torch.float32)
 
     def write(self, index: Any, x: Tensor) -> None:
         scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / self.largest
@@ -105,7 +113,7 @@ class QuantisedBuffer(Buffer):
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
-        self.scale_BSK1 = self.scale_BSK1[rows]
+        self.scale_BSK1 = taken(self.scale_BSK1, rows)
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +145,7 @@ class LayerCache:
     """
 
     def __init__(self, max_len: int, pattern: Pattern, buffer: type[Buffer]):
+        self.max_len, self.is_full = max_len, pattern.is_full
         self.first, self.window = pattern.n_first, max_len if pattern.reach is None else pattern.reach
         self.n_slots = min(max_len, self.first + self.window)
         self.rolls = self.first + self.window < max_len
@@ -146,6 +155,11 @@ class LayerCache:
         self.v: Buffer | None = None
         self.length = 0
         """Tokens of the longest row."""
+
+    def keep_all(self) -> None:
+        """Keep every token, also where the pattern needs no more than some; before the first token alone."""
+        assert self.k is None
+        self.n_slots, self.rolls, self.holds_what_is_seen = self.max_len, False, self.is_full
 
     def append(
         self, k_BTKE: Float[Tensor, "B T K E"], v_BTKE: Float[Tensor, "B T K _"], step: Step
@@ -178,12 +192,15 @@ class LayerCache:
         )
 
     def write(self, k_BTKE: Tensor, v_BTKE: Tensor, step: Step, one_more: bool) -> None:
-        assert self.k is not None and self.v is not None
+        assert self.k is not None
+        assert self.v is not None
         B, T = k_BTKE.shape[:2]
         index: Any
         if step.start is not None and step.valid_BT is None and (not self.rolls or one_more):
             slot = self.slot_of(step.start)
             index = (slice(None), slice(slot, slot + T))
+        elif step.valid_BT is None and not self.rolls:
+            index = (torch.arange(B, device=k_BTKE.device)[:, None], step.positions_BT)
         else:
             positions = step.positions_BT.expand(B, T)
             kept = torch.ones_like(positions, dtype=torch.bool) if step.valid_BT is None else step.valid_BT
@@ -246,9 +263,13 @@ class KVCache:
         if before is None:
             before = torch.full((B,), self.length, device=device)
         valid = None if lengths_B is None else offsets < lengths_B[:, None]
-        after = before + (T if lengths_B is None else lengths_B)
-        self.lengths_B, self.length = after, int(after.max())
-        return Step(before[:, None] + offsets, None, int(before.max()) + T, valid)
+        start = self.length
+        if lengths_B is None:
+            self.lengths_B, self.length = before + T, start + T
+        else:
+            self.lengths_B = before + lengths_B
+            self.length = int(self.lengths_B.max())
+        return Step(before[:, None] + offsets, None, start + T, valid)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; beam search drops and doubles them."""
@@ -256,6 +277,26 @@ class KVCache:
             layer.select(rows)
         if self.lengths_B is not None:
             self.lengths_B = self.lengths_B[rows]
+
+    def keep_all(self) -> None:
+        """Let `rewind` take tokens back: layers that would roll keep them all. To be called before the first token.
+
+        Raises ValueError where a layer sums its tokens up.
+        """
+        for layer in self.layers:
+            if not isinstance(layer, LayerCache):
+                raise ValueError(
+                    "this model sums up the tokens it has read and cannot take one back, as a draft needs it to: "
+                    "speculative decoding takes models that attend to cached keys"
+                )
+            layer.keep_all()
+
+    def rewind(self, n: int) -> None:
+        """Take the last `n` tokens of every row back; what is written next takes their places."""
+        assert not any(layer.rolls for layer in self.layers)
+        self.length -= n
+        if self.lengths_B is not None:
+            self.lengths_B = self.lengths_B - n
 
     @property
     def nbytes(self) -> int:
