@@ -1,13 +1,14 @@
 # make train   set up .venv and train; ARGS="model=llama_small attn=gqa …" are its options
 # make test    set up .venv and run the tests
 # make lint    ruff and pyright
+# make docs    write docs/parts.md from the options
 # make bench   speed against peers, on this machine
 
 PYTHON ?= python3
 ARGS ?= model=llama_small attn=gqa
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint docs bench clean
 
 train: .venv/runtime
 	.venv/bin/python src/train.py $(ARGS)
@@ -20,6 +21,9 @@ lint: .venv/development
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+docs: .venv/development
+	PYTHONPATH=src .venv/bin/python -m scantling.parts_table
 
 bench: .venv/development
 	.venv/bin/python benchmarks/throughput.py

@@ -17,10 +17,13 @@ MAY_IMPORT = {
     "generation": {"model"},
     "hub": {"hub", "model"},
     "plan": {"accounting", "model"},
+    "composition": {"model"},
+    "planned": {"accounting", "command_line", "composition", "model", "plan", "training"},
+    "parts_table": {"accounting", "command_line", "composition", "hub", "model", "plan"},
     "training": {"training", "model", "data", "accounting", "generation", "plan", "run_directory"},
     "study": {"study", "run_directory"},
 }
-MAY_USE_HYDRA = {"command_line", "hub.runs", "run", "trained"}
+MAY_USE_HYDRA = {"command_line", "composition", "hub.runs", "parts_table", "planned", "run", "trained"}
 
 
 def imported(path: Path) -> set[str]:

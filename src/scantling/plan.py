@@ -261,8 +261,8 @@ def titled(title: str, about: str, *columns: str) -> Table:
 
 def first_sentence(documented: object) -> str:
     """Of a docstring, which by the rule of the house is the formula; the paper follows."""
-    text = " ".join((documented.__doc__ or "").split())
-    return re.split(r"(?<=\.)\s+(?=[A-Z]|arXiv:)", text)[0].rstrip(".")
+    paragraph = (documented.__doc__ or "").split("\n\n")[0]
+    return re.split(r"(?<=\.)\s+(?=[A-Z]|arXiv:)", " ".join(paragraph.split()))[0].rstrip(".")
 
 
 def bar(share: float, width: int = 16) -> str:

@@ -15,13 +15,16 @@ from scantling.model.decoder import Decoder
 from scantling.plan import Training, cache_table, conventions_table, memory_table, parts_table, training_table
 from scantling.training.budget import steps_for
 
+PRINTED_WIDTH = 100
+"""Of lines that go to a file or a pipe."""
+
 
 def plan(config: DictConfig) -> None:
     """Print what the model is and takes. Reads no data and allocates no weights.
 
     Raises Mistake for what the user can put right.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
     with mistakes():
         check(config)
         decoder = build_decoder(config, config.model.vocab_size, "meta")

@@ -96,7 +96,7 @@ class PatternedAttention(Mixer):
 
 
 class Attention(PatternedAttention):
-    """out(softmax(QKᵀ·scale)·V), Vaswani et al. 2017, arXiv:1706.03762, §3.2; one class for three names.
+    """out(softmax(QKᵀ·scale)·V). Vaswani et al. 2017, arXiv:1706.03762, §3.2; one class for three names.
 
     Every key/value head serves H/K query heads: K = H is multi-head attention (MHA), 1 < K < H grouped-query
     attention (GQA, Ainslie et al. 2023, arXiv:2305.13245), K = 1 multi-query attention (MQA, Shazeer 2019,
@@ -233,7 +233,8 @@ class FullWidthNorm(nn.Module):
 
 
 class LatentAttention(PatternedAttention):
-    """Multi-head latent attention (MLA). DeepSeek-V2, arXiv:2405.04434, §2.1.
+    """out(softmax([q ; q_r]·[W_k·c ; r]ᵀ·scale)·W_v·c), c = norm(W_down·x): multi-head latent attention (MLA). DeepSeek-V2,
+    arXiv:2405.04434, §2.1.
 
     c = norm(W_down·x) of width C is all that is kept of a token, beside one rotated key r of width R that the heads
     share: k_h = [W_k,h·c ; r], v_h = W_v,h·c, and the query is [nope part ; rotated part]. With `q_rank` the query

@@ -25,7 +25,8 @@ def unrotated(x_BTHE: Tensor) -> Tensor:
 
 
 class Position(nn.Module):
-    """No position at all (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466), and the base of every other option.
+    """Nothing is added and nothing turned. No position (NoPE): Kazemnejad et al. 2023, arXiv:2305.19466; the base of every
+    other option.
 
     A causal decoder can still tell order, because later tokens see more keys.
     """
