@@ -24,6 +24,11 @@ class Family:
     ignored: ClassVar[str] = r".*\.rotary_emb\.inv_freq"
     """Tensors in their files that are computed and not learned, a regular expression."""
 
+    @property
+    def names(self) -> set[str]:
+        """The fields of `config.json` that are read."""
+        return set().union(*(field.names for field in self.fields))
+
     def overrides(self, hf: Config) -> list[str]:
         """What to add to `model=llama_tiny` for the decoder that a `config.json` describes.
 

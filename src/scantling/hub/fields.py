@@ -230,7 +230,8 @@ class Activation(Field):
     def hf_config(self, decoder: Config) -> Config:
         approximate = found(decoder, "ffn.activation.approximate")
         key = (found(decoder, "ffn.activation._target_"), None if approximate is MISSING else approximate)
-        return {self.theirs: CLASSES[key]} if key in CLASSES else {}
+        name = CLASSES.get(key, "")
+        return {self.theirs: name} if ACTIVATIONS.get(name) in self.options else {}
 
     @property
     def names(self) -> set[str]:
@@ -272,6 +273,28 @@ class Times(Field):
 
     def hf_config(self, decoder: Config) -> Config:
         return {}
+
+    @property
+    def names(self) -> set[str]:
+        return {self.theirs}
+
+
+class Equal(Field):
+    """A field that must equal another where it is given: models in which it differs are not built."""
+
+    def __init__(self, theirs: str, other: str, ours: str):
+        self.theirs, self.other, self.ours = theirs, other, ours
+
+    def overrides(self, hf: Config) -> list[str]:
+        value, other = hf.get(self.theirs), value_of(hf, self.other, REQUIRED)
+        if value not in (None, other):
+            raise ValueError(
+                f"config.json: {self.theirs}={value} is not supported, only {other}, its {self.other}"
+            )
+        return []
+
+    def hf_config(self, decoder: Config) -> Config:
+        return {self.theirs: found(decoder, self.ours)}
 
     @property
     def names(self) -> set[str]:

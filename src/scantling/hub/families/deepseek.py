@@ -6,7 +6,19 @@ from typing import ClassVar
 
 from scantling.hub.families.llama import SIZES, L, Llama
 from scantling.hub.family import Family
-from scantling.hub.fields import MISSING, Config, GatedWidth, Given, Only, Same, Switch, found, setting, tied
+from scantling.hub.fields import (
+    MISSING,
+    Config,
+    Equal,
+    GatedWidth,
+    Given,
+    Only,
+    Same,
+    Switch,
+    found,
+    setting,
+    tied,
+)
 from scantling.hub.rope import Rope, yarn_growth
 from scantling.hub.weights import Table
 
@@ -49,6 +61,7 @@ class DeepseekV3(Family):
         Given("norm=rmsnorm", "attn=mla", "block=pre", "model.bias=false", "model.dropout=0.0"),
         Given("ffn=moe_deepseek_v3"),
         *SIZES,
+        Equal("num_key_value_heads", "num_attention_heads", "n_heads"),
         Same("qk_nope_head_dim", "model.d_head"),
         Same("qk_rope_head_dim", "attn.d_rotated"),
         Same("v_head_dim", "attn.d_value"),

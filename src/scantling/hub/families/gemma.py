@@ -48,7 +48,7 @@ class Gemma2(Gemma):
             "attn.scale",
             absent=256,
             read=lambda v: v**-0.5,
-            write=lambda v: round(v**-2, 6),
+            write=lambda v: round(v**-2),
         ),
         Same("attn_logit_softcapping", "attn.softcap", absent=50.0, nullable=True),
         Same("final_logit_softcapping", "head.softcap", absent=30.0, nullable=True),

@@ -10,6 +10,7 @@ from scantling.hub.fields import (
     MISSING,
     Activation,
     Config,
+    Equal,
     Field,
     Given,
     Only,
@@ -162,23 +163,6 @@ class GPTNeoX(Family):
     }
 
 
-class EmbeddingWidth(Field):
-    """OPT 350M embeds narrower than it computes, with a matrix at either end; others do not, nor do we."""
-
-    def overrides(self, hf: Config) -> list[str]:
-        width = value_of(hf, "word_embed_proj_dim", hf["hidden_size"])
-        if width != hf["hidden_size"]:
-            raise ValueError(f"config.json: word_embed_proj_dim={width} is not supported, only hidden_size")
-        return []
-
-    def hf_config(self, decoder: Config) -> Config:
-        return {"word_embed_proj_dim": decoder["d_model"]}
-
-    @property
-    def names(self) -> set[str]:
-        return {"word_embed_proj_dim"}
-
-
 D = "model.decoder.layers.{i}"
 
 
@@ -190,7 +174,7 @@ class OPT(Family):
         Given("norm=layernorm", "norm.eps=1e-5", "pos=learned", "attn=mha", "model.dropout=0.0"),
         *SIZES,
         Same("ffn_dim", "model.d_ff"),
-        EmbeddingWidth(),
+        Equal("word_embed_proj_dim", "hidden_size", "d_model"),  # not so in OPT 350M alone
         Activation("activation_function", gated=False, absent="relu"),
         Same("enable_bias", *QKV_BIAS, "attn.out_bias", "ffn.bias", absent=True),
         Same("layer_norm_elementwise_affine", "norm.weight", "norm.bias", absent=True),

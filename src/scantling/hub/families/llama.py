@@ -46,7 +46,7 @@ class Llama(Family):
         Given("norm=rmsnorm", "attn=gqa", "block=pre", "model.bias=false", "model.dropout=0.0"),
         *SIZES,
         kv_heads(),
-        Same("head_dim", "model.d_head", absent=None),
+        Same("head_dim", "model.d_head", absent=lambda hf: hf["hidden_size"] // hf["num_attention_heads"]),
         GatedWidth("intermediate_size"),
         Activation("hidden_act", gated=True, absent="silu"),
         Same("rms_norm_eps", "norm.eps", absent=1e-6),
