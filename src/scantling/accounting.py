@@ -124,7 +124,7 @@ def exact_full(decoder: Decoder, seq_len: int) -> float:
 
 
 def kaplan(decoder: Decoder, seq_len: int) -> float:
-    """6·N, N without vocabulary and positions. Kaplan et al. 2020, arXiv:2001.08361, §1.3 and §2.1."""
+    """6·N, N active without vocabulary and positions. Kaplan et al. 2020, arXiv:2001.08361, §1.3 and §2.1."""
     return 6 * non_embedding(active_counts(decoder))
 
 
@@ -134,12 +134,12 @@ def kaplan_context(decoder: Decoder, seq_len: int) -> float:
 
 
 def six_n(decoder: Decoder, seq_len: int) -> float:
-    """6·N, N all parameters. Hoffmann et al. 2022, arXiv:2203.15556, §3."""
+    """6·N, N all active parameters. Hoffmann et al. 2022, arXiv:2203.15556, §3."""
     return 6 * active_parameters(decoder)
 
 
 def palm(decoder: Decoder, seq_len: int) -> float:
-    """6·N + 12·L·H·E·T, N all parameters. Chowdhery et al. 2022, arXiv:2204.02311, appendix B; attention in full."""
+    """6·N + 12·L·H·E·T, N as in 6n. Chowdhery et al. 2022, arXiv:2204.02311, appendix B; attention in full."""
     return six_n(decoder, seq_len) + 3 * mixing_in_full(decoder, seq_len)
 
 

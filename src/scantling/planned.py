@@ -38,7 +38,12 @@ def plan(config: DictConfig) -> None:
         ]
     chosen = choices()
     parts = " ".join(f"{group}={chosen[group]}" for group in PARTS)
+    shape = config.model
     console.print(f"[bold]{chosen['model']}[/bold]  {parts}")
+    console.print(
+        f"[dim]{shape.n_layers} layers of width {shape.d_model:,}, {shape.n_heads} heads, "
+        f"{shape.seq_len:,} tokens, {shape.vocab_size:,} entries[/dim]"
+    )
     for table in tables:
         console.print()
         console.print(table)
@@ -64,7 +69,7 @@ def trainings(config: DictConfig, decoder: Decoder) -> list[Training]:
     convention = budget.pop("convention", "exact")
     if convention not in CONVENTIONS:
         raise ValueError(f"budget.convention={convention} is unknown: use one of {', '.join(CONVENTIONS)}")
-    n = sum(p.numel() for p in decoder.parameters())
+    n, active = sum(p.numel() for p in decoder.parameters()), active_parameters(decoder)
     # In steps of one token, for a budget below one step of this batch is worth seeing too.
     tokens = steps_for(
         tokens_per_step=1,
@@ -74,4 +79,5 @@ def trainings(config: DictConfig, decoder: Decoder) -> list[Training]:
     )
     if "steps" in budget:
         tokens *= config.batch_size * decoder.seq_len
-    return [Training(name, tokens), Training("20 tokens a parameter", 20 * active_parameters(decoder))]
+    optimal = "20 tokens a parameter" if n == active else "20 an active parameter"
+    return [Training(name, tokens), Training(optimal, 20 * active)]
