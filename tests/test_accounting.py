@@ -249,7 +249,13 @@ def test_gqa_lowers_linear_flops_alone(preset):
 
 @pytest.mark.parametrize(
     ("precision", "kept", "context"),
-    [("fp32", "full", 7), ("fp32", "full", 40), ("int8", "int8", 40), ("fp8", "fp8", 40)],
+    [
+        ("fp32", "full", 7),
+        ("fp32", "full", 40),
+        ("bf16", "full", 40),
+        ("int8", "int8", 40),
+        ("fp8", "fp8", 40),
+    ],
 )
 @pytest.mark.parametrize("option", ATTENTIONS)
 @torch.no_grad()
@@ -257,7 +263,8 @@ def test_a_cache_takes_its_bytes(nano, option, precision, kept, context):
     """The buffers themselves, scales and windows included; nano's window is 16."""
     decoder = nano(option)
     cache = decoder.new_cache(context, kept)
-    decoder(torch.zeros(3, context, dtype=torch.long), cache)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        decoder(torch.zeros(3, context, dtype=torch.long), cache)
     assert cache.nbytes == cache_bytes(decoder, context=context, batch=3, precision=precision)
 
 

@@ -177,7 +177,7 @@ CACHED = {"fp32": (4, 0), "bf16": (2, 0), "int8": (1, 4), "fp8": (1, 4)}
 def cache_bytes(decoder: Decoder, *, context: int, batch: int, precision: str) -> int:
     """What `batch` sequences of `context` tokens take in a key/value cache; windows and latent vectors spare theirs.
 
-    For one token: `context=1`, as long as no window is full. What a quantised cache leaves as it is counts in float32.
+    For one token: `context=1`, as long as no window is full. A state that is summed up, not vectors, stays in float32.
     """
     if precision not in CACHED:
         raise ValueError(f"a cache in {precision} is unknown: use one of {', '.join(CACHED)}")
@@ -185,7 +185,7 @@ def cache_bytes(decoder: Decoder, *, context: int, batch: int, precision: str) -
     total = 0
     for mixer in (block.attn for block in decoder.layers):
         numbers, vectors = mixer.cached_numbers(context), mixer.cached_vectors(context)
-        total += number * numbers + scale * vectors if vectors or not scale else CACHED["fp32"][0] * numbers
+        total += number * numbers + scale * vectors if vectors else CACHED["fp32"][0] * numbers
     return batch * total
 
 

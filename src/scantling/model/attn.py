@@ -51,7 +51,7 @@ class Mixer(nn.Module, ABC):
         """Numbers kept of `context` past tokens, for one sequence."""
 
     def cached_vectors(self, context: int) -> int:
-        """Vectors that these numbers form, each with a scale of its own in a quantised cache; 0: it leaves them as they are."""
+        """Vectors that these numbers form, each with a scale of its own in a quantised cache; 0: a state in float32."""
         return 0
 
     @abstractmethod
@@ -288,7 +288,9 @@ class LatentAttention(PatternedAttention):
         nope_BTHE, turned_BTHR = q_BTHE.split([self.d_nope, self.d_rotated], -1)
         turned_BTHR = rotate(turned_BTHR)
         c_BTC, r_BTR = self.kv_down(x_BTD).split([self.kv_rank, self.d_rotated], -1)
-        c_BT1C, r_BT1R = self.kv_norm(c_BTC)[:, :, None], rotate(r_BTR[:, :, None])
+        # The norm's weights are in float32 under autocast, and so would be what it gives.
+        c_BT1C = self.kv_norm(c_BTC).type_as(c_BTC)[:, :, None]
+        r_BT1R = rotate(r_BTR[:, :, None])
         settings = {
             "pattern": self.pattern,
             "scale": self.scale,
