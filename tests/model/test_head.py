@@ -103,6 +103,24 @@ def test_sampled_softmax_is_the_full_one_on_average():
     assert error_of_many < error_of_few / 3
 
 
+@pytest.mark.parametrize("target", [0, 2, 150])
+@torch.no_grad()
+def test_the_sampled_sum_of_exponentials_is_right_on_average(target):
+    """exp(loss)·exp(z_target) of a token is the sum that the draws stand for; a drawn target must not count twice."""
+    embed, head = untied(), Sampled(V, D, scale=None, softcap=None, n_samples=50).train()
+    z = X[0, 0] @ embed.head.weight.T + embed.head.bias
+    others = torch.arange(V) != target
+    embed.head.bias[target] += z[others].logsumexp(0) - z[target]  # half of the sum is the target's
+    z[target] = z[others].logsumexp(0)
+    targets = torch.tensor([[target]])
+    torch.manual_seed(0)
+    losses = torch.stack([head.nats(X[:1, :1], embed, targets) for _ in range(600)])
+    sums, expected = (losses + z[target]).exp(), z.exp().sum()
+    assert_close(2 * z[target].exp(), expected)
+    assert abs(sums.mean() - expected) < 4 * sums.std() / 600**0.5
+    assert sums.std() / 600**0.5 < 0.02 * expected
+
+
 def test_sampled_entries_are_drawn_as_often_as_is_taken_off(monkeypatch):
     """Counted in 200 000 draws; a count's standard error is its root."""
     embed, drawn = untied(), torch.zeros(V)

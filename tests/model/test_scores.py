@@ -99,6 +99,33 @@ def test_cached_keys_give_the_formula_too(pattern, biased, softcap, pieces):
     assert_close(torch.cat(parts, 2), formula(q, k, v, pattern, biased, softcap), rtol=1e-4, atol=1e-5)
 
 
+@over_patterns
+def test_rows_of_different_length_see_their_own_keys(pattern):
+    """Prompts of 9 and 3 tokens, padded on the right, then 30 more, one by one and a few at once."""
+    prompt, pieces = torch.tensor([9, 3]), [1, 1, 1, 4, 1, 20, 1, 1]
+    q, k, v = inputs(2, 39)
+    layer = LayerCache(39, pattern, Buffer)
+    cache, parts, before = KVCache([layer], 39), ([], []), torch.zeros(2, dtype=torch.long)
+    for n in [9, *pieces]:
+        at = before[:, None] + torch.arange(
+            n
+        )  # of the shorter prompt, tokens of a later step stand for padding
+        of_q, of_k, of_v = (torch.stack([x[row][:, at[row]] for row in range(2)]) for x in (q, k, v))
+        step = cache.advance(at, prompt if not before.any() else None)
+        all_k, all_v, keys = layer.append(of_k.transpose(1, 2), of_v.transpose(1, 2), step)
+        settings = {"keys": keys, "pattern": pattern, "scale": SCALE, "softcap": None, "dropout": 0.0}
+        out = scores_of(True, step).attend(of_q, all_k.transpose(1, 2), all_v.transpose(1, 2), **settings)
+        real = prompt if not before.any() else torch.full((2,), n)
+        for row in range(2):
+            parts[row].append(out[row, :, : real[row]])
+        before += real
+    for row in range(2):
+        length = int(before[row])
+        q1, k1, v1 = (x[row : row + 1, :, :length] for x in (q, k, v))
+        expected = formula(q1, k1, v1, pattern, True, None)[0]
+        assert_close(torch.cat(parts[row], 1), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("length", [T, LONG, 9 * E])  # a CPU without AMX takes another way up to 8·E
 def test_bfloat16_attention_is_near_float32(monkeypatch, amx, length):
