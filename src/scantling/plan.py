@@ -152,7 +152,7 @@ def parts_table(decoder: Decoder, context: int) -> Table:
         "attention, mixing": (None, "attention mixing"),
         "router": ("router", "router"),
         "feed-forward": ("feed-forward", "feed-forward"),
-        "norms": ("norm", None),
+        "norms, scales": ("norm", None),
         "block": (None, "block"),
         "head": ("head", "head"),
     }

@@ -105,6 +105,10 @@ class Attention(PatternedAttention):
     the entries of queries, keys and values (OLMo, MPT).
     """
 
+    q_bias: nn.Parameter | None
+    k_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
+
     def __init__(
         self,
         d_model: int,
