@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,10 @@ CASES = {
     "qwen2": LLAMA,
     "qwen3": HEADS_16,
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9},
+    "phi3": {**LLAMA, "sliding_window": 9, "rope_parameters": PARTIAL},
+    "qwen3_moe": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "olmo3": {**LLAMA, "num_hidden_layers": 5, "sliding_window": 9},
+    "olmoe": {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "gemma": HEADS_16,
     "gemma2": {**HEADS_16, "sliding_window": 9, "query_pre_attn_scalar": 24},
     "gemma2 uncapped": {**HEADS_16, "attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -272,6 +277,7 @@ NO_MATTER = {
     ),
     *("reorder_and_upcast_attn", "slow_but_exact", "init_device"),  # rounding, and where weights are made
     *("learned_pos_emb", "norm_type"),  # MPT: not read by its code
+    *("original_max_position_embeddings",),  # of longrope, which is refused
     *("max_window_layers",),  # read where use_sliding_window is true, which is refused
     *("num_nextn_predict_layers", "qk_head_dim"),  # a module left out; a sum of others
 }
@@ -292,6 +298,7 @@ def test_no_field_is_overlooked(model_type):
     derived = {
         *({"layer_types", "sliding_window"} if "use_sliding_window" in fields else ()),
         *({"head_dim"} if model_type == "deepseek_v3" else ()),
+        *({"intermediate_size"} if model_type == "qwen3_moe" else ()),  # of layers without experts
     }
     assert fields - FAMILIES[model_type].names - NO_MATTER - derived == set()
 
@@ -355,3 +362,31 @@ def test_text_in_a_number_never_reaches_hydra():
     settings = {**default("llama"), "hidden_size": "{_target_:os.system,command:ls}"}
     with pytest.raises(ValueError, match=r"_target_.*is no number, and model.d_model takes nothing else"):
         FAMILIES["llama"].overrides(settings)
+
+
+# --- docs/hub.md ---
+
+PARTS = ("norm", "pos", "attn", "ffn", "block", "embed", "head")
+USUAL = ("attn/pattern=full", "attn/qk_norm=none", "pos/scaling=none", "block=pre")
+
+
+def table() -> str:
+    """What the families' classes say of themselves, and the options of their defaults."""
+    rows = ["| `model_type` | what it is | options, beside `block=pre` |", "|---|---|---|"]
+    for model_type, family in FAMILIES.items():
+        words = [word for word in family.overrides(default(model_type)) if "." not in word.partition("=")[0]]
+        # by part, a part before what stands inside it
+        shown = sorted(
+            set(words) - set(USUAL), key=lambda w: (PARTS.index(re.split("[/=]", w)[0]), "/" in w, w)
+        )
+        about = " ".join((type(family).__doc__ or "").split()).removesuffix(".")
+        rows.append(f"| `{model_type}` | {about} | `{' '.join(shown)}` |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_families_is_up_to_date():
+    assert table() in (Path(__file__).parents[2] / "docs" / "hub.md").read_text()
+
+
+def test_every_family_is_tried():
+    assert {case.split()[0] for case in CASES} == FAMILIES.keys()

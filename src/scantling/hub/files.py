@@ -47,8 +47,10 @@ class Tensors:
 
     def paths(self) -> list[Path]:
         if (self.source / INDEX).exists():
-            named = read_json(self.source / INDEX)["weight_map"].values()
-            paths = [self.source / Path(name).name for name in sorted(set(named))]
+            named = read_json(self.source / INDEX).get("weight_map")
+            if not isinstance(named, dict):
+                raise ValueError(f"{self.source / INDEX} has no weight_map")
+            paths = [self.source / Path(str(name)).name for name in sorted(set(named.values()))]
             for path in paths:
                 if not path.exists():
                     raise ValueError(f"{path} is missing, which {INDEX} names")

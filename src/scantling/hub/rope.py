@@ -109,16 +109,18 @@ LAYERS = {"sliding_attention": "pos.others", "full_attention": "pos.nth"}
 
 
 class RopeLocalGlobal(Field):
-    """One rotation in layers that see a window, another in those that see all. Gemma 3."""
+    """One rotation in layers that see a window, another in those that see all. Gemma 3, OLMo 3.
 
-    def __init__(self, *, local: float, whole: float):
+    `old_local` is what files before transformers 5 call the base of the first.
+    """
+
+    def __init__(self, *, local: float, whole: float, old_local: str):
         self.thetas = {"sliding_attention": local, "full_attention": whole}
+        self.old_local = old_local
 
     def overrides(self, hf: Config) -> list[str]:
         old = {
-            "sliding_attention": {
-                "rope_theta": hf.get("rope_local_base_freq", self.thetas["sliding_attention"])
-            },
+            "sliding_attention": {"rope_theta": hf.get(self.old_local, self.thetas["sliding_attention"])},
             "full_attention": {
                 "rope_theta": hf.get("rope_theta", self.thetas["full_attention"]),
                 **(hf.get("rope_scaling") or {}),
@@ -135,7 +137,7 @@ class RopeLocalGlobal(Field):
 
     @property
     def names(self) -> set[str]:
-        return {"rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"}
+        return {"rope_parameters", "rope_scaling", "rope_theta", self.old_local}
 
 
 def yarn_growth(factor: float, mscale: float) -> float:

@@ -139,6 +139,21 @@ class Together(Layout):
 
 
 @dataclass(frozen=True)
+class Joined(Layout):
+    """Layers of ours as one of theirs, one below the other: gate and up of a feed-forward."""
+
+    theirs: str
+    parts: tuple[str, ...]
+
+    def rules(self, ours: str, places: Places, modules: Modules) -> list[Rule]:
+        theirs = self.theirs.format(**places)
+        return [
+            Rule(tuple(f"{ours}.{part}.{kind}" for part in self.parts), (f"{theirs}.{kind}",))
+            for kind in ("weight", "bias")
+        ]
+
+
+@dataclass(frozen=True)
 class Folded(Layout):
     """A list of norms, one a head, as the rows of one matrix."""
 
@@ -183,7 +198,7 @@ def places_of(ours: str, modules: Modules) -> Iterator[dict[str, str]]:
 
 
 def rules_of(table: Table, decoder: Decoder) -> list[Rule]:
-    """A family's table spelled out for this decoder.
+    """A family's table spelled out for this decoder. Of two rules for one tensor the later holds.
 
     Raises ValueError when the decoder has a tensor that the table has no place for.
     """
@@ -195,12 +210,12 @@ def rules_of(table: Table, decoder: Decoder) -> list[Rule]:
             name = ours.format(**places)
             if name in modules or name in have:
                 rules += (r for r in layout.rules(name, places, modules) if have.keys() >= set(r.ours))
-    placed = {name for rule in rules for name in rule.ours}
-    left = [name for name in have if name not in placed]
+    holds = {name: rule for rule in rules for name in rule.ours}
+    left = [name for name in have if name not in holds]
     if left:
         others = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise ValueError(f"it has no place for {left[0]}{others}")
-    return rules
+    return [rule for rule in rules if all(holds[name] is rule for name in rule.ours)]
 
 
 def shapes_of(decoder: Decoder) -> dict[str, Shape]:

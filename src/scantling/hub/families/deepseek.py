@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from scantling.hub.families.llama import SIZES, L, Llama
+from scantling.hub.families.llama import EXPERTS, SIZES, L, Llama
 from scantling.hub.family import Family
 from scantling.hub.fields import (
     MISSING,
@@ -87,6 +87,7 @@ class DeepseekV3(Family):
     )
     tensors: ClassVar[Table] = {
         **Llama.tensors,
+        **EXPERTS,
         "blocks.{i}.attn.q": f"{L}.self_attn.q_proj",
         "blocks.{i}.attn.q.0": f"{L}.self_attn.q_a_proj",
         "blocks.{i}.attn.q.1": f"{L}.self_attn.q_a_layernorm",
@@ -94,11 +95,7 @@ class DeepseekV3(Family):
         "blocks.{i}.attn.kv_down": f"{L}.self_attn.kv_a_proj_with_mqa",
         "blocks.{i}.attn.kv_norm": f"{L}.self_attn.kv_a_layernorm",
         "blocks.{i}.attn.kv_up": f"{L}.self_attn.kv_b_proj",
-        "blocks.{i}.ffn.router.gate": f"{L}.mlp.gate",
         "blocks.{i}.ffn.router.correction": f"{L}.mlp.gate.e_score_correction_bias",
-        "blocks.{i}.ffn.experts.{e}.gate": f"{L}.mlp.experts.{{e}}.gate_proj",
-        "blocks.{i}.ffn.experts.{e}.up": f"{L}.mlp.experts.{{e}}.up_proj",
-        "blocks.{i}.ffn.experts.{e}.out": f"{L}.mlp.experts.{{e}}.down_proj",
         "blocks.{i}.ffn.shared.gate": f"{L}.mlp.shared_experts.gate_proj",
         "blocks.{i}.ffn.shared.up": f"{L}.mlp.shared_experts.up_proj",
         "blocks.{i}.ffn.shared.out": f"{L}.mlp.shared_experts.down_proj",

@@ -70,7 +70,7 @@ class Gemma3(Gemma2):
         Gemma2.fields,
         Given("attn/qk_norm=per_head"),
         LayerTypes(every=6, window=4096, also=["pos.every"]),
-        RopeLocalGlobal(local=1e4, whole=1e6),
+        RopeLocalGlobal(local=1e4, whole=1e6, old_local="rope_local_base_freq"),
         Same("attn_logit_softcapping", "attn.softcap", absent=None, nullable=True),
         Same("final_logit_softcapping", "head.softcap", absent=None, nullable=True),
     )

@@ -47,7 +47,7 @@ def dropouts(absent: float) -> tuple[Same, ...]:
 
 
 class GPT2(Family):
-    """Radford et al. 2019."""
+    """Radford et al. 2019: learned positions, GELU, biases everywhere."""
 
     model_type, architecture = "gpt2", "GPT2LMHeadModel"
     prefix, ignored = "transformer.", r".*\.attn\.(bias|masked_bias)"
@@ -127,7 +127,7 @@ N = "gpt_neox.layers.{i}"
 
 
 class GPTNeoX(Family):
-    """Black et al. 2022, arXiv:2204.06745; Pythia, arXiv:2304.01373."""
+    """Black et al. 2022, arXiv:2204.06745, and Pythia, arXiv:2304.01373: attention and feed-forward side by side, two norms."""
 
     model_type, architecture = "gpt_neox", "GPTNeoXForCausalLM"
     prefix, ignored = "gpt_neox.", r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"

@@ -21,7 +21,7 @@ from scantling.hub.fields import (
     tied,
 )
 from scantling.hub.rope import Rope, overrides_of, parameters_of
-from scantling.hub.weights import Apart, Table
+from scantling.hub.weights import Apart, Joined, Table, Together
 
 L = "model.layers.{i}"
 QKV_BIAS = ("attn.q_bias", "attn.k_bias", "attn.v_bias")
@@ -133,6 +133,52 @@ class Mixtral(Llama):
         "blocks.{i}.ffn.experts.{e}.gate": f"{L}.block_sparse_moe.experts.{{e}}.w1",
         "blocks.{i}.ffn.experts.{e}.up": f"{L}.block_sparse_moe.experts.{{e}}.w3",
         "blocks.{i}.ffn.experts.{e}.out": f"{L}.block_sparse_moe.experts.{{e}}.w2",
+    }
+
+
+EXPERTS = {
+    "blocks.{i}.ffn.router.gate": f"{L}.mlp.gate",
+    "blocks.{i}.ffn.experts.{e}.gate": f"{L}.mlp.experts.{{e}}.gate_proj",
+    "blocks.{i}.ffn.experts.{e}.up": f"{L}.mlp.experts.{{e}}.up_proj",
+    "blocks.{i}.ffn.experts.{e}.out": f"{L}.mlp.experts.{{e}}.down_proj",
+}
+
+
+class Qwen3Moe(Qwen3):
+    """Yang et al. 2025, arXiv:2505.09388: Qwen 3 with experts."""
+
+    model_type, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
+    fields = but(
+        Qwen3.fields,
+        kv_heads(4),
+        Same("head_dim", "model.d_head", absent=lambda hf: hf["hidden_size"] // hf["num_attention_heads"]),
+        Given("ffn=moe"),
+        Only("hidden_act", "silu"),
+        GatedWidth("moe_intermediate_size", node="ffn.expert"),
+        Same("num_local_experts", "ffn.n_experts", aliases=("num_experts",), absent=128),
+        Same("num_experts_per_tok", "ffn.router.n_active", absent=8),
+        Same("norm_topk_prob", "ffn.router.renormalised", absent=False),
+        Only("decoder_sparse_step", 1),
+        Only("mlp_only_layers", []),
+        without=("intermediate_size",),
+    )
+    tensors: ClassVar[Table] = {**Llama.tensors, **EXPERTS}
+
+
+class Phi3(Llama):
+    """Abdin et al. 2024, arXiv:2404.14219: queries, keys and values are one matrix, gate and up another."""
+
+    model_type, architecture = "phi3", "Phi3ForCausalLM"
+    fields = but(
+        Llama.fields,
+        Same("rms_norm_eps", "norm.eps", absent=1e-5),
+        Window("sliding_window", absent=None),
+        without=("attention_bias", "mlp_bias", "head_dim"),
+    )
+    tensors: ClassVar[Table] = {
+        **Llama.tensors,
+        "blocks.{i}.attn.qkv": Together(f"{L}.self_attn.qkv_proj"),
+        "blocks.{i}.ffn": Joined(f"{L}.mlp.gate_up_proj", ("gate", "up")),
     }
 
 
