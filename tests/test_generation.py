@@ -20,7 +20,16 @@ from transformers import (
 
 from scantling import generation
 from scantling.data.tokenizers import Byte
-from scantling.generation import Settings, Text, beam_search, continuation, continuations, generate, speculate
+from scantling.generation import (
+    Settings,
+    Text,
+    beam_search,
+    continuation,
+    continuations,
+    generate,
+    laid_out_for_decoding,
+    speculate,
+)
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
 PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
@@ -138,6 +147,43 @@ def test_greedy_equals_transformers_gpt2(gpt2_pair):
         PROMPT[None], do_sample=False, max_new_tokens=50, eos_token_id=None, pad_token_id=0
     )
     assert generated(ours, 50, **GREEDY) == expected[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("embed", ["tied", "untied"])
+def test_the_layout_for_decoding_changes_memory_alone(nano, embed):
+    plain, laid_out = nano(f"embed={embed}", gain=8), laid_out_for_decoding(nano(f"embed={embed}", gain=8))
+    assert laid_out.blocks[0].ffn.up.weight.stride() == (1, 88)
+    for (name, p), (other, q) in zip(plain.named_parameters(), laid_out.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(p, q)
+    assert generated(laid_out, 30, **GREEDY) == generated(plain, 30, **GREEDY)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", [("attn=mha",), ("attn=gqa",), ("attn=mha", "pos=alibi")], ids=" ".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_of_many_rows_attends_as_without_cache(nano, overrides, dtype):
+    """So many that attention is written out as two products."""
+    decoder = nano(*overrides, "model.seq_len=96", gain=8).to(dtype)
+    tokens = torch.randint(512, (512, 70), generator=torch.Generator().manual_seed(0))
+    cache = decoder.new_cache(96)
+    decoder(tokens[:, :-1], cache)
+    found, expected = decoder(tokens[:, -1:], cache)[:, 0], decoder(tokens)[:, -1]
+    if dtype == torch.float32:
+        assert_close(found, expected, rtol=0, atol=5e-5)
+    else:
+        assert (found - expected).float().std() < 0.03 * expected.float().std()
+
+
+@pytest.mark.parametrize(("precision", "size"), [("full", 4), ("int8", 1), ("fp8", 1)])
+@pytest.mark.parametrize("attn", ["mha", "gqa", "sliding"])
+def test_a_cache_takes_the_bytes_of_the_numbers_that_layers_say_they_keep(nano, attn, precision, size):
+    decoder = nano(f"attn={attn}")
+    cache = decoder.new_cache(60, precision)
+    decoder(torch.zeros(1, 60, dtype=torch.long), cache)
+    numbers = sum(block.attn.cached_numbers(60) for block in decoder.layers)
+    scales = 0 if precision == "full" else 4 * numbers // 8  # heads of width 8, a float32 for each
+    assert cache.nbytes == pytest.approx(size * numbers + scales, rel=0.02)
 
 
 # --- beams

@@ -23,7 +23,7 @@ from scantling.data.corpora import Corpus
 from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
 from scantling.data.tokens import TokenizedCorpus, prepare
-from scantling.generation import Settings, continuations
+from scantling.generation import Settings, continuations, laid_out_for_decoding
 from scantling.model.decoder import Decoder
 from scantling.model.head import IGNORED
 from scantling.run_directory import RunDirectory
@@ -158,6 +158,9 @@ def sample(config: DictConfig) -> None:
             raise ValueError(
                 f"draft={config.draft} has another tokenizer than {config.run}: use a run that shares it"
             )
+        for each in (run, draft):
+            if each is not None:
+                laid_out_for_decoding(each.decoder)
         pieces = continuations(
             run.decoder,
             run.tokenizer,

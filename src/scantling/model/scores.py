@@ -52,7 +52,10 @@ class Scores:
         slow_bfloat16 = q_BHTE.is_cpu and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
         # The CPU's flash kernel is slow in bfloat16 without AMX, and slower than the formula up to 64 keys. The
         # formula takes no more memory than a cast to float32, which serves longer contexts, up to T = 8·E.
-        if softcap is not None or (slow_bfloat16 and T <= 8 * E) or (q_BHTE.is_cpu and S <= 64 and T > 1):
+        # For a single query of each of many rows two batched products are faster than the kernel, in bfloat16 above all.
+        many = T == 1 and k_BKSE.numel() > (2**16 if dtype == torch.bfloat16 else 2**19)
+        formula = (slow_bfloat16 and T <= 8 * E) or (q_BHTE.is_cpu and (many or (S <= 64 and T > 1)))
+        if softcap is not None or formula:
             mask = self.mask(keys, pattern) if mask == "causal" else mask
             return self.written_out(q_BHTE, k_BKSE, v_BKSE, mask, scale, softcap, dropout)
         if slow_bfloat16:
