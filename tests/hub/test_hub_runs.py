@@ -20,7 +20,7 @@ from scantling import trained
 from scantling.command_line import CONF, Mistake, run_entry
 from scantling.data.tokenizers import BPE, Byte, Char, Unigram, WordPiece
 from scantling.hub.files import INDEX
-from scantling.hub.runs import hub
+from scantling.hub.runs import composed, hub
 from scantling.run_directory import RunDirectory
 from scantling.trained import TrainedRun
 
@@ -124,6 +124,9 @@ def test_an_imported_model_is_a_run(command, source, tmp_path):
     assert "33,504 parameters" in out  # 2·257·32 + 2·(2·32² + 2·16·32 + 3·32·56 + 2·32) + 32
     run = TrainedRun.load("runs/imported/tiny", "best")
     assert_close(run.decoder(TOKENS), logits(source), rtol=0, atol=1e-4)
+    again = composed(tuple(run.directory.environment["overrides"]))  # what train.py would make of them
+    assert again["decoder"] == OmegaConf.to_container(run.config.decoder)
+    assert again["tokenizer"]["source"] == str(Path("runs/imported/tiny/tokenizer.json").resolve())
     # sampling with temperature 0 gives what transformers' own generation gives
     code, out, err = command(
         "sample", "run=runs/imported/tiny", "prompt=def ", "n_tokens=12", "temperature=0", "top_k=null"
@@ -162,6 +165,8 @@ def test_import_and_export_again_give_the_same_files(command, source):
     assert {key: theirs.get(key) for key in ours} == ours
     assert torch.equal(logits("back/tiny"), logits(source))
     assert sorted(path.name for path in Path("back").iterdir()) == ["tiny"]
+    modes = {path.stat().st_mode for path in Path("back/tiny").iterdir()}
+    assert len(modes) == 1  # others may read the tensors if they may read the rest
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -133,4 +133,7 @@ def exported(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def write_tensors(theirs: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
     save_file(theirs, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library makes it readable by its owner alone

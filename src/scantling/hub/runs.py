@@ -187,7 +187,8 @@ def differences(decoder: Config, again: Config) -> list[str]:
     """`setting=value` for what the second has otherwise; of a part that is another class, the class alone."""
     ours, theirs = leaves(filled(decoder)), leaves(filled(again))
     wrong = [key for key, value in ours.items() if compared(key) and not equal(value, theirs.get(key, ...))]
-    wrong += [key for key in theirs if compared(key) and key not in ours]
+    if not wrong:
+        wrong = [key for key in theirs if compared(key) and key not in ours]
     classes = [key.removesuffix("_target_") for key in wrong if key.endswith("_target_")]
     return [
         f"{key}={ours.get(key, '(nothing)')}"
