@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from scantling import __version__
 from scantling.command_line import CONF, leaves, mistakes, nearest
+from scantling.composition import plain
 from scantling.data.tokenizers import Tokenizer
 from scantling.hub.family import Family, all_families
 from scantling.hub.fields import Config, filled
@@ -150,8 +151,9 @@ def composed(overrides: tuple[str, ...]) -> Config:
 
 
 def on_meta(decoder: Config) -> Decoder:
+    factory = plain(instantiate(decoder, _partial_=True))
     with torch.device("meta"):
-        return instantiate(decoder)
+        return factory()
 
 
 def expressed(family: Family, decoder: Config) -> Config:
