@@ -16,7 +16,7 @@ import pytest
 
 from scantling.data import cache_directory, tokens
 from scantling.data.corpora import Corpus, TextFiles
-from scantling.data.tokenizers import BPE, Byte, Char, Tokenizer, Unigram, WordPiece
+from scantling.data.tokenizers import BPE, Byte, Char, Pretrained, Tokenizer, Unigram, WordPiece
 from scantling.data.tokens import TokenSplit, prepare
 
 DOCUMENTS = [
@@ -101,6 +101,20 @@ def test_the_second_time_neither_reads_nor_trains(corpus, tmp_path, monkeypatch)
     monkeypatch.setattr(BPE, "train", never)
     monkeypatch.setattr(TextFiles, "documents", never)
     prepare(corpus, KINDS["bpe"], tmp_path)
+
+
+def test_a_tokenizer_from_its_file_finds_the_tokens_it_made(corpus, tmp_path, monkeypatch):
+    """As `evaluate.py` opens a run: with the tokenizer that stands in its directory."""
+    first = prepare(corpus, KINDS["bpe"], tmp_path / "cache")
+    first.tokenizer.save(tmp_path / "tokenizer.json")
+
+    def unread(*args):
+        raise AssertionError("the cache was not used")
+        yield
+
+    monkeypatch.setattr(TextFiles, "documents", unread)
+    again = prepare(corpus, Pretrained(source=str(tmp_path / "tokenizer.json")), tmp_path / "cache")
+    assert np.array_equal(again.val.tokens, first.val.tokens)
 
 
 def test_another_setting_or_text_is_another_cache(corpus, tmp_path):

@@ -93,16 +93,21 @@ def prepare(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> T
         "kind": kind,
         "settings": tokenizer_kind.settings,
     }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
     try:
-        tokenizer = _prepare_tokenizer(corpus, tokenizer_kind, cache_dir / "tokenizers" / key)
-        return _prepare_tokens(corpus, tokenizer, made_from, cache_dir / "tokens" / key)
+        tokenizer = _prepare_tokenizer(corpus, tokenizer_kind, cache_dir / "tokenizers" / _key(made_from))
+        # The tokens belong to the tokenizer, however it came about: trained here or read from a run's directory.
+        tokens_from = {"format": FORMAT, "corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+        return _prepare_tokens(corpus, tokenizer, made_from, cache_dir / "tokens" / _key(tokens_from))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(
                 f"no space left for tokens in {cache_dir}; free some or choose another cache_dir"
             ) from None
         raise
+
+
+def _key(made_from: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _prepare_tokenizer(corpus: Corpus, kind: TokenizerKind, directory: Path) -> Tokenizer:
