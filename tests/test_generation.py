@@ -39,6 +39,12 @@ PROMPTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """`transformers` initialises its models from the global generator: the same weights whatever ran before."""
+    torch.manual_seed(0)
+
+
 def settings(n_tokens: int, **given) -> Settings:
     return Settings(**({"n_tokens": n_tokens} | PLAIN | given))
 
@@ -250,7 +256,7 @@ def test_enough_beams_find_the_likeliest_text(nano):
 @pytest.mark.parametrize(
     "overrides", [("pos=learned",), ("attn=sliding", "model.window=8"), ("attn=mla",)], ids=" ".join
 )
-@pytest.mark.parametrize("draft_tokens", [1, 4, 7])
+@pytest.mark.parametrize("draft_tokens", [1, 4])
 def test_greedy_with_a_draft_equals_greedy_without(nano, overrides, draft_tokens):
     """With a draft that is often right and one that never is, also beyond the context of both."""
     decoder = nano(*overrides, "embed=untied", "model.seq_len=24", gain=8)
