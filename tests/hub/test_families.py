@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def pair(request, tmp_path_factory) -> Pair:
     return Pair(family, theirs, source, config, ours.eval(), state)
 
 
-def model_of(family: Family, settings: dict) -> torch.nn.Module:
+def model_of(family: Family, settings: dict) -> Any:
     """Every parameter random, biases and norms too, and what no gradient moves."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family.model_type, **settings)

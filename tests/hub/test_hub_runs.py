@@ -8,6 +8,7 @@ import shutil
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,16 +51,13 @@ def command(tmp_path, monkeypatch, capsys):
 def directly(tmp_path, monkeypatch):
     """`directly(action="import")` is the same without Hydra's start, which takes longest: the mistake, or ""."""
     monkeypatch.chdir(tmp_path)
-    usual = OmegaConf.load(CONF / "hub.yaml")
+    usual: Any = OmegaConf.load(CONF / "hub.yaml")
+    usual = OmegaConf.masked_copy(usual, ["source", "run", "checkpoint", "family", "to", "paths"])
 
     def directly(**settings):
+        config: Any = OmegaConf.merge(usual, settings)
         try:
-            hub(
-                OmegaConf.merge(
-                    OmegaConf.masked_copy(usual, [*settings, "run", "to", "checkpoint", "family", "paths"]),
-                    settings,
-                )
-            )
+            hub(config)
         except Mistake as mistake:
             return str(mistake)
         return ""
@@ -132,7 +130,7 @@ def test_an_imported_model_is_a_run(command, source, tmp_path):
         "sample", "run=runs/imported/tiny", "prompt=def ", "n_tokens=12", "temperature=0", "top_k=null"
     )
     assert code == 0, err
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(source)
     prompt = torch.tensor([[256, *run.tokenizer.encode("def ")]])  # a document starts behind another's end
     ids = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, pad_token_id=256
