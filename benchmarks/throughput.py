@@ -301,7 +301,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="GPT-2's parts only, few rounds: about two minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="GPT-2's parts only, few rounds: about two minutes"
+    )
     parser.add_argument("--plain-malloc", action="store_true", help="leave glibc's allocator as it is")
     parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
     parser.add_argument("--only", default="", help="cells whose name, like 10.6M-gpt2-bf16, has this in it")

@@ -21,7 +21,6 @@ from scantling.data.loading import TrainBatches
 from scantling.run_directory import RunDirectory
 from scantling.training.optim import adamw
 from scantling.training.schedule import linear
-from scantling.model.head import negative_log_likelihood
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
@@ -231,7 +230,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     [
         (("attn=gqq",), "attn=gqq is unknown: did you mean gqa"),
         (("atn=gqa",), "atn is not a setting: did you mean attn"),
-        (("attn=performer", "attn/pattern=sliding"), "attn/pattern is a choice inside other options of attn="),
+        (
+            ("attn=performer", "attn/pattern=sliding"),
+            "attn/pattern is a choice inside other options of attn=",
+        ),
         (("model.n_layer=3",), "did you mean model.n_layers"),
         (("model.n_heads=5",), "n_heads=5 does not divide d_model=32"),
         (("attn=gqa", "attn.n_kv_heads=3"), "n_kv_heads=3 does not divide n_heads=4: use one of [1, 2, 4]"),

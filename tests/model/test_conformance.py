@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.accounting import forward_flops_per_token
-from scantling.model.head import IGNORED, negative_log_likelihood
 from scantling.composition import PARTS
+from scantling.model.head import IGNORED, negative_log_likelihood
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 T = 64

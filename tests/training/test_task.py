@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from scantling.training.optim import sgd
 from scantling.model.head import IGNORED, negative_log_likelihood
+from scantling.training.optim import sgd
 from scantling.training.task import LanguageModelTask, TextLoss
 
 B, T, V = 8, 16, 512

@@ -18,7 +18,14 @@ class Embedding(nn.Module, ABC):
     """
 
     def __init__(
-        self, vocab_size: int, d_model: int, *, width: int, scale: float, width_exponent: float, norm: NormFactory | None
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        width: int,
+        scale: float,
+        width_exponent: float,
+        norm: NormFactory | None,
     ):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, width)
@@ -50,8 +57,12 @@ class Embedding(nn.Module, ABC):
 class Tied(Embedding):
     """logits = x·Wᵀ with W the embedding table. Press & Wolf 2017, arXiv:1608.05859; GPT-2."""
 
-    def __init__(self, vocab_size: int, d_model: int, *, scale: float, width_exponent: float, norm: NormFactory | None):
-        super().__init__(vocab_size, d_model, width=d_model, scale=scale, width_exponent=width_exponent, norm=norm)
+    def __init__(
+        self, vocab_size: int, d_model: int, *, scale: float, width_exponent: float, norm: NormFactory | None
+    ):
+        super().__init__(
+            vocab_size, d_model, width=d_model, scale=scale, width_exponent=width_exponent, norm=norm
+        )
 
     @property
     def output(self) -> Float[Tensor, "V _"]:
@@ -62,9 +73,18 @@ class Untied(Embedding):
     """logits = x·Hᵀ + b with a matrix H of the head's own. LLaMA (without b), GPT-J (with)."""
 
     def __init__(
-        self, vocab_size: int, d_model: int, *, scale: float, width_exponent: float, norm: NormFactory | None, bias: bool
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        scale: float,
+        width_exponent: float,
+        norm: NormFactory | None,
+        bias: bool,
     ):
-        super().__init__(vocab_size, d_model, width=d_model, scale=scale, width_exponent=width_exponent, norm=norm)
+        super().__init__(
+            vocab_size, d_model, width=d_model, scale=scale, width_exponent=width_exponent, norm=norm
+        )
         self.head = nn.Linear(d_model, vocab_size, bias=bias)
 
     @property
@@ -82,9 +102,18 @@ class Factorised(Embedding):
     """
 
     def __init__(
-        self, vocab_size: int, d_model: int, *, rank: int, scale: float, width_exponent: float, norm: NormFactory | None
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        rank: int,
+        scale: float,
+        width_exponent: float,
+        norm: NormFactory | None,
     ):
-        super().__init__(vocab_size, d_model, width=rank, scale=scale, width_exponent=width_exponent, norm=norm)
+        super().__init__(
+            vocab_size, d_model, width=rank, scale=scale, width_exponent=width_exponent, norm=norm
+        )
         self.wide = nn.Linear(rank, d_model, bias=False)
         self.narrow = nn.Linear(d_model, rank, bias=False)
 

@@ -37,7 +37,9 @@ class GatedFeedForward(nn.Module):
     that parameters match the ungated layer of width d_ff (ibid., §3).
     """
 
-    def __init__(self, d_model: int, d_ff: int, layer: int, *, activation: Activation, bias: bool, multiple_of: int):
+    def __init__(
+        self, d_model: int, d_ff: int, layer: int, *, activation: Activation, bias: bool, multiple_of: int
+    ):
         super().__init__()
         width = gated_width(d_ff, multiple_of)
         self.activation = activation()

@@ -45,9 +45,7 @@ class Performer(Mixer):
     takes_bias: ClassVar[bool] = False
     features_ME: Tensor
 
-    def __init__(
-        self, d_model: int, n_heads: int, d_head: int, layer: int, *, n_features: int, bias: bool
-    ):
+    def __init__(self, d_model: int, n_heads: int, d_head: int, layer: int, *, n_features: int, bias: bool):
         super().__init__()
         self.n_heads, self.d_head, self.n_features = n_heads, d_head, n_features
         self.d_rotated = d_head

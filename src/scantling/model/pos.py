@@ -37,7 +37,9 @@ class Position(nn.Module):
     def __init__(self, d_model: int, n_heads: int, d_head: int):
         super().__init__()
 
-    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]) -> Float[Tensor, "B T D"]:
+    def embed(
+        self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]
+    ) -> Float[Tensor, "B T D"]:
         """Token embeddings with the position added."""
         return x_BTD
 
@@ -71,7 +73,9 @@ class Sinusoidal(Position):
             raise ValueError(f"pos=sinusoidal pairs sines with cosines: d_model={d_model} must be even")
         self.theta, self.scale = theta, scale
 
-    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]) -> Float[Tensor, "B T D"]:
+    def embed(
+        self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]
+    ) -> Float[Tensor, "B T D"]:
         angles = positions_BT[..., None] * inverse_frequencies(x_BTD.shape[-1], self.theta, x_BTD.device)
         table_BTD = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
         return x_BTD + (self.scale * table_BTD).type_as(x_BTD)
@@ -85,7 +89,9 @@ class Learned(Position):
         self.weight = nn.Parameter(torch.empty(max_len, d_model))
         self.max_len = max_len
 
-    def embed(self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]) -> Float[Tensor, "B T D"]:
+    def embed(
+        self, x_BTD: Float[Tensor, "B T D"], positions_BT: Int[Tensor, "_ T"]
+    ) -> Float[Tensor, "B T D"]:
         return x_BTD + nn.functional.embedding(positions_BT, self.weight)
 
 

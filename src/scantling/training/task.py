@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from scantling.model.decoder import Decoder
 from scantling.model.head import IGNORED
 
+
 class TextLoss:
     """Loss in nats per token and bits per byte over any number of batches.
 
@@ -76,7 +77,9 @@ class LanguageModelTask(L.LightningModule):
         nats = self.decoder(batch["inputs"], targets_BT=batch["targets"])
         loss = nats / batch["step_targets"]
         self.step_loss = self.step_loss.to(loss.device) + loss.detach()
-        if self.decoder.routers:  # a mean over this micro-batch's tokens, weighted by their share of the step's
+        if (
+            self.decoder.routers
+        ):  # a mean over this micro-batch's tokens, weighted by their share of the step's
             loss = loss + self.decoder.auxiliary_loss() * (batch["targets"].numel() / batch["step_targets"])
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
