@@ -50,5 +50,5 @@ def test_features_are_orthogonal_and_as_long_as_normal_ones():
 
 
 def test_a_position_that_adds_to_scores_is_refused(nano):
-    with pytest.raises(ValueError, match="no scores .* use pos=rope"):
+    with pytest.raises(ValueError, match=r"no scores .* use pos=rope"):
         nano("attn=performer", "pos=alibi")
