@@ -35,7 +35,9 @@ def stored(tmp_path, text, nano, composed):
         overrides = (f"model.vocab_size={codec.vocab_size}", "embed=untied", *overrides)
         config = composed("model=nano", "data=text", f"data.files={text}", *overrides)
         directory = RunDirectory(tmp_path / name)
-        directory.begin(OmegaConf.to_yaml(config, resolve=True), {"corpus": {"fingerprint": "none"}})
+        choices = {"pos": "rope"} | dict(o.split("=") for o in overrides if "." not in o)
+        record = OmegaConf.to_yaml(config, resolve=True) + OmegaConf.to_yaml({"choices": choices})
+        directory.begin(record, {"corpus": {"fingerprint": "none"}})
         codec.save(directory.tokenizer)
         weights = nano(*overrides, gain=8, seed=seed).state_dict()
         torch.save(
@@ -139,7 +141,7 @@ def test_evaluating_by_length_writes_table_and_figure(command, stored, tmp_path)
     rows = json.loads((tmp_path / "out" / "lengths.json").read_text())
     assert [(r["run"], r["length"], r["sliding"], r["stride"]) for r in rows] == [
         (run, length, sliding, 16 if sliding else length)
-        for run in ("one", "two")
+        for run in ("pos=rope", "pos=alibi")  # by what they differ in
         for sliding in (False, True)
         for length in (32, 64, 128)
     ]

@@ -235,8 +235,8 @@ def evaluate(config: DictConfig) -> None:
         console.print(losses(config, runs, corpora))
     else:
         rows = []
-        for run, corpus, of_run in zip(runs, corpora, windows, strict=True):
-            rows += rows_by_length(config, run, corpus, of_run)
+        for name, run, corpus, of_run in zip(names(runs), runs, corpora, windows, strict=True):
+            rows += rows_by_length(config, name, run, corpus, of_run)
         counts = " and ".join(f"{n:,}" for n in sorted({row["tokens"] for row in rows}))
         console.print(f"the same {counts} tokens at every length")
         console.print(table_by_length(rows))
@@ -256,12 +256,21 @@ def evaluate(config: DictConfig) -> None:
 
 def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]) -> Table:
     table = Table("run", "bits/byte", "nats/token", "perplexity", "tokens", box=None)
-    for run, corpus in zip(runs, corpora, strict=True):
+    for name, run, corpus in zip(names(runs), runs, corpora, strict=True):
         loss = run.loss(corpus, split=config.split, n_windows=config.n_windows, batch_size=config.batch_size)
         result = loss.results()
         numbers = (f"{result[key]:.4f}" for key in ("bpb", "loss", "perplexity"))
-        table.add_row(run.directory.name, *numbers, f"{int(loss.n_tokens):,}")
+        table.add_row(name, *numbers, f"{int(loss.n_tokens):,}")
     return table
+
+
+def names(runs: list[TrainedRun]) -> list[str]:
+    """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by choices."""
+    chosen = [{**run.config.choices, "seed": run.config.seed} for run in runs]
+    groups = {group: None for choices in chosen for group in choices}
+    differing = [group for group in groups if len({choices.get(group) for choices in chosen}) > 1]
+    labels = [" ".join(f"{group}={choices.get(group)}" for group in differing) for choices in chosen]
+    return labels if len(set(labels)) == len(runs) > 1 else [run.directory.name for run in runs]
 
 
 def context_windows(
@@ -294,7 +303,7 @@ def context_windows(
 
 
 def rows_by_length(
-    config: DictConfig, run: TrainedRun, corpus: TokenizedCorpus, windows: ContextWindows
+    config: DictConfig, name: str, run: TrainedRun, corpus: TokenizedCorpus, windows: ContextWindows
 ) -> list[dict[str, Any]]:
     found = {
         (length, stride): loss
@@ -305,7 +314,8 @@ def rows_by_length(
         strides += [(length, windows.stride, True) for length in windows.lengths]
     return [
         {
-            "run": run.directory.name,
+            "run": name,
+            "directory": run.directory.name,
             "trained_at": run.decoder.seq_len,
             "length": length,
             "sliding": sliding,

@@ -153,8 +153,13 @@ class Attention(PatternedAttention):
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         qkv_BTNE = qkv.unflatten(-1, (sum(self.heads), self.d_head))
-        q_BTHE, k_BTKE, v_BTKE = qkv_BTNE.split(self.heads, dim=2)
-        q_BTHE, k_BTKE = rotate(self.q_norm(q_BTHE)), rotate(self.k_norm(k_BTKE))
+        n_heads, n_kv_heads, _ = self.heads
+        if isinstance(self.q_norm, NoQKNorm):  # then queries and keys turn together
+            qk_BTNE, v_BTKE = qkv_BTNE.split([n_heads + n_kv_heads, n_kv_heads], dim=2)
+            q_BTHE, k_BTKE = rotate(qk_BTNE).split([n_heads, n_kv_heads], dim=2)
+        else:
+            q_BTHE, k_BTKE, v_BTKE = qkv_BTNE.split(self.heads, dim=2)
+            q_BTHE, k_BTKE = rotate(self.q_norm(q_BTHE)), rotate(self.k_norm(k_BTKE))
         keys = None
         if cache is not None:
             k_BTKE, v_BTKE, keys = cache.append(k_BTKE, v_BTKE, scores.step)

@@ -29,7 +29,8 @@ class Residual(nn.Module):
         self.drop_path = drop_path * (layer + 1) / n_layers
 
     def forward(self, branch_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        branch_BTD = self.dropout(branch_BTD)
+        if self.dropout.p:
+            branch_BTD = self.dropout(branch_BTD)
         if self.scale != 1.0:
             branch_BTD = branch_BTD * self.scale
         if self.training and self.drop_path:

@@ -140,13 +140,14 @@ class RoPE(Position):
         cos_BT1R, sin_BT1R = cos_BTR[:, :, None], sin_BTR[:, :, None]
 
         def turn(x_BTHE: Tensor) -> Tensor:
-            turned, kept = x_BTHE[..., : self.width], x_BTHE[..., self.width :]
+            whole = self.width == x_BTHE.shape[-1]
+            turned = x_BTHE if whole else x_BTHE[..., : self.width]
             if self.interleaved:
                 swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
             else:
                 swapped = turned.roll(self.width // 2, dims=-1)
             turned = turned * cos_BT1R.type_as(x_BTHE) + swapped * sin_BT1R.type_as(x_BTHE)
-            return torch.cat((turned, kept), -1) if kept.shape[-1] else turned
+            return turned if whole else torch.cat((turned, x_BTHE[..., self.width :]), -1)
 
         return turn
 
