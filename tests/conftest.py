@@ -171,7 +171,9 @@ def randomised(kind, config) -> torch.nn.Module:
     """A model of `transformers` with eager attention whose every parameter is random, biases and norms too."""
     config._attn_implementation = "eager"
     generator = torch.Generator().manual_seed(0)
-    model = kind(config).eval()
+    with torch.random.fork_rng():  # its own initialisation draws from the global generator
+        torch.manual_seed(0)
+        model = kind(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.empty(p.shape).normal_(0, 0.15, generator=generator))
