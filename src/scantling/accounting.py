@@ -168,6 +168,13 @@ experts compute nothing; the exact counts and Hoffmann's take the products of th
 """
 
 
+def convention(name: str) -> Callable[[Decoder, int], float]:
+    """Raises ValueError for a name that no convention has."""
+    if name not in CONVENTIONS:
+        raise ValueError(f"budget.convention={name} is unknown: use one of {', '.join(CONVENTIONS)}")
+    return CONVENTIONS[name]
+
+
 # --- bytes ---
 
 CACHED = {"fp32": (4, 0), "bf16": (2, 0), "int8": (1, 4), "fp8": (1, 4)}

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from scantling.accounting import CONVENTIONS, active_parameters
+from scantling.accounting import active_parameters, convention
 from scantling.command_line import mistakes
 from scantling.composition import PARTS, build_decoder, choices
 from scantling.model.decoder import Decoder
@@ -66,15 +66,13 @@ def trainings(config: DictConfig, decoder: Decoder) -> list[Training]:
     """The budget, and twenty tokens for each active parameter."""
     budget: dict[str, Any] = dict(config.budget)
     name = "budget=" + choices()["budget"]
-    convention = budget.pop("convention", "exact")
-    if convention not in CONVENTIONS:
-        raise ValueError(f"budget.convention={convention} is unknown: use one of {', '.join(CONVENTIONS)}")
+    flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
     n, active = sum(p.numel() for p in decoder.parameters()), active_parameters(decoder)
     # In steps of one token, for a budget below one step of this batch is worth seeing too.
     tokens = steps_for(
         tokens_per_step=1,
         n_params=n,
-        flops_per_token=CONVENTIONS[convention](decoder, decoder.seq_len),
+        flops_per_token=flops_per_token,
         **budget,
     )
     if "steps" in budget:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ from rich.markup import escape
 from torch.utils.data import DataLoader
 
 from scantling import __version__
-from scantling.accounting import CONVENTIONS, parameter_counts
+from scantling.accounting import convention, parameter_counts
 from scantling.command_line import SWEEPS, mistakes
-from scantling.composition import PARTS, build_decoder, choices
+from scantling.composition import PARTS, build_decoder, choices, plain
 from scantling.data.loading import TrainBatches, check_batch_size, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
@@ -182,9 +181,7 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
 def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precision: str) -> Plan:
     counts = parameter_counts(decoder)
     budget: dict[str, Any] = dict(config.budget)
-    convention = budget.pop("convention", "exact")
-    if convention not in CONVENTIONS:
-        raise ValueError(f"budget.convention={convention} is unknown: use one of {', '.join(CONVENTIONS)}")
+    flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
     world_size = 1
     if device.type == "cpu" and config.trainer.devices not in ("auto", 1):
         raise ValueError(
@@ -203,7 +200,7 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
         steps=steps_for(
             tokens_per_step=config.batch_size * decoder.seq_len,
             n_params=sum(counts.values()),
-            flops_per_token=CONVENTIONS[convention](decoder, decoder.seq_len),
+            flops_per_token=flops_per_token,
             **budget,
         ),
         batch_size=config.batch_size,
@@ -310,13 +307,10 @@ def fit(run: Run, console: Console) -> None:
     console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     if run.first_step:
         console.print(f"resuming after step {run.first_step:,}")
-    schedule = instantiate(config.schedule)
     task = LanguageModelTask(
         decoder,
         optimizer=instantiate(config.optim, _convert_="all"),
-        schedule=partial(
-            schedule.func, **schedule.keywords
-        ),  # Hydra checks its policy at each call of its own
+        schedule=plain(instantiate(config.schedule)),
         total_steps=plan.steps,
         token_bytes=run.corpus.token_bytes,
         compiled=config.trainer.compile,

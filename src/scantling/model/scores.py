@@ -43,12 +43,8 @@ class Scores:
         if q_BHTE.is_cuda and keys is None and dropout == 0 and not plain:
             kernel = compiled_flex_attention()
             return self.flex(q_BHTE, k_BKSE, v_BKSE, pattern, scale, softcap, kernel)
-        if plain and keys is None:
-            mask = "causal"
-        elif self.bias is None and keys is not None and keys.all_seen:
-            mask = None
-        else:
-            mask = self.mask(keys, pattern)
+        causal = plain and keys is None  # the kernel's own mask serves
+        all_seen = self.bias is None and keys is not None and keys.all_seen
         slow_bfloat16 = q_BHTE.is_cpu and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
         # The CPU's flash kernel is slow in bfloat16 without AMX, and slower than the formula up to 64 keys. The
         # formula takes no more memory than a cast to float32, which serves longer contexts, up to T = 8·E.
@@ -56,17 +52,18 @@ class Scores:
         many = T == 1 and k_BKSE.numel() > (2**16 if dtype == torch.bfloat16 else 2**19)
         formula = (slow_bfloat16 and T <= 8 * E) or (q_BHTE.is_cpu and (many or (S <= 64 and T > 1)))
         if softcap is not None or formula:
-            mask = self.mask(keys, pattern) if mask == "causal" else mask
+            mask = None if all_seen else self.mask(keys, pattern)
             return self.written_out(q_BHTE, k_BKSE, v_BKSE, mask, scale, softcap, dropout)
         if slow_bfloat16:
             q_BHTE, k_BKSE, v_BKSE = q_BHTE.float(), k_BKSE.float(), v_BKSE.float()
+        mask = None if all_seen or causal else as_type(self.mask(keys, pattern), q_BHTE)
         with torch.autocast(q_BHTE.device.type, enabled=False):  # it would undo the cast above
             o_BHTC = nn.functional.scaled_dot_product_attention(
                 q_BHTE,
                 k_BKSE,
                 v_BKSE,
-                attn_mask=None if mask is None or isinstance(mask, str) else as_type(mask, q_BHTE),
-                is_causal=mask == "causal",
+                attn_mask=mask,
+                is_causal=causal,
                 dropout_p=dropout,
                 scale=scale,
                 enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],

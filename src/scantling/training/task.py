@@ -77,9 +77,8 @@ class LanguageModelTask(L.LightningModule):
         nats = self.decoder(batch["inputs"], targets_BT=batch["targets"])
         loss = nats / batch["step_targets"]
         self.step_loss = self.step_loss.to(loss.device) + loss.detach()
-        if (
-            self.decoder.routers
-        ):  # a mean over this micro-batch's tokens, weighted by their share of the step's
+        if self.decoder.routers:
+            # A mean over this micro-batch's tokens, weighted by their share of the step's.
             loss = loss + self.decoder.auxiliary_loss() * (batch["targets"].numel() / batch["step_targets"])
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
