@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scantling.model.cache import Buffer, LayerCache
+from scantling.model.linear import Linear, linear
 from scantling.model.norm import NormFactory
 from scantling.model.pattern import Pattern
 from scantling.model.pos import Rotation
@@ -135,12 +136,12 @@ class Attention(PatternedAttention):
         self.heads = [n_heads, n_kv_heads, n_kv_heads]
         self.d_head = self.d_rotated = d_head
         self.scale, self.clip_qkv = d_head**-0.5 if scale is None else scale, clip_qkv
-        self.qkv = nn.Linear(d_model, sum(self.heads) * d_head, bias=False)
+        self.qkv = Linear(d_model, sum(self.heads) * d_head, bias=False)
         for name, wanted, heads in zip("qkv", (q_bias, k_bias, v_bias), self.heads, strict=True):
             bias = nn.Parameter(torch.zeros(heads * d_head)) if wanted else None
             self.register_parameter(f"{name}_bias", bias)
         self.q_norm, self.k_norm = qk_norm(n_heads, d_head), qk_norm(n_kv_heads, d_head)
-        self.out = nn.Linear(n_heads * d_head, d_model, bias=out_bias)
+        self.out = Linear(n_heads * d_head, d_model, bias=out_bias)
 
     def forward(
         self,
@@ -149,7 +150,7 @@ class Attention(PatternedAttention):
         scores: Scores,
         cache: LayerCache | None,
     ) -> Float[Tensor, "B T D"]:
-        qkv = nn.functional.linear(x_BTD, self.qkv.weight, self.bias())
+        qkv = linear(x_BTD, self.qkv.weight, self.bias())
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         qkv_BTNE = qkv.unflatten(-1, (sum(self.heads), self.d_head))
@@ -276,15 +277,15 @@ class LatentAttention(PatternedAttention):
         self.scale = (d_head + d_rotated) ** -0.5 if scale is None else scale
         width = n_heads * (d_head + d_rotated)
         if q_rank is None:
-            self.q = nn.Linear(d_model, width, bias=False)
+            self.q = Linear(d_model, width, bias=False)
         else:
             self.q = nn.Sequential(
-                nn.Linear(d_model, q_rank, bias=bias), norm(q_rank), nn.Linear(q_rank, width, bias=False)
+                Linear(d_model, q_rank, bias=bias), norm(q_rank), Linear(q_rank, width, bias=False)
             )
-        self.kv_down = nn.Linear(d_model, kv_rank + d_rotated, bias=bias)
+        self.kv_down = Linear(d_model, kv_rank + d_rotated, bias=bias)
         self.kv_norm = norm(kv_rank)
-        self.kv_up = nn.Linear(kv_rank, n_heads * (d_head + self.d_value), bias=False)
-        self.out = nn.Linear(n_heads * self.d_value, d_model, bias=bias)
+        self.kv_up = Linear(kv_rank, n_heads * (d_head + self.d_value), bias=False)
+        self.out = Linear(n_heads * self.d_value, d_model, bias=bias)
 
     def forward(
         self,

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from scantling.model.linear import Linear
 from scantling.model.norm import NormFactory
 
 
@@ -85,7 +86,7 @@ class Untied(Embedding):
         super().__init__(
             vocab_size, d_model, width=d_model, scale=scale, width_exponent=width_exponent, norm=norm
         )
-        self.head = nn.Linear(d_model, vocab_size, bias=bias)
+        self.head = Linear(d_model, vocab_size, bias=bias)
 
     @property
     def output(self) -> Float[Tensor, "V _"]:
@@ -114,8 +115,8 @@ class Factorised(Embedding):
         super().__init__(
             vocab_size, d_model, width=rank, scale=scale, width_exponent=width_exponent, norm=norm
         )
-        self.wide = nn.Linear(rank, d_model, bias=False)
-        self.narrow = nn.Linear(d_model, rank, bias=False)
+        self.wide = Linear(rank, d_model, bias=False)
+        self.narrow = Linear(d_model, rank, bias=False)
 
     def widened(self, x_BTR: Float[Tensor, "B T _"]) -> Float[Tensor, "B T D"]:
         return self.wide(x_BTR)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scantling.model.linear import Linear
+
 Activation = Callable[[], nn.Module]
 
 
@@ -23,8 +25,8 @@ class FeedForward(nn.Module):
     def __init__(self, d_model: int, d_ff: int, layer: int, *, activation: Activation, bias: bool):
         super().__init__()
         self.activation = activation()
-        self.up = nn.Linear(d_model, d_ff, bias=bias)
-        self.out = nn.Linear(d_ff, d_model, bias=bias)
+        self.up = Linear(d_model, d_ff, bias=bias)
+        self.out = Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.out(self.activation(self.up(x_BTD)))
@@ -43,9 +45,9 @@ class GatedFeedForward(nn.Module):
         super().__init__()
         width = gated_width(d_ff, multiple_of)
         self.activation = activation()
-        self.gate = nn.Linear(d_model, width, bias=bias)
-        self.up = nn.Linear(d_model, width, bias=bias)
-        self.out = nn.Linear(width, d_model, bias=bias)
+        self.gate = Linear(d_model, width, bias=bias)
+        self.up = Linear(d_model, width, bias=bias)
+        self.out = Linear(width, d_model, bias=bias)
 
     def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.out(self.activation(self.gate(x_BTD)) * self.up(x_BTD))

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scantling.model.embed import Embedding
+from scantling.model.linear import linear
 
 IGNORED = -100
 """A target that is not to be predicted."""
@@ -55,7 +56,7 @@ class Full(Head):
         self.scale, self.softcap = scale, softcap
 
     def logits(self, x_BTD: Float[Tensor, "B T D"], embed: Embedding) -> Float[Tensor, "B T V"]:
-        return self.shaped(nn.functional.linear(embed.narrowed(x_BTD), embed.output, embed.output_bias))
+        return self.shaped(linear(embed.narrowed(x_BTD), embed.output, embed.output_bias))
 
     def shaped(self, logits: Tensor) -> Tensor:
         if self.scale is not None:
@@ -102,9 +103,7 @@ class Sampled(Full):
         drawn_S = ((self.vocab_size + 1) ** uniform_S - 1).long().clamp(max=self.vocab_size - 1)
         bias = embed.output_bias
         of_targets_N = (x_ND * embed.output[targets_N]).sum(-1)
-        of_drawn_NS = nn.functional.linear(
-            x_ND, embed.output[drawn_S], None if bias is None else bias[drawn_S]
-        )
+        of_drawn_NS = linear(x_ND, embed.output[drawn_S], None if bias is None else bias[drawn_S])
         if bias is not None:
             of_targets_N = of_targets_N + bias[targets_N]
         of_targets_N = self.shaped(of_targets_N).float()

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scantling.model.linear import Linear
+
 
 class Router(nn.Module):
     """Chooses `n_active` of the experts for each token, and their weights.
@@ -35,7 +37,7 @@ class Router(nn.Module):
             raise ValueError(f"n_active={n_active} of n_experts={n_experts}: use 1 … {n_experts}")
         self.n_experts, self.n_active, self.renormalised = n_experts, n_active, renormalised
         self.load_balance, self.z = load_balance, z
-        self.gate = nn.Linear(d_model, n_experts, bias=False)
+        self.gate = Linear(d_model, n_experts, bias=False)
         self.loss: Tensor | None = None
         """While training, both terms with their coefficients, added up over the layers that this router serves."""
 

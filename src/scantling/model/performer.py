@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from scantling.model.attn import Mixer
 from scantling.model.cache import Buffer
+from scantling.model.linear import Linear
 from scantling.model.pos import Rotation
 from scantling.model.scores import Scores
 
@@ -49,8 +50,8 @@ class Performer(Mixer):
         super().__init__()
         self.n_heads, self.d_head, self.n_features = n_heads, d_head, n_features
         self.d_rotated = d_head
-        self.qkv = nn.Linear(d_model, 3 * n_heads * d_head, bias=bias)
-        self.out = nn.Linear(n_heads * d_head, d_model, bias=bias)
+        self.qkv = Linear(d_model, 3 * n_heads * d_head, bias=bias)
+        self.out = Linear(n_heads * d_head, d_model, bias=bias)
         self.register_buffer("features_ME", orthogonal_features(n_features, d_head, seed=layer))
 
     def forward(

@@ -1,0 +1,80 @@
+"""Linear layers, on the faster of the two libraries that PyTorch multiplies matrices with on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+
+def made_by_amd_with_avx512() -> bool:
+    """Whether MKL, PyTorch's choice for float32, keeps to AVX2 here, and oneDNN does not."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any(line.split(":")[-1].strip() == "AuthenticAMD" for line in file)
+    except OSError:
+        return False
+
+
+ONEDNN = made_by_amd_with_avx512()
+"""Whether float32 products go to oneDNN: twice as fast on processors of AMD's that have AVX-512. Exact float32 in both."""
+
+
+class Linear(nn.Linear):
+    """y = x·Wᵀ + b."""
+
+    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N F"]:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(
+    x: Float[Tensor, "*N D"], weight: Float[Tensor, "F D"], bias: Float[Tensor, " F"] | None = None
+) -> Float[Tensor, "*N F"]:
+    """x·Wᵀ + b, as `torch.nn.functional.linear`."""
+    if (
+        ONEDNN
+        and x.is_cpu
+        and x.numel()  # an expert may be given no token
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    ):
+        if torch.is_grad_enabled():
+            return OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
+        return onednn(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """dx = g·W, dW = gᵀ·x, db = Σ g, each again a linear layer's product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx = onednn(g, weight.T) if needs_x else None
+        g_NF = g.reshape(-1, g.shape[-1])
+        dw = onednn(g_NF.T, x.reshape(-1, x.shape[-1]).T) if needs_weight else None
+        return dx, dw, g_NF.sum(0) if needs_bias else None
+
+
+if ONEDNN:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def onednn_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+        """For torch's own counter: a multiplication and an addition for each entry of W, for each vector."""
+        return 2 * x_shape.numel() * weight_shape[0]

@@ -1,0 +1,62 @@
+"""Against torch's own linear layer."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from scantling.model import linear as module
+from scantling.model.linear import Linear, OneDNNLinear, linear
+
+onednn_only = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
+)
+
+
+def operands(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (shape, (24, 16), (24,))
+    return [torch.randn(s, generator=generator, dtype=torch.float32, requires_grad=True) for s in shapes]
+
+
+@onednn_only
+@pytest.mark.parametrize("shape", [(1, 16), (5, 16), (2, 3, 16)], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_onednn_gives_torchs_values_and_gradients(shape, biased):
+    x, weight, bias = operands(shape)
+    bias = bias if biased else None
+    ours, torchs = OneDNNLinear.apply(x, weight, bias), functional.linear(x, weight, bias)
+    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    factor = torch.randn_like(torchs)
+    for a, b in zip(
+        torch.autograd.grad((ours * factor).sum(), inputs),
+        torch.autograd.grad((torchs * factor).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@onednn_only
+def test_no_gradient_where_none_is_asked_for():
+    x, weight, bias = operands((5, 16))
+    OneDNNLinear.apply(x.detach(), weight, bias).sum().backward()
+    assert x.grad is None
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(24, 16))
+
+
+def test_layer_is_torchs():
+    layer = Linear(16, 24)
+    x = operands((2, 3, 16))[0]
+    torch.testing.assert_close(layer(x), torch.nn.Linear.forward(layer, x), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), torch.nn.Linear.forward(layer, x))
+    assert layer.to("meta")(x.to("meta")).shape == (2, 3, 24)
+
+
+@pytest.mark.skipif(not module.ONEDNN, reason="this processor's float32 products stay with MKL")
+def test_torch_counts_its_flops():
+    x, weight, bias = operands((5, 16))
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight, bias).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 5 * 16 * 24
