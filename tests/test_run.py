@@ -250,7 +250,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("batch_size=0",), "batch_size=0 must be positive"),
         (("trainer.precision=fp8",), "use auto, fp32, bf16, fp16"),
         (("trainer.precision=fp16",), "needs a GPU"),
-        (("trainer.devices=2",), "on the CPU a run is one process"),
         (("resume=nowhere",), "holds no run"),
         (("data.files=???",), "data.files is not set"),
         (("nonsense",), "nonsense"),

@@ -18,8 +18,10 @@ import lightning.pytorch as L
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -42,6 +44,7 @@ from scantling.training.budget import steps_for
 from scantling.training.callbacks import CleanStop, Interrupted, Metrics, ProgressBar, Samples
 from scantling.training.checkpoints import Checkpoints, WholeFiles, first_step_of
 from scantling.training.loggers import Wandb
+from scantling.training.strategies import check_launch, devices_per_node
 from scantling.training.task import LanguageModelTask
 
 NOT_IDENTITY = ("study", "resume", "dry_run", "log_every", "sample", "paths", "logger", "trainer")
@@ -58,6 +61,8 @@ class Run:
     plan: Plan
     device: torch.device
     precision: str
+    strategy: Strategy | None
+    """How several processes train together; None: Lightning's choice, which for one process is none."""
     first_step: int
 
 
@@ -81,7 +86,8 @@ def train(config: DictConfig) -> RunDirectory:
             return directory
         begin(run)
     fit(run, console)
-    console.print(report(run))
+    if rank_zero_only.rank == 0:
+        console.print(report(run))
     return directory
 
 
@@ -165,7 +171,10 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
     validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
     plan = plan_of(config, decoder, device, precision)
-    run = Run(config, directory, corpus, plan, device, precision, first_step=0)
+    strategy = instantiate(config.trainer.strategy)
+    if strategy is not None:
+        strategy = strategy(device, precision)
+    run = Run(config, directory, corpus, plan, device, precision, strategy, first_step=0)
     training_batches(run, rank=0)
     if config.resume != "never" and directory.last.exists():
         before = directory.environment["corpus"]["fingerprint"]
@@ -182,16 +191,14 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
     counts = parameter_counts(decoder)
     budget: dict[str, Any] = dict(config.budget)
     flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
-    world_size = 1
-    if device.type == "cpu" and config.trainer.devices not in ("auto", 1):
+    nodes = config.trainer.nodes
+    devices = devices_per_node(config.trainer.devices, device)
+    check_launch(devices, nodes)
+    world_size = devices * nodes
+    if world_size > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ValueError(
-            f"trainer.devices={config.trainer.devices}: on the CPU a run is one process, use 1 or auto"
+            f"trainer.devices={devices}: the runs of a sweep (-m) take one process each; start such runs one by one"
         )
-    if device.type == "cuda":
-        found = torch.cuda.device_count()
-        world_size = found if config.trainer.devices == "auto" else int(config.trainer.devices)
-        if world_size > found:
-            raise ValueError(f"trainer.devices={world_size}, but there are {found} GPUs here")
     micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
     check_batch_size(config.batch_size, micro_batch_size, world_size)
     return Plan.of(
@@ -329,7 +336,9 @@ def fit(run: Run, console: Console) -> None:
     loggers = loggers_of(run, console)
     trainer = L.Trainer(
         accelerator="gpu" if run.device.type == "cuda" else "cpu",
-        devices=plan.world_size,
+        devices=plan.world_size // config.trainer.nodes,
+        num_nodes=config.trainer.nodes,
+        strategy=run.strategy or "auto",
         precision=hardware.LIGHTNING_PRECISION[run.precision],  # type: ignore[arg-type]
         max_steps=plan.steps,
         accumulate_grad_batches=plan.micro_batches,
@@ -369,7 +378,8 @@ def fit(run: Run, console: Console) -> None:
         succeeded = True
     except Interrupted as stop:
         console.print(f"\n{stop}; the same command goes on from there")
-        sys.exit(130)
+        # A launcher kills all processes at once when one of them fails: only the first, which has most to do, says so.
+        sys.exit(130 if rank_zero_only.rank == 0 else 0)
     finally:
         if metrics.file is not None:
             metrics.file.close()

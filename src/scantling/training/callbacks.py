@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scantling.run_directory import MetricsFile
 from scantling.training.checkpoints import Checkpoints
 from scantling.training.loggers import Wandb
+from scantling.training.strategies import AnyRank
 from scantling.training.task import LanguageModelTask
 
 
@@ -125,8 +126,11 @@ class CleanStop(StepCallback):
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
         self.asked = False
+        self.before: dict[signal.Signals, Any] = {}
 
-    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        # Later than `setup`, after which Lightning sets handlers that talk to other processes at any moment.
+        self.anyone = AnyRank(trainer.world_size)
         self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
@@ -139,7 +143,7 @@ class CleanStop(StepCallback):
         self.asked = True
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
-        if self.asked and not trainer.should_stop:
+        if self.anyone(self.asked) and not trainer.should_stop:
             self.checkpoints.save(trainer)
             raise Interrupted(step)
 
@@ -151,9 +155,11 @@ class Samples(Callback):
         self.path, self.sample = path, sample
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
-        text = self.sample()
+        text = self.sample()  # in every process: each may hold a part of the weights
+        if not trainer.is_global_zero:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": trainer.global_step, "text": text}) + "\n")
         for logger in trainer.loggers:

@@ -1,0 +1,158 @@
+"""Every engine on two CPU processes, from the command line, against one process that trains alone."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scantling.run_directory import RunDirectory
+from scantling.trained import stored_weights
+
+TRAIN = Path(__file__).parents[1] / "src" / "train.py"
+ENGINES = ("ddp",)
+
+pytestmark = pytest.mark.multiprocess
+
+
+class Shop:
+    """A place with a text and its tokens, where runs are started as a user would."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        (path / "book.txt").write_text(inspect.getsource(argparse))
+
+    def start(self, *overrides: str, runs: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+        usual_ones = (
+            *(
+                "model=nano",
+                "data=text",
+                "data.files=book.txt",
+                "tokenizer=byte",
+                "logger=none",
+                "log_every=1",
+            ),
+            *("budget=steps", "budget.steps=20", "trainer.accelerator=cpu", "trainer.precision=fp32"),
+            *("batch_size=16", "val_windows=8", "val_every=10", "sample.n_tokens=8", "paths.cache=cache"),
+        )
+        given = {override.partition("=")[0] for override in overrides}
+        usual = [o for o in usual_ones if o.partition("=")[0] not in given]
+        return subprocess.Popen(
+            [sys.executable, *launcher, TRAIN, *usual, *overrides, f"paths.runs={runs}"],
+            cwd=self.path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *overrides: str, runs: str, launcher: tuple[str, ...] = ()) -> RunDirectory:
+        process = self.start(*overrides, runs=runs, launcher=launcher)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, out + err
+        return self.directory(runs)
+
+    def refused(self, *overrides: str) -> str:
+        """The one line with which a mistake is answered."""
+        process = self.start(*overrides, runs="refused")
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 2
+        (line,) = err.strip().splitlines()
+        return line
+
+    def directory(self, runs: str) -> RunDirectory:
+        (path,) = (self.path / runs / "default").iterdir()
+        return RunDirectory(path)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def alone(shop) -> RunDirectory:
+    return shop.run("trainer=cpu", runs="alone")
+
+
+def assert_same_training(run: RunDirectory, alone: RunDirectory) -> None:
+    """Rows and final weights of one process, but for rounding."""
+    rows, expected = run.metrics(), alone.metrics()
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    for key in ("train/loss", "lr", "val/loss", "grad_norm"):
+        ours = [row[key] for row in rows if key in row]
+        # The norm is a difference away from its rounding: 20 steps leave it a little more.
+        tolerance = 1e-4 if key == "grad_norm" else 1e-5
+        assert ours == pytest.approx([row[key] for row in expected if key in row], rel=tolerance)
+    weights, single = stored_weights(run, "last"), stored_weights(alone, "last")
+    assert weights.keys() == single.keys()
+    for name, weight in single.items():
+        torch.testing.assert_close(
+            weights[name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one(shop, alone, engine):
+    run = shop.run(f"trainer={engine}", "trainer.devices=2", runs=f"{engine}-whole")
+    assert_same_training(run, alone)
+    assert run.environment["world_size"] == 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_interrupted_engine_goes_on(shop, alone, engine):
+    # 16 sequences a step are 2 processes × 4 micro-batches × 2. The sample at step 10 leaves time for the signal.
+    command = (f"trainer={engine}", "trainer.devices=2", "micro_batch_size=2", "sample.n_tokens=300")
+    process = shop.start(*command, runs=f"{engine}-cut")
+    while (
+        not list(shop.path.glob(f"{engine}-cut/default/*/metrics.jsonl"))
+        or not shop.directory(f"{engine}-cut").metrics()
+    ):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)  # to the first process alone; all stop after the same step
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 130, out + err
+    assert "the same command goes on from there" in out
+    assert 1 <= len(shop.directory(f"{engine}-cut").metrics()) < 20
+    assert_same_training(shop.run(*command, runs=f"{engine}-cut"), alone)
+
+
+def test_torchrun_starts_the_processes(shop, alone):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run = shop.run("trainer=ddp", "trainer.devices=2", runs="torchrun", launcher=torchrun)
+    assert_same_training(run, alone)
+
+
+def test_a_repeated_run_has_one_directory(shop):
+    short = ("trainer=ddp", "trainer.devices=2", "budget.steps=2", "resume=never")
+    for _ in range(2):
+        process = shop.start(*short, runs="repeated")
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, out + err
+    first, second = sorted((shop.path / "repeated" / "default").iterdir())
+    assert second.name == f"{first.name}-2"
+    assert all(RunDirectory(path).is_finished for path in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ("trainer=ddp", "trainer.devices=3"),
+            "batch_size 16 is no multiple of micro_batch_size 5 x 3 ranks = 15",
+        ),
+        (("trainer=ddp", "trainer.devices=0"), "trainer.devices=0: use auto or a positive number"),
+        (("trainer=ddp", "trainer.nodes=0"), "trainer.nodes=0 must be positive"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_starts(shop, overrides, line):
+    assert line in shop.refused(*overrides)
