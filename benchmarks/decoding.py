@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,6 +36,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from scantling.composition import build_decoder
 from scantling.data.loading import validation_batches
 from scantling.generation import Settings, generate, laid_out_for_decoding
 from scantling.model.cache import BUFFERS
@@ -56,7 +56,7 @@ def our_model() -> Decoder:
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", overrides=overrides)
-    decoder = instantiate(config.decoder, vocab_size=VOCABULARY)
+    decoder = build_decoder(config, VOCABULARY, "cpu")
     decoder.initialise(0)
     with torch.no_grad():
         for p in decoder.parameters():

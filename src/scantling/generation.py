@@ -11,11 +11,12 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from scantling.model.attn import PatternedAttention
 from scantling.model.cache import BUFFERS, KVCache
 from scantling.model.decoder import Decoder
+from scantling.model.linear import ONEDNN, Linear, packed
 
 Ids = list[int]
 
@@ -241,11 +242,17 @@ class Texts:
 
 @torch.no_grad()
 def laid_out_for_decoding(decoder: Decoder) -> Decoder:
-    """The same model; its matrices stand in memory as one token at a time reads them fastest on a CPU.
+    """The same model; its matrices stand in memory as decoding reads them fastest on a CPU.
 
-    There a product with one vector, or a few, is fastest along the longer side of the matrix: a matrix of more rows
-    than columns is stored column by column. Values, names and shapes are as before.
+    There MKL's product with one vector, or a few, is fastest along the longer side of the matrix: a matrix of more rows
+    than columns is stored column by column, its values, name and shape as before. Where oneDNN multiplies, linear
+    layers take its own layout, which serves products alone: such a model is neither trained nor saved.
     """
+    if ONEDNN:
+        for module in decoder.modules():
+            if type(module) is Linear and module.weight.is_cpu and module.weight.dtype == torch.float32:
+                module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
+        return decoder
     for parameter in decoder.parameters():
         if parameter.is_cpu and parameter.ndim == 2 and parameter.shape[0] >= parameter.shape[1]:
             parameter.data = parameter.data.T.contiguous().T

@@ -53,6 +53,11 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def packed(weight: Float[Tensor, "F D"]) -> Tensor:
+    """W in oneDNN's own layout, a third faster to read for a few rows of x; good for `linear` alone, without gradients."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
 class OneDNNLinear(torch.autograd.Function):
     """dx = g·W, dW = gᵀ·x, db = Σ g, each again a linear layer's product."""
 

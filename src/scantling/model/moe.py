@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scantling.model.linear import Linear
+from scantling.model.linear import Linear, linear
 
 
 class Router(nn.Module):
@@ -94,7 +94,7 @@ class BiasedRouter(Router):
         self.register_buffer("correction", torch.zeros(n_experts))
 
     def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor]:
-        logits_NX = nn.functional.linear(x_ND.float(), self.gate.weight.float())
+        logits_NX = linear(x_ND.float(), self.gate.weight.float())
         s_NX = logits_NX.sigmoid()
         groups_NGX = (s_NX + self.correction).detach().unflatten(-1, (self.n_groups, -1))
         best_NG = groups_NGX.topk(min(2, groups_NGX.shape[-1]), dim=-1).values.sum(-1)
