@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -367,6 +368,7 @@ def fit(run: Run, console: Console) -> None:
         4 * plan.micro_batch_size,  # without gradients there is room for it
     )
     succeeded = False
+    gc.freeze()  # what stands now stays to the end; looking through it again and again costs steps
     try:
         trainer.fit(
             task,

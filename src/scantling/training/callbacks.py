@@ -193,7 +193,7 @@ class ProgressBar(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         now = time.perf_counter()
-        if (row := self.metrics.row) and now - self.drawn > 0.5:
+        if (row := self.metrics.row) and now - self.drawn > 1:
             self.drawn = now
             numbers = f"loss {row['train/loss']:.3f}{self.validation}  {row['tokens_per_second']:,.0f} tok/s"
             self.bar.update(self.job, completed=trainer.global_step, numbers=numbers, refresh=True)

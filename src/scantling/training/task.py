@@ -89,7 +89,7 @@ class LanguageModelTask(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.lr = optimizer.param_groups[0]["lr"]
-        parameters = list(self.decoder.parameters())
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         # A GPU would have to be waited for; on the CPU most steps are spared a pass over the gradients.
         within = self.grad_norm.is_cpu and self.grad_norm <= (gradient_clip_val or torch.inf)
