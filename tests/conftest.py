@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import signal
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +22,53 @@ torch.set_num_threads(1)
 """These tensors are small: a second thread costs more than it brings, and on a busy machine 30 times more."""
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(inspect.getsource(argparse))
+    return path
+
+
+@pytest.fixture
+def command(tmp_path, book, monkeypatch, capsys):
+    """Runs an entry in this process: `command("lr=1e-3")` -> (exit code, standard output, standard error)."""
+    from scantling import run, trained
+    from scantling.command_line import run_entry
+
+    monkeypatch.chdir(tmp_path)
+    signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def call(*overrides, entry="train"):
+        usual_ones = [] if entry == "sample" else ["paths.cache=cache"]
+        if entry == "train":
+            usual_ones += [
+                *(
+                    "model=nano",
+                    "data=text",
+                    f"data.files={book}",
+                    "tokenizer=byte",
+                    "logger=none",
+                    "log_every=1",
+                ),
+                *("budget=steps", "budget.steps=12", "trainer=cpu", "trainer.precision=fp32"),
+                *("batch_size=4", "val_windows=8", "val_every=5", "sample.n_tokens=8"),
+            ]
+        given = {override.partition("=")[0] for override in overrides}
+        argv = [o for o in usual_ones if o.partition("=")[0] not in given]
+        monkeypatch.setattr(sys, "argv", [entry, *sorted([*argv, *overrides], key=lambda o: o != "-m")])
+        task = {"train": run.train, "sample": trained.sample, "evaluate": trained.evaluate}[entry]
+        code = 0
+        try:
+            run_entry(task, config_name=entry)
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    yield call
+    for which, handler in signals.items():
+        signal.signal(which, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,9 @@
 """A run from the command line: what it computes, leaves behind, refuses, and takes up again."""
 
-import argparse
 import inspect
 import json
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -14,59 +12,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from scantling import run as run_module
 from scantling import trained
-from scantling.command_line import run_entry
 from scantling.data.loading import TrainBatches
 from scantling.run_directory import RunDirectory
 from scantling.training.optim import adamw
 from scantling.training.schedule import linear
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
-
-
-@pytest.fixture
-def book(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text(inspect.getsource(argparse))
-    return path
-
-
-@pytest.fixture
-def command(tmp_path, book, monkeypatch, capsys):
-    """Runs an entry in this process: `command("lr=1e-3")` -> (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    signals = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-
-    def call(*overrides, entry="train"):
-        usual_ones = [] if entry == "sample" else ["paths.cache=cache"]
-        if entry == "train":
-            usual_ones += [
-                *(
-                    "model=nano",
-                    "data=text",
-                    f"data.files={book}",
-                    "tokenizer=byte",
-                    "logger=none",
-                    "log_every=1",
-                ),
-                *("budget=steps", "budget.steps=12", "trainer=cpu", "trainer.precision=fp32"),
-                *("batch_size=4", "val_windows=8", "val_every=5", "sample.n_tokens=8"),
-            ]
-        given = {override.partition("=")[0] for override in overrides}
-        argv = [o for o in usual_ones if o.partition("=")[0] not in given]
-        monkeypatch.setattr(sys, "argv", [entry, *sorted([*argv, *overrides], key=lambda o: o != "-m")])
-        task = {"train": run_module.train, "sample": trained.sample, "evaluate": trained.evaluate}[entry]
-        code = 0
-        try:
-            run_entry(task, config_name=entry)
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    yield call
-    for which, handler in zip((signal.SIGINT, signal.SIGTERM), signals, strict=True):
-        signal.signal(which, handler)
 
 
 def only_run(path) -> RunDirectory:
@@ -279,7 +231,7 @@ def test_too_little_disk_for_checkpoints_is_a_mistake(command, monkeypatch):
     monkeypatch.setattr("scantling.plan.shutil.disk_usage", lambda path: usage)
     code, _, err = command()
     assert code == 2
-    assert "three checkpoints take" in err
+    assert "4 checkpoints take" in err
 
 
 def test_resume_refuses_another_architecture_and_another_text(command, tmp_path, book):

@@ -119,13 +119,13 @@ class Plan:
         )
         return Group(lines)
 
-    def check_disk(self, directory: Path) -> None:
-        """Raise ValueError unless the last, the best and the next checkpoint fit."""
-        needed = 3 * (self.memory.weights + self.memory.optimizer)
+    def check_disk(self, directory: Path, checkpoints: int) -> None:
+        """Raise ValueError unless so many checkpoints fit."""
+        needed = checkpoints * (self.memory.weights + self.memory.optimizer)
         free = shutil.disk_usage(directory).free
         if free < needed:
             raise ValueError(
-                f"{directory} has {short(free, 'B')} of free disk, but three checkpoints take {short(needed, 'B')}: "
+                f"{directory} has {short(free, 'B')} of free disk, but {checkpoints} checkpoints take {short(needed, 'B')}: "
                 "free some or choose another place with paths.runs=DIR"
             )
 

@@ -43,12 +43,22 @@ from scantling.study.figures import draw_curves
 from scantling.training import hardware
 from scantling.training.budget import steps_for
 from scantling.training.callbacks import CleanStop, Interrupted, Metrics, ProgressBar, Samples
-from scantling.training.checkpoints import Checkpoints, WholeFiles, first_step_of
+from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
 from scantling.training.loggers import Wandb
 from scantling.training.strategies import check_launch, devices_per_node
 from scantling.training.task import LanguageModelTask
 
-NOT_IDENTITY = ("study", "resume", "dry_run", "log_every", "sample", "paths", "logger", "trainer")
+NOT_IDENTITY = (
+    "study",
+    "resume",
+    "dry_run",
+    "log_every",
+    "sample",
+    "checkpoint",
+    "paths",
+    "logger",
+    "trainer",
+)
 """Settings that do not change what is trained, and so are no part of a run's id; of `trainer`, precision does."""
 
 
@@ -65,6 +75,10 @@ class Run:
     strategy: Strategy | None
     """How several processes train together; None: Lightning's choice, which for one process is none."""
     first_step: int
+    checkpoint: Path | None
+    """What the run goes on from; None: it starts."""
+    damaged: list[str]
+    """A line for each newer checkpoint that cannot serve."""
 
 
 def train(config: DictConfig) -> RunDirectory:
@@ -162,9 +176,9 @@ def already_finished(directory: RunDirectory) -> str:
 def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     device = hardware.device_of(config.trainer.accelerator)
     precision = hardware.resolved_precision(config.trainer.precision, device)
-    for key in ("batch_size", "log_every", "val_every"):
-        if config[key] <= 0:
-            raise ValueError(f"{key}={config[key]} must be positive")
+    for key in ("batch_size", "log_every", "val_every", "checkpoint.keep"):
+        if OmegaConf.select(config, key) <= 0:
+            raise ValueError(f"{key}={OmegaConf.select(config, key)} must be positive")
     build_decoder(
         config, config.model.vocab_size, "meta"
     )  # shapes that do not fit show before the text is read
@@ -175,16 +189,19 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     strategy = instantiate(config.trainer.strategy)
     if strategy is not None:
         strategy = strategy(device, precision)
-    run = Run(config, directory, corpus, plan, device, precision, strategy, first_step=0)
+    run = Run(
+        config, directory, corpus, plan, device, precision, strategy, first_step=0, checkpoint=None, damaged=[]
+    )
     training_batches(run, rank=0)
-    if config.resume != "never" and directory.last.exists():
+    run.checkpoint, run.damaged = newest_whole(directory)
+    if run.checkpoint is not None:
         before = directory.environment["corpus"]["fingerprint"]
         if before != corpus.fingerprint:
             raise ValueError(
                 f"{directory.path} was trained on another text (fingerprint {before[:12]}, now "
                 f"{corpus.fingerprint[:12]}): bring that text back, or start anew with resume=never"
             )
-        run.first_step = first_step_of(directory.last)
+        run.first_step = directory.step_of(run.checkpoint)
     return run
 
 
@@ -255,7 +272,11 @@ def begin(run: Run) -> None:
     run.directory.begin(
         OmegaConf.to_yaml(resolved) + OmegaConf.to_yaml({"choices": choices()}), environment(run)
     )
-    run.plan.check_disk(run.directory.path)
+    there, wanted = (
+        len(run.directory.step_checkpoints()),
+        run.config.checkpoint.keep + 2,
+    )  # the best, the next
+    run.plan.check_disk(run.directory.path, checkpoints=wanted - min(there, wanted - 1))
     run.corpus.tokenizer.save(run.directory.tokenizer)
 
 
@@ -313,6 +334,8 @@ def fit(run: Run, console: Console) -> None:
     decoder.initialise(config.seed)
     peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
     console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
+    for line in run.damaged:
+        console.print(f"warning: {line}; skipped", soft_wrap=True)
     if run.first_step:
         console.print(f"resuming after step {run.first_step:,}")
     task = LanguageModelTask(
@@ -333,7 +356,8 @@ def fit(run: Run, console: Console) -> None:
         flops_per_token=plan.flops_per_token,
         peak_flops=peak,
     )
-    checkpoints = Checkpoints(directory)
+    files = CheckpointFiles()
+    checkpoints = Checkpoints(directory, files, keep=config.checkpoint.keep)
     loggers = loggers_of(run, console)
     trainer = L.Trainer(
         accelerator="gpu" if run.device.type == "cuda" else "cpu",
@@ -354,7 +378,7 @@ def fit(run: Run, console: Console) -> None:
             CleanStop(checkpoints),
             ProgressBar(console, metrics),
         ],
-        plugins=[WholeFiles()],
+        plugins=[files],
         logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -374,7 +398,7 @@ def fit(run: Run, console: Console) -> None:
             task,
             training_batches(run, rank=trainer.global_rank),
             DataLoader(held_out, batch_size=None),  # type: ignore[arg-type]
-            ckpt_path=directory.last if run.first_step else None,
+            ckpt_path=run.checkpoint,
             weights_only=True,
         )
         succeeded = True

@@ -5,7 +5,7 @@ env.json         commit, versions, device, corpus fingerprint, the overrides typ
 tokenizer.json
 metrics.jsonl    one object per logged step
 samples.jsonl    a continuation of the prompt at every validation
-checkpoints/     last.ckpt and best.ckpt
+checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256; last.ckpt and best.ckpt name two of them
 curves.png
 summary.json     final numbers, written last: its presence means finished
 """
@@ -32,6 +32,18 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08}.ckpt"
+
+    @staticmethod
+    def step_of(checkpoint: Path) -> int:
+        """The optimiser steps that a `step-N.ckpt` has behind it."""
+        return int(checkpoint.stem.removeprefix("step-"))
+
+    def step_checkpoints(self) -> list[Path]:
+        """Every `step-N.ckpt`, newest first."""
+        return sorted(self.checkpoints.glob("step-*.ckpt"), key=self.step_of, reverse=True)
 
     @property
     def name(self) -> str:
@@ -69,21 +81,14 @@ class RunDirectory:
 
     def metrics(self) -> list[Row]:
         """Rows of `metrics.jsonl`; a last line cut short is left out."""
-        rows: list[Row] = []
-        path = self.path / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        return read_rows(self.path / "metrics.jsonl")
 
     def metrics_from(self, step: int) -> MetricsFile:
-        """`metrics.jsonl`, open to append rows after `step`; rows beyond it were not checkpointed and go."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
-        path = self.path / "metrics.jsonl"
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        return MetricsFile(path)
+        """`metrics.jsonl`, open to append rows after `step`; rows beyond it, and samples, were not checkpointed and go."""
+        for path in (self.samples, self.path / "metrics.jsonl"):
+            kept = [row for row in read_rows(path) if row["step"] <= step]
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        return MetricsFile(self.path / "metrics.jsonl")
 
 
 class MetricsFile:
@@ -98,6 +103,17 @@ class MetricsFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Of a file with an object in each line; a last line cut short is left out."""
+    rows: list[Row] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -145,6 +145,7 @@ class CleanStop(StepCallback):
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
         if self.anyone(self.asked) and not trainer.should_stop:
             self.checkpoints.save(trainer)
+            self.checkpoints.files.wait()
             raise Interrupted(step)
 
 

@@ -1,13 +1,22 @@
-"""Checkpoints: `last.ckpt` and `best.ckpt`, each whole or not there."""
+"""Checkpoints: `step-N.ckpt`, each whole or not there, with its checksum beside it.
+
+`last.ckpt` and `best.ckpt` are second names of two of them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import random
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -15,65 +24,259 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from scantling.run_directory import RunDirectory
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes beside the file and renames; Lightning's own way copies from the temporary directory."""
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes in a background thread, from a copy of the state that the next step cannot change.
+
+    What goes wrong there is raised by the next `save_checkpoint` or `wait`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.thread = ThreadPoolExecutor(1, "checkpoints")
+        self.under_way: list[Future] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        partial = partial_of(Path(path))
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        self.wait()  # one copy in memory at most
+        self.then(write_whole, Path(path), snapshot(checkpoint, {}))
+
+    def then(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do this in the background too, after all that was asked for before."""
+        self.under_way.append(self.thread.submit(work, *arguments))
+
+    def wait(self) -> None:
+        """Until all is on disk. Raises OSError where it could not be written."""
+        under_way, self.under_way = self.under_way, []
+        for each in under_way:
+            each.result()
+
+    def teardown(self) -> None:
+        self.thread.shutdown()
 
 
 class Checkpoints(Callback):
-    """`last.ckpt` at every validation and interruption; `best.ckpt` when validation loss is the lowest so far.
+    """A checkpoint at every validation and at `save`; the newest `keep` stay, and the one of the lowest validation loss.
 
-    Beside Lightning's own state they hold that of the random number generators.
+    Beside Lightning's own state they hold that of the random number generators of every rank.
     """
 
-    def __init__(self, directory: RunDirectory):
-        self.directory = directory
-        self.best = float("inf")
-        self.random_states: list[torch.Tensor] = []
+    def __init__(self, directory: RunDirectory, files: CheckpointFiles, *, keep: int):
+        self.directory, self.files, self.keep = directory, files, keep
+        self.best, self.best_step = float("inf"), 0
+        self.random_states: list[dict[str, Any]] = []
+
+    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+        self.rank, self.device = trainer.global_rank, trainer.strategy.root_device
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": self.best,
-            "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-        }
+        states = [random_state(self.device)]
+        if torch.distributed.is_initialized():
+            states *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, states[0])
+        return {"best": self.best, "best_step": self.best_step, "random_states": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.random_states = state_dict["best"], state_dict["random_states"]
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        self.random_states = state_dict["random_states"]
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
-        if self.random_states:
-            torch.set_rng_state(self.random_states[0])
-            torch.cuda.set_rng_state_all(self.random_states[1:])
+        if self.rank < len(self.random_states):
+            set_random_state(self.random_states[self.rank], self.device)
+        if trainer.is_global_zero:
+            tidy(self.directory, trainer.global_step)
+            if trainer.global_step:  # a kill may have come between the file and its second names
+                self.name(trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.sanity_checking:
             return
         loss = task.text_loss.results()["loss"]
-        is_best = loss < self.best
-        self.best = min(self.best, loss)
+        if loss < self.best:
+            self.best, self.best_step = loss, trainer.global_step
         self.save(trainer)
-        if is_best and trainer.is_global_zero:
-            put_in_place(self.directory.last, self.directory.best)
 
     def save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.directory.last)
+        trainer.save_checkpoint(self.directory.checkpoint(trainer.global_step))
+        if trainer.is_global_zero:
+            self.files.then(self.name, trainer.global_step)
+
+    def name(self, step: int) -> None:
+        """Give the checkpoint of `step` its second names, then let go of the oldest."""
+        path = self.directory.checkpoint(step)
+        if path.exists():  # else writing it failed, and `wait` says so
+            put_in_place(path, self.directory.last)
+            if step == self.best_step:
+                put_in_place(path, self.directory.best)
+            for old in self.directory.step_checkpoints()[self.keep :]:
+                old.unlink()
+                checksum_of(old).unlink(missing_ok=True)
+
+    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
+        self.files.wait()
+
+
+# --- state ---
+
+
+def snapshot(state: Any, copies: dict[tuple, torch.Tensor]) -> Any:
+    """The same tree with every tensor copied to the CPU; tensors that share memory share it again."""
+    if isinstance(state, torch.Tensor):
+        key = (state.device, state.data_ptr(), state.shape, state.stride(), state.dtype)
+        if key not in copies:
+            copies[key] = state.detach().to("cpu", copy=True)
+        return copies[key]
+    if isinstance(state, dict):
+        return {key: snapshot(value, copies) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(snapshot(value, copies) for value in state)
+    return state
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of Python, NumPy and torch, in types that load without running code."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": (version, list(words), gauss),
+        "numpy": (name, torch.from_numpy(np.array(keys, np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# --- files ---
+
+
+class Hashed:
+    """A file that is only written to, and the SHA-256 of what was meant to be written.
+
+    An OSError is kept for `check`: inside of torch's writer it would end the process.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def write_whole(path: Path, state: dict[str, Any]) -> None:
+    """`path` and its checksum, which is in place first: a file that bears its name is complete.
+
+    Raises OSError, with nothing left of the attempt.
+    """
+    partial = partial_of(path)
+    try:
+        with partial.open("wb") as file:
+            hashed = Hashed(file)
+            torch.save(state, hashed)
+            hashed.check()
+            file.flush()
+            os.fsync(file.fileno())
+        write_checksum(path, hashed.sha256.hexdigest())
+        os.replace(partial, path)
+        synchronise(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_checksum(path: Path, digest: str) -> None:
+    """`sha256sum --check` in the same folder reads it too."""
+    checksum = checksum_of(path)
+    partial = partial_of(checksum)
+    with partial.open("w") as file:
+        file.write(f"{digest}  {path.name}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, checksum)
+
+
+def synchronise(directory: Path) -> None:
+    """A rename is on disk when its directory is."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None for a whole one."""
+    try:
+        expected = checksum_of(path).read_text().split()[0]
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, IndexError, UnicodeDecodeError):
+        return "cannot be read, or has no checksum beside it"
+    return None if actual == expected else "is damaged: its checksum differs"
+
+
+def newest_whole(directory: RunDirectory) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, and a line for each newer one that is damaged.
+
+    Raises ValueError for a run whose checkpoints are of an older version.
+    """
+    damaged = []
+    for path in directory.step_checkpoints():
+        if (wrong := damage(path)) is None:
+            return path, damaged
+        damaged.append(f"{path} {wrong}")
+    if not damaged and directory.last.exists():
+        raise ValueError(
+            f"{directory.last} is of an older version and cannot be gone on from: start beside it with resume=never"
+        )
+    return None, damaged
+
+
+def tidy(directory: RunDirectory, step: int) -> None:
+    """Set damaged checkpoints, those after `step`, aside as `.damaged`; remove what a killed process left half done."""
+    for path in directory.step_checkpoints():
+        if directory.step_of(path) > step:
+            path.rename(path.with_name(path.name + ".damaged"))
+    for path in directory.checkpoints.glob("*.partial"):
+        path.unlink()
+    for path in directory.checkpoints.glob("*.sha256"):
+        if not path.with_suffix("").exists():
+            path.unlink()
 
 
 def put_in_place(source: Path, target: Path) -> None:
     """`target` becomes `source`'s content at once: a hard link where the file system has them, else a copy."""
+    if target.exists() and target.samefile(source):
+        return
     partial = partial_of(target)
     partial.unlink(missing_ok=True)
     try:
         os.link(source, partial)
     except OSError:
-        shutil.copyfile(source, partial)
+        with contextlib.ExitStack() as undo:
+            undo.callback(partial.unlink, missing_ok=True)
+            shutil.copyfile(source, partial)
+            undo.pop_all()
     os.replace(partial, target)
 
 
@@ -81,6 +284,5 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def first_step_of(checkpoint: Path) -> int:
-    """Optimiser steps that a checkpoint has behind it; reads its index, not its tensors."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+def checksum_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
