@@ -192,7 +192,7 @@ def write_whole(path: Path, state: dict[str, Any]) -> None:
     try:
         with partial.open("wb") as file:
             hashed = Hashed(file)
-            torch.save(state, hashed)
+            torch.save(state, hashed)  # type: ignore[arg-type]
             hashed.check()
             file.flush()
             os.fsync(file.fileno())
