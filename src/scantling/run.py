@@ -190,7 +190,16 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     if strategy is not None:
         strategy = strategy(device, precision)
     run = Run(
-        config, directory, corpus, plan, device, precision, strategy, first_step=0, checkpoint=None, damaged=[]
+        config,
+        directory,
+        corpus,
+        plan,
+        device,
+        precision,
+        strategy,
+        first_step=0,
+        checkpoint=None,
+        damaged=[],
     )
     training_batches(run, rank=0)
     run.checkpoint, run.damaged = newest_whole(directory)
