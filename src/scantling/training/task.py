@@ -80,7 +80,13 @@ class LanguageModelTask(L.LightningModule):
         if self.decoder.routers:
             # A mean over this micro-batch's tokens, weighted by their share of the step's.
             loss = loss + self.decoder.auxiliary_loss() * (batch["targets"].numel() / batch["step_targets"])
-        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        return {
+            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
 
     def take_step_loss(self) -> Tensor:
         """Mean loss over all valid targets of the step that just ended, over all ranks."""
