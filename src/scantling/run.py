@@ -401,6 +401,7 @@ def fit(run: Run, console: Console) -> None:
         4 * plan.micro_batch_size,  # without gradients there is room for it
     )
     succeeded = False
+    gc.collect()  # what an earlier run of a sweep left behind
     gc.freeze()  # what stands now stays to the end; looking through it again and again costs steps
     try:
         trainer.fit(
@@ -416,6 +417,7 @@ def fit(run: Run, console: Console) -> None:
         # A launcher kills all processes at once when one of them fails: only the first, which has most to do, says so.
         sys.exit(130 if rank_zero_only.rank == 0 else 0)
     finally:
+        gc.unfreeze()
         if metrics.file is not None:
             metrics.file.close()
         for logger in loggers:
