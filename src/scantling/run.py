@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import hashlib
 import json
@@ -10,6 +12,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -100,10 +103,27 @@ def train(config: DictConfig) -> RunDirectory:
         if config.dry_run:
             return directory
         begin(run)
-    fit(run, console)
+    with out_of_disk(directory):
+        fit(run, console)
     if rank_zero_only.rank == 0:
         console.print(report(run))
     return directory
+
+
+@contextlib.contextmanager
+def out_of_disk(directory: RunDirectory) -> Iterator[None]:
+    """A full disk or quota ends the run with one line and exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(
+            f"error: {error.filename or directory.path} cannot be written ({error.strerror}); finished checkpoints stand: "
+            "free some space, and the same command goes on from the last",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 # --- where a run lives ---
@@ -179,6 +199,10 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     for key in ("batch_size", "log_every", "val_every", "checkpoint.keep"):
         if OmegaConf.select(config, key) <= 0:
             raise ValueError(f"{key}={OmegaConf.select(config, key)} must be positive")
+    if config.checkpoint.every_minutes is not None and config.checkpoint.every_minutes <= 0:
+        raise ValueError(
+            f"checkpoint.every_minutes={config.checkpoint.every_minutes} must be positive, or null"
+        )
     build_decoder(
         config, config.model.vocab_size, "meta"
     )  # shapes that do not fit show before the text is read
@@ -384,7 +408,7 @@ def fit(run: Run, console: Console) -> None:
             metrics,
             Samples(directory.samples, sample=lambda: sample(run, decoder)),
             checkpoints,
-            CleanStop(checkpoints),
+            CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
             ProgressBar(console, metrics),
         ],
         plugins=[files],

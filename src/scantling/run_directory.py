@@ -12,6 +12,7 @@ summary.json     final numbers, written last: its presence means finished
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -92,14 +93,16 @@ class RunDirectory:
 
 
 class MetricsFile:
-    """Appends rows, each flushed, so that a killed process loses none it had written."""
+    """Appends rows, each with one write, so that a killed process loses none it had written."""
 
     def __init__(self, path: Path):
-        self.file = path.open("a")
+        self.file = path.open("ab", buffering=0)
 
     def write(self, row: Row) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        """Raises OSError when the disk is full."""
+        line = (json.dumps(row) + "\n").encode()
+        if self.file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file.name))
 
     def close(self) -> None:
         self.file.close()

@@ -1,6 +1,7 @@
 """Runs killed at chosen instants go on to the losses and weights of the run that was not interrupted."""
 
 import os
+import resource
 import signal
 import subprocess
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from scantling.run_directory import RunDirectory
-from scantling.training import checkpoints
+from scantling.training import checkpoints, task
 
 LONG = ("budget.steps=60", "val_every=20", "model.dropout=0.1", "micro_batch_size=2")
 TIMES = ("seconds", "tokens_per_second", "mfu")
@@ -193,3 +194,64 @@ def test_run_of_an_older_version_is_not_started_over(command, tmp_path):
     code, _, err = command()
     assert code == 2
     assert "is of an older version" in err
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("step", [27, 40])
+def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole, which, step):
+    """Between two validations, and at the step before one; the signal comes in the middle of an optimiser step."""
+    uninterrupted = whole()
+
+    def preempt():
+        step_of_task = task.LanguageModelTask.training_step
+
+        def training_step(self, batch, index):
+            if self.trainer.global_step == step - 1:
+                os.kill(os.getpid(), which)
+            return step_of_task(self, batch, index)
+
+        task.LanguageModelTask.training_step = training_step
+
+    assert in_child(command, *LONG, before=preempt) == 130
+    run = only_run(tmp_path / "runs")
+    assert run.step_of(run.step_checkpoints()[0]) == step
+    code, out, _ = command(*LONG)
+    assert code == 0
+    assert f"resuming after step {step}" in out
+    assert_equal_runs(run, uninterrupted)
+
+
+def test_checkpoints_come_by_the_clock_too(command, tmp_path, whole):
+    uninterrupted = whole()
+    often = (*LONG, "checkpoint.every_minutes=1e-9", "checkpoint.keep=100")
+    # 27 checkpoints of at least two renames; `best` makes it an earlier one.
+    assert in_child(command, *often, before=lambda: kill_at("os.replace", 70)) == -signal.SIGKILL
+    run = only_run(tmp_path / "runs")
+    steps = [run.step_of(path) for path in run.step_checkpoints()]
+    assert steps == list(range(len(steps), 0, -1))
+    assert len(steps) > 20
+    assert command(*LONG)[0] == 0
+    assert_equal_runs(run, uninterrupted)
+
+
+def test_full_disk_is_one_line_and_finished_checkpoints_stand(command, tmp_path, whole):
+    uninterrupted = whole()
+    assert in_child(command, *LONG, before=lambda: kill_at("os.replace", 6)) == -signal.SIGKILL
+    run = only_run(tmp_path / "runs")
+    finished = (run.checkpoint(20), checkpoints.checksum_of(run.checkpoint(20)))
+    before = [path.read_bytes() for path in finished]
+
+    def recorded(*overrides):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        code, out, err = command(*overrides)
+        (tmp_path / "error.txt").write_text(err)
+        return code, out, err
+
+    assert in_child(recorded, *LONG) == 1
+    error = (tmp_path / "error.txt").read_text()
+    assert error.count("\n") == 1
+    assert "step-00000040.ckpt cannot be written (File too large)" in error
+    assert before == [path.read_bytes() for path in finished]
+    assert run.step_checkpoints() == [finished[0]]
+    assert command(*LONG)[0] == 0
+    assert_equal_runs(run, uninterrupted)

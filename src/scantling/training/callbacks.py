@@ -22,7 +22,7 @@ from scantling.training.task import LanguageModelTask
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, raised between two steps, after a checkpoint was written."""
+    """Ctrl-C, SIGTERM or SIGUSR1, raised between two steps, after a checkpoint was written."""
 
     def __init__(self, step: int):
         super().__init__(f"interrupted after step {step}")
@@ -74,7 +74,7 @@ class Metrics(StepCallback):
 
     def on_step(self, trainer: L.Trainer, task: LanguageModelTask, step: int) -> None:
         loss = task.take_step_loss()
-        validates = step % self.val_every == 0 or step == self.total_steps
+        validates = self.validates(step)
         if step == self.total_steps:
             trainer.should_stop = True  # Lightning then validates once more, wherever the interval stands
         if step % self.log_every and not validates and step != 1:
@@ -100,6 +100,10 @@ class Metrics(StepCallback):
         if not validates:
             self.write(trainer)
 
+    def validates(self, step: int) -> bool:
+        """Whether a validation follows this step."""
+        return step % self.val_every == 0 or step == self.total_steps
+
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.sanity_checking or not self.row:
             return
@@ -121,30 +125,50 @@ class Metrics(StepCallback):
 
 
 class CleanStop(StepCallback):
-    """Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; a second Ctrl-C ends it at once."""
+    """Ctrl-C, SIGTERM or SIGUSR1 ends the run after the step under way, with a checkpoint; a second Ctrl-C at once.
 
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
+    Schedulers announce a preemption with SIGTERM or SIGUSR1. A checkpoint is due every `every_minutes` too. A step
+    that is validated gets its checkpoint after that: one before it would resume behind a validation left out.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, metrics: Metrics, *, every_minutes: float | None):
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self.seconds = float("inf") if every_minutes is None else 60 * every_minutes
         self.asked = False
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         # Later than `setup`, after which Lightning sets handlers that talk to other processes at any moment.
         self.anyone = AnyRank(trainer.world_size)
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        which = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.before = {s: signal.signal(s, self.ask) for s in which}
+        self.saved = time.monotonic()
 
     def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         for which, handler in self.before.items():
             signal.signal(which, handler)
 
-    def ask(self, *_: Any) -> None:
-        if self.asked:
+    def ask(self, which: int, *_: Any) -> None:
+        if self.asked and which == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
-        if self.anyone(self.asked) and not trainer.should_stop:
+        if self.metrics.validates(step):
+            return
+        due = time.monotonic() - self.saved >= self.seconds
+        if self.anyone(self.asked or due):
             self.checkpoints.save(trainer)
+            self.go_on_or_stop(step)
+
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        if not trainer.sanity_checking and trainer.global_step < self.metrics.total_steps:
+            self.go_on_or_stop(trainer.global_step)
+
+    def go_on_or_stop(self, step: int) -> None:
+        """After a checkpoint."""
+        self.saved = time.monotonic()
+        if self.anyone(self.asked):
             self.checkpoints.files.wait()
             raise Interrupted(step)
 
