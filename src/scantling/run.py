@@ -41,7 +41,7 @@ from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
 from scantling.model.decoder import Decoder
 from scantling.plan import Plan
-from scantling.run_directory import RunDirectory
+from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
 from scantling.training import hardware
 from scantling.training.budget import steps_for
@@ -338,7 +338,7 @@ def git_commit() -> str | None:
         return None
 
 
-def loggers_of(run: Run, console: Console) -> list[Logger]:
+def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
     """The chosen logger, told where to write and under which name; W&B is opened and says where it goes."""
     config = run.config.logger
     if config._target_ is None or rank_zero_only.rank != 0:
@@ -349,6 +349,8 @@ def loggers_of(run: Run, console: Console) -> list[Logger]:
     logger: Wandb = instantiate(config)(save_dir=study, name=name, group=run.config.study)
     resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
     console.print(logger.start(resolved | {"choices": choices(), "environment": environment(run)}))
+    if taken_up:
+        logger.catch_up(run.directory.metrics(), read_rows(run.directory.samples))
     return [logger]
 
 
@@ -379,6 +381,7 @@ def fit(run: Run, console: Console) -> None:
         token_bytes=run.corpus.token_bytes,
         compiled=config.trainer.compile,
     )
+    taken_up = directory.has_metrics
     share = config.val_every
     metrics = Metrics(
         directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
@@ -391,7 +394,7 @@ def fit(run: Run, console: Console) -> None:
     )
     files = CheckpointFiles()
     checkpoints = Checkpoints(directory, files, keep=config.checkpoint.keep)
-    loggers = loggers_of(run, console)
+    loggers = loggers_of(run, console, taken_up)
     trainer = L.Trainer(
         accelerator="gpu" if run.device.type == "cuda" else "cpu",
         devices=plan.world_size // config.trainer.nodes,

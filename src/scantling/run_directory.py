@@ -80,6 +80,11 @@ class RunDirectory:
     def finish(self, summary: dict[str, Any]) -> None:
         replace_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether training was begun here before."""
+        return (self.path / "metrics.jsonl").exists()
+
     def metrics(self) -> list[Row]:
         """Rows of `metrics.jsonl`; a last line cut short is left out."""
         return read_rows(self.path / "metrics.jsonl")

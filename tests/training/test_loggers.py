@@ -41,8 +41,13 @@ def train(directory: Path, *overrides: str) -> list[str]:
 
 
 def history(directory: Path) -> list[dict]:
-    """Rows of the only offline run, read back by W&B's own command."""
+    """Rows of the only offline run."""
     (log,) = directory.glob("runs/default/wandb/offline-run-*/run-*.wandb")
+    return history_of(log)
+
+
+def history_of(log: Path) -> list[dict]:
+    """Rows of a segment, read back by W&B's own command."""
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(log)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [r["history"]["item"] for r in map(json.loads, lines) if r["type"] == "history"]
@@ -86,6 +91,32 @@ def test_killed_process_loses_at_most_a_second_of_rows(tmp_path, offline):
     rows = only_run(tmp_path).metrics()
     older = [row["step"] for row in rows if row["seconds"] < rows[-1]["seconds"] - 1.2]
     assert set(older) <= {row["_step"] for row in history(tmp_path)}
+
+
+@pytest.mark.slow
+def test_segments_of_a_killed_run_join_to_one_curve(tmp_path, offline):
+    """Killed before its first checkpoint, and past one: together the segments hold each step once."""
+    run = train(tmp_path, "budget.steps=400", "val_every=100")
+    for rows in (50, 150):
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+        while not list(tmp_path.glob("runs/default/nano-*")) or len(only_run(tmp_path).metrics()) < rows:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        time.sleep(2)  # W&B's own process takes note
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    segments = list(tmp_path.glob("runs/default/wandb/offline-run-*/run-*.wandb"))
+    assert len(segments) == 3
+    assert len({segment.name for segment in segments}) == 1
+    joined = sorted(
+        (row for segment in segments for row in history_of(segment)), key=lambda row: row["_step"]
+    )
+    assert [row["_step"] for row in joined] == list(range(1, 401))
+    for ours, row in zip(joined, only_run(tmp_path).metrics(), strict=True):
+        for key in ("train/loss", "lr", "grad_norm", *(key for key in row if key.startswith("val/"))):
+            assert ours[key] == row[key], (row["step"], key)
 
 
 def test_a_server_that_cannot_be_reached_means_offline(offline, monkeypatch):

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
 
+from scantling.run_directory import Row
+
 
 class Wandb(WandbLogger):
     """Online when a key is configured and the server answers, else offline; never fatal.
 
-    Rows carry an explicit step, because a run that is resumed offline is a second segment under the same id.
+    Rows carry an explicit step, because a run that is resumed offline is a second segment under the same id. `catch_up`
+    makes the segments join: together they hold every step once.
     """
 
     def __init__(self, *, project: str, tags: list[str], save_dir: str, name: str, group: str):
         import wandb  # here and below: a run without it need not wait for it
 
         self.mode, self.reason = mode_and_reason()
+        self.mirrored: set[int] = set()
+        """Steps that earlier segments hold."""
         super().__init__(
             project=project,
             tags=list(tags),
@@ -55,9 +64,24 @@ class Wandb(WandbLogger):
         where = run.url if self.mode == "online" else os.path.dirname(run.dir)
         return f"W&B {self.mode} ({self.reason}): {where}"
 
+    def catch_up(self, rows: list[Row], samples: list[Row]) -> None:
+        """Offline, log what a killed process had recorded but W&B had not written; what it had written is not repeated.
+
+        `rows` and `samples` are the record so far. Online the server keeps the steps in order.
+        """
+        if self.mode != "offline":
+            return
+        self.mirrored = steps_in_segments(Path(self.experiment.dir).parent)
+        texts = {sample["step"]: sample["text"] for sample in samples}
+        for row in rows:
+            self.log_metrics(row, step=row["step"])
+            if row["step"] in texts:
+                self.log_sample(texts[row["step"]], row["step"])
+
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
-        # Lightning makes trainer/global_step the axis of every chart.
-        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+        if step not in self.mirrored:
+            # Lightning makes trainer/global_step the axis of every chart.
+            self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
     def log_sample(self, text: str, step: int) -> None:
         import wandb
@@ -70,6 +94,18 @@ class Wandb(WandbLogger):
         import wandb
 
         wandb.finish(exit_code=0 if succeeded else 1)
+
+
+def steps_in_segments(present: Path) -> set[int]:
+    """Steps of the run's segments beside the present one, read back by W&B's own command."""
+    steps = set()
+    for segment in present.parent.glob(f"offline-run-*-{present.name.split('-', 3)[3]}/*.wandb"):
+        if segment.parent != present:
+            command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(segment)]
+            lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+            records = [json.loads(line) for line in lines]
+            steps |= {r["history"]["item"]["_step"] for r in records if r["type"] == "history"}
+    return steps
 
 
 def mode_and_reason() -> tuple[str, str]:
