@@ -45,7 +45,7 @@ from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
 from scantling.training import hardware
 from scantling.training.budget import steps_for
-from scantling.training.callbacks import CleanStop, Interrupted, Metrics, ProgressBar, Samples
+from scantling.training.callbacks import CleanStop, Interrupted, Metrics, NotFinite, ProgressBar, Samples
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
 from scantling.training.loggers import Wandb
 from scantling.training.strategies import check_launch, devices_per_node
@@ -443,6 +443,16 @@ def fit(run: Run, console: Console) -> None:
         console.print(f"\n{stop}; the same command goes on from there")
         # A launcher kills all processes at once when one of them fails: only the first, which has most to do, says so.
         sys.exit(130 if rank_zero_only.rank == 0 else 0)
+    except NotFinite as found:
+        first, end = found.since * plan.batch_size, found.step * plan.batch_size
+        if rank_zero_only.rank == 0:
+            directory.guard({"step": found.step, "reason": str(found), "samples": [first, end]})
+            print(
+                f"error: {found}: a lower lr, more warm-up or a smaller clip may help; the samples {first} to {end - 1} "
+                f"since then are noted in {directory.path}/guards.jsonl",
+                file=sys.stderr,
+            )
+        sys.exit(1)
     finally:
         gc.unfreeze()
         if metrics.file is not None:

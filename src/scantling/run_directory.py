@@ -7,6 +7,7 @@ metrics.jsonl    one object per logged step
 samples.jsonl    a continuation of the prompt at every validation
 checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256; last.ckpt and best.ckpt name two of them
 curves.png
+guards.jsonl     where the loss or the gradient stopped being finite, and the samples since it last was
 summary.json     final numbers, written last: its presence means finished
 """
 
@@ -76,6 +77,11 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} cannot be written ({error.strerror}): choose another place with paths.runs=DIR"
             ) from error
+
+    def guard(self, record: dict[str, Any]) -> None:
+        """Append to what stopped the run."""
+        with (self.path / "guards.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
         replace_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -143,6 +143,7 @@ def disturbed(number: int, place: Path, seed: int, mounts: bool, expected: dict)
     kind, precision = KINDS[number % len(KINDS)], ("fp32", "bf16")[number // len(KINDS) % 2]
     found = {"run": number, "kind": kind, "precision": precision, "interrupted": 0, "while writing": 0}
     found |= {"lost": 0, "resumed": []}
+    truncated: set[Path] = set()
     for _ in range(choose.choice((1, 2))):
         rows, pause = choose.randrange(STEPS - 1), choose.uniform(0, 0.05)
         while_writing = kind != "SIGTERM" and choose.random() < 0.5
@@ -172,9 +173,10 @@ def disturbed(number: int, place: Path, seed: int, mounts: bool, expected: dict)
         run = directory_of(place)
         found["while writing"] += run is not None and bool(list(run.checkpoints.glob("step-*.ckpt.partial")))
         steps, bad = whole_steps(place)
-        found["lost"] += len(bad) + (max(steps, default=0) < newest)
+        found["lost"] += len(set(bad) - truncated) + (max(steps, default=0) < newest)
         if kind == "truncated checkpoint" and steps and code != 0:
             path = directory_of(place).checkpoint(steps[0])
+            truncated.add(path)
             os.truncate(path, choose.randrange(path.stat().st_size))
             found["damaged"] = found.get("damaged", 0) + 1
     before = whole_steps(place)[0]

@@ -1,5 +1,6 @@
 """Runs killed at chosen instants go on to the losses and weights of the run that was not interrupted."""
 
+import json
 import os
 import resource
 import signal
@@ -255,3 +256,31 @@ def test_full_disk_is_one_line_and_finished_checkpoints_stand(command, tmp_path,
     assert run.step_checkpoints() == [finished[0]]
     assert command(*LONG)[0] == 0
     assert_equal_runs(run, uninterrupted)
+
+
+@pytest.mark.parametrize(("what", "log_every"), [("loss", 1), ("loss", 10), ("grad_norm", 1)])
+def test_training_that_is_no_longer_finite_stops_with_its_samples(
+    command, tmp_path, monkeypatch, what, log_every
+):
+    """One weight or one gradient becomes infinite after the 25th step; the checkpoints stay finite."""
+    on_step = task.LanguageModelTask.configure_gradient_clipping
+
+    def poisoned(self, optimizer, *arguments, **named):
+        if self.trainer.global_step == 25:
+            parameter = next(self.decoder.parameters())
+            (parameter.grad if what == "grad_norm" else parameter.data)[0, 0] = float("inf")
+            parameter.data[1:] = float("inf") if what == "loss" else parameter.data[1:]
+        on_step(self, optimizer, *arguments, **named)
+
+    monkeypatch.setattr(task.LanguageModelTask, "configure_gradient_clipping", poisoned)
+    code, _, err = command(*LONG, f"log_every={log_every}")
+    run = only_run(tmp_path / "runs")
+    assert code == 1
+    (line,) = err.strip().splitlines()
+    seen = {"loss": 27, "grad_norm": 26}[what] if log_every == 1 else 30
+    since = seen - log_every
+    assert f"at step {seen}; all was finite at step {since}" in line
+    (record,) = map(json.loads, (run.path / "guards.jsonl").read_text().splitlines())
+    assert record["samples"] == [since * 4, seen * 4]
+    assert all(torch.isfinite(weight).all() for weight in state(run)["state_dict"].values())
+    assert not run.is_finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -27,6 +28,14 @@ class Interrupted(Exception):
     def __init__(self, step: int):
         super().__init__(f"interrupted after step {step}")
         self.step = step
+
+
+class NotFinite(Exception):
+    """The loss or the gradient is NaN or infinite; raised before a checkpoint of such weights at a validation."""
+
+    def __init__(self, what: str, step: int, since: int):
+        super().__init__(f"{what} at step {step}; all was finite at step {since}")
+        self.step, self.since = step, since
 
 
 class StepCallback(Callback):
@@ -96,7 +105,12 @@ class Metrics(StepCallback):
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self.flops_per_token / trainer.world_size / self.peak_flops, 4),
         }
-        self.clock, self.clock_step = None if validates else now, step
+        self.clock, since, self.clock_step = None if validates else now, self.clock_step, step
+        for key in ("train/loss", "grad_norm"):
+            # In float16 single gradients overflow, and the scaler leaves such a step out.
+            if not math.isfinite(self.row[key]) and (key != "grad_norm" or trainer.precision != "16-mixed"):
+                self.write(trainer)
+                raise NotFinite(f"{key} is {self.row[key]}", step, since)
         if not validates:
             self.write(trainer)
 

@@ -84,7 +84,7 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             tidy(self.directory, trainer.global_step)
             if trainer.global_step:  # a kill may have come between the file and its second names
-                self.name(trainer.global_step)
+                self.name(trainer.global_step, trainer.global_step == self.best_step)
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.sanity_checking:
@@ -97,14 +97,14 @@ class Checkpoints(Callback):
     def save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.directory.checkpoint(trainer.global_step))
         if trainer.is_global_zero:
-            self.files.then(self.name, trainer.global_step)
+            self.files.then(self.name, trainer.global_step, trainer.global_step == self.best_step)
 
-    def name(self, step: int) -> None:
+    def name(self, step: int, is_best: bool) -> None:
         """Give the checkpoint of `step` its second names, then let go of the oldest."""
         path = self.directory.checkpoint(step)
         if path.exists():  # else writing it failed, and `wait` says so
             put_in_place(path, self.directory.last)
-            if step == self.best_step:
+            if is_best:
                 put_in_place(path, self.directory.best)
             for old in self.directory.step_checkpoints()[self.keep :]:
                 old.unlink()
