@@ -6,19 +6,30 @@ import argparse
 import inspect
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from scantling.run_directory import RunDirectory
 from scantling.trained import stored_weights
 
 TRAIN = Path(__file__).parents[1] / "src" / "train.py"
-ENGINES = ("ddp",)
+WHOLE = "trainer.strategy.zero_optimization.stage3_param_persistence_threshold=0"  # cut up small tensors too
+ENGINES = {
+    "ddp": ("trainer=ddp",),
+    "fsdp": ("trainer=fsdp",),
+    "zero1": ("trainer=zero1",),
+    "zero2": ("trainer=zero2",),
+    "zero3": ("trainer=zero3", WHOLE),
+    "zero3_offload": ("trainer=zero3_offload", WHOLE),
+}
 
 pytestmark = pytest.mark.multiprocess
 
@@ -30,7 +41,13 @@ class Shop:
         self.path = path
         (path / "book.txt").write_text(inspect.getsource(argparse))
 
-    def start(self, *overrides: str, runs: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    def start(
+        self,
+        *overrides: str,
+        runs: str,
+        launcher: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen:
         usual_ones = (
             *(
                 "model=nano",
@@ -48,7 +65,7 @@ class Shop:
         return subprocess.Popen(
             [sys.executable, *launcher, TRAIN, *usual, *overrides, f"paths.runs={runs}"],
             cwd=self.path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,9 +81,13 @@ class Shop:
         """The one line with which a mistake is answered."""
         process = self.start(*overrides, runs="refused")
         _, err = process.communicate(timeout=200)
-        assert process.returncode == 2
+        assert process.returncode == 2, err
         (line,) = err.strip().splitlines()
         return line
+
+    def entry(self, name: str, *overrides: str) -> str:
+        command = [sys.executable, TRAIN.with_stem(name), *overrides]
+        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=True).stdout
 
     def directory(self, runs: str) -> RunDirectory:
         (path,) = (self.path / runs / "default").iterdir()
@@ -102,34 +123,93 @@ def assert_same_training(run: RunDirectory, alone: RunDirectory) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_one(shop, alone, engine):
-    run = shop.run(f"trainer={engine}", "trainer.devices=2", runs=f"{engine}-whole")
+    run = shop.run(*ENGINES[engine], "trainer.devices=2", runs=f"{engine}-whole")
     assert_same_training(run, alone)
     assert run.environment["world_size"] == 2
+    ours, single = (texts(directory) for directory in (run, alone))
+    assert ours == single
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_interrupted_engine_goes_on(shop, alone, engine):
+def texts(run: RunDirectory) -> list[str]:
+    return run.samples.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [*((engine, engine) for engine in ENGINES), ("zero3", "fsdp"), ("fsdp", "zero3")]
+)
+def test_interrupted_engine_goes_on(shop, alone, before, after):
     # 16 sequences a step are 2 processes × 4 micro-batches × 2. The sample at step 10 leaves time for the signal.
-    command = (f"trainer={engine}", "trainer.devices=2", "micro_batch_size=2", "sample.n_tokens=300")
-    process = shop.start(*command, runs=f"{engine}-cut")
-    while (
-        not list(shop.path.glob(f"{engine}-cut/default/*/metrics.jsonl"))
-        or not shop.directory(f"{engine}-cut").metrics()
-    ):
+    common, runs = ("trainer.devices=2", "micro_batch_size=2"), f"{before}-{after}"
+    process = shop.start(*ENGINES[before], *common, "sample.n_tokens=300", runs=runs)
+    while not list(shop.path.glob(f"{runs}/default/*/metrics.jsonl")) or not shop.directory(runs).metrics():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)  # to the first process alone; all stop after the same step
     out, err = process.communicate(timeout=200)
     assert process.returncode == 130, out + err
     assert "the same command goes on from there" in out
-    assert 1 <= len(shop.directory(f"{engine}-cut").metrics()) < 20
-    assert_same_training(shop.run(*command, runs=f"{engine}-cut"), alone)
+    assert 1 <= len(shop.directory(runs).metrics()) < 20
+    assert_same_training(shop.run(*ENGINES[after], *common, runs=runs), alone)
 
 
 def test_torchrun_starts_the_processes(shop, alone):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     run = shop.run("trainer=ddp", "trainer.devices=2", runs="torchrun", launcher=torchrun)
     assert_same_training(run, alone)
+
+
+def test_slurm_starts_the_processes(shop, alone):
+    """srun's variables, set by hand."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_JOB_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    tasks = [
+        shop.start(
+            *("trainer=ddp", "trainer.devices=2"),
+            runs="slurm",
+            environment={**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+        )
+        for i in range(2)
+    ]
+    for task in tasks:
+        out, err = task.communicate(timeout=200)
+        assert task.returncode == 0, out + err
+    assert_same_training(shop.directory("slurm"), alone)
+
+
+def test_entries_read_what_an_engine_trained(shop, alone):
+    """One file of weights, a sample and a loss, of zero3's run as of one process's."""
+    run = shop.run(*ENGINES["zero3"], "trainer.devices=2", runs="read")
+    file = shop.path / "zero3.safetensors"
+    shop.entry("hub", "action=weights", f"run={run.path}", f"to={file}", "checkpoint=last")
+    weights = load_file(file)
+    single = stored_weights(alone, "last")
+    assert weights.keys() == single.keys()
+    for name, weight in single.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5)
+    said = [
+        shop.entry(
+            "sample", f"run={directory.path}", "checkpoint=last", "prompt=def", "n_tokens=8", "temperature=0"
+        )
+        for directory in (run, alone)
+    ]
+    assert said[0] == said[1]
+    measured = shop.entry(
+        "evaluate", f"run={run.path}", "checkpoint=last", "paths.cache=cache", "n_windows=8"
+    )
+    assert f"{alone.summary['val/bpb']:.3f}" in measured
 
 
 def test_a_repeated_run_has_one_directory(shop):
@@ -152,6 +232,7 @@ def test_a_repeated_run_has_one_directory(shop):
         ),
         (("trainer=ddp", "trainer.devices=0"), "trainer.devices=0: use auto or a positive number"),
         (("trainer=ddp", "trainer.nodes=0"), "trainer.nodes=0 must be positive"),
+        (("trainer=zero2", "trainer.devices=2", "optim=muon"), "optim=muon works on whole matrices"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(shop, overrides, line):

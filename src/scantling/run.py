@@ -48,7 +48,7 @@ from scantling.training.budget import steps_for
 from scantling.training.callbacks import CleanStop, Interrupted, Metrics, NotFinite, ProgressBar, Samples
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
 from scantling.training.loggers import Wandb
-from scantling.training.strategies import check_launch, devices_per_node
+from scantling.training.strategies import WholeCheckpoints, check_launch, devices_per_node
 from scantling.training.task import LanguageModelTask
 
 NOT_IDENTITY = (
@@ -213,6 +213,9 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     strategy = instantiate(config.trainer.strategy)
     if strategy is not None:
         strategy = strategy(device, precision)
+    if isinstance(strategy, WholeCheckpoints):
+        one_matrix = [("weight", torch.nn.Parameter(torch.zeros(2, 2)))]
+        strategy.check(instantiate(config.optim, _convert_="all")(one_matrix))
     run = Run(
         config,
         directory,
@@ -409,7 +412,7 @@ def fit(run: Run, console: Console) -> None:
         num_sanity_val_steps=0,
         callbacks=[
             metrics,
-            Samples(directory.samples, sample=lambda: sample(run, decoder)),
+            Samples(directory.samples, sample=lambda: sample_of(run, decoder)),
             checkpoints,
             CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
             ProgressBar(console, metrics),
@@ -420,6 +423,7 @@ def fit(run: Run, console: Console) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        inference_mode=run.strategy is None,  # what is gathered in that mode cannot be trained on
     )
     held_out = validation_batches(
         run.corpus.val.tokens,
@@ -478,6 +482,16 @@ def finish(run: Run, peak: float, peak_source: str) -> None:
             "corpus": run.corpus.fingerprint,
         }
     )
+
+
+def sample_of(run: Run, decoder: Decoder) -> str | None:
+    """A sample, in the first process; where each has a part of the weights all must call this, and it is given a copy."""
+    if isinstance(run.strategy, WholeCheckpoints) and run.strategy.shards_weights:
+        state = run.strategy.lightning_module_state_dict()
+        if rank_zero_only.rank == 0:
+            decoder = build_decoder(run.config, run.corpus.tokenizer.vocab_size, "cpu").eval()
+            decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in state.items()})
+    return sample(run, decoder) if rank_zero_only.rank == 0 else None
 
 
 def sample(run: Run, decoder: Decoder) -> str:

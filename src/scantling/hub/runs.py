@@ -1,4 +1,4 @@
-"""Import makes a run of a Hugging Face directory, export a Hugging Face directory of a run."""
+"""Import makes a run of a Hugging Face directory, export a Hugging Face directory of a run, weights one file of it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ IN_SHAPES = ("d_ff", "d_ff_dense", "multiple_of")
 
 
 def hub(config: DictConfig) -> None:
-    """The entry: `action=import` or `action=export`."""
+    """The entry: `action=import`, `action=export` or `action=weights`."""
     with mistakes():
-        actions = {"import": import_run, "export": export_run}
+        actions = {"import": import_run, "export": export_run, "weights": write_weights}
         if config.action not in actions:
-            raise ValueError(f"action={config.action} is unknown: use import or export")
-        for key in {"import": ("source",), "export": ("run", "family", "to")}[config.action]:
+            raise ValueError(f"action={config.action} is unknown: use import, export or weights")
+        needed = {"import": ("source",), "export": ("run", "family", "to"), "weights": ("run", "to")}
+        for key in needed[config.action]:
             if config[key] is None:
                 raise ValueError(f"action={config.action} needs {key}=…")
         print(actions[config.action](config))
@@ -114,6 +115,18 @@ def export_run(config: DictConfig) -> str:
         run.tokenizer.save(partial / "tokenizer.json")
         write_json(partial / "tokenizer_config.json", tokenizer_config(run.tokenizer, decoder["seq_len"]))
     return f'{family.model_type}: {target}\nAutoModelForCausalLM.from_pretrained("{target}")'
+
+
+def write_weights(config: DictConfig) -> str:
+    """Writes one safetensors file with the decoder's tensors under their own names, whatever engine trained them."""
+    target = Path(config.to).expanduser()
+    check_free(target, "to")
+    state = stored_weights(RunDirectory(config.run), config.checkpoint)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    write_tensors({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+    os.replace(partial, target)
+    return f"{len(state)} tensors, {sum(tensor.numel() for tensor in state.values()):,} numbers: {target}"
 
 
 # --- families ---

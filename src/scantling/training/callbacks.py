@@ -188,16 +188,19 @@ class CleanStop(StepCallback):
 
 
 class Samples(Callback):
-    """A continuation of one prompt at every validation, to `samples.jsonl` and W&B."""
+    """A continuation of one prompt at every validation, to `samples.jsonl` and W&B.
 
-    def __init__(self, path: Path, *, sample: Callable[[], str]):
+    `sample` is called in every process and gives the text in one.
+    """
+
+    def __init__(self, path: Path, *, sample: Callable[[], str | None]):
         self.path, self.sample = path, sample
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.sanity_checking:
             return
-        text = self.sample()  # in every process: each may hold a part of the weights
-        if not trainer.is_global_zero:
+        text = self.sample()
+        if text is None:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": trainer.global_step, "text": text}) + "\n")

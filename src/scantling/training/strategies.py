@@ -5,12 +5,24 @@ write one kind of checkpoint: a single file with whole tensors, which any engine
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from scantling.training.optim import Muon
 
 
 class Replicated(DDPStrategy):
@@ -18,6 +30,251 @@ class Replicated(DDPStrategy):
 
     def __init__(self, device: torch.device, precision: str, *, find_unused_parameters: bool):
         super().__init__(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)
+
+
+class WholeCheckpoints(Strategy):
+    """Checkpoints of a sharded model as if it were not: the first process gathers and writes, each takes its part.
+
+    Weights are read before the model is cut up; a subclass gathers them, and gathers and cuts the optimiser's state.
+    """
+
+    restore_checkpoint_after_setup = False  # type: ignore[assignment]
+    lightning_restore_optimizer = True  # type: ignore[assignment]
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+    load_model_state_dict = Strategy.load_model_state_dict
+
+    @property
+    @abstractmethod
+    def shards_weights(self) -> bool:
+        """Whether no process has the whole model, so that whatever calls it must run in all of them."""
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ValueError for what cannot be cut up; `optimizer` is of the chosen kind, over any parameters."""
+        if isinstance(optimizer, Muon):
+            raise ValueError(
+                "optim=muon works on whole matrices, which this trainer= cuts up: use trainer=ddp, or another optim="
+            )
+
+
+class Zero(WholeCheckpoints, DeepSpeedStrategy):
+    """Each process keeps a share of the optimiser's state (stage 1), of the gradients too (2), of the weights too (3).
+
+    Rajbhandari et al. 2020, arXiv:1910.02054; Ren et al. 2021, arXiv:2101.06840, for what is kept in the host's
+    memory. `zero_optimization` is that section of DeepSpeed's own configuration. Mixed precision is torch's autocast
+    over float32 weights, as in every other engine.
+
+    Raises ValueError where DeepSpeed is not installed, and for float16.
+    """
+
+    def __init__(self, device: torch.device, precision: str, *, zero_optimization: dict[str, Any]):
+        if find_spec("deepspeed") is None:
+            raise ValueError(
+                "this trainer= needs DeepSpeed: pip install deepspeed, or use trainer=fsdp or ddp"
+            )
+        check_precision(precision)
+        self.kind = device.type
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+        super().__init__(
+            config={
+                "zero_optimization": zero_optimization,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "bf16": {"enabled": False},  # Lightning would have bfloat16 weights
+                "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+            }
+        )
+
+    # Lightning's class asks for a CUDA device in the three that follow; DeepSpeed itself does not.
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", self.local_rank) if self.kind == "cpu" else super().root_device
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.zero_stage_3
+
+    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        # DeepSpeed puts flat shares of all of them in their place.
+        self.groups = [list(group["params"]) for group in optimizer.param_groups]
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided by the number of micro-batches already.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(*args, **kwargs)
+        if (norm := self.deepspeed_engine.get_global_grad_norm()) is not None:
+            self.lightning_module.grad_norm = torch.as_tensor(norm)  # type: ignore[union-attr]
+        return result
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        for name, p in self.lightning_module.named_parameters():
+            # The optimiser's copy: after a step in stage 3 a weight that is still gathered is the one before the step.
+            whole: Any = safe_get_full_fp32_param(p)
+            state[name] = whole.detach().cpu() if self.is_global_zero else torch.empty(0)
+        return state
+
+    @property
+    def parameters(self) -> list[Any]:
+        """In the order in which a checkpoint numbers them."""
+        return [p for group in self.groups for p in group]
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimiser that DeepSpeed's own wraps, over flat shares of all parameters of a group."""
+        wrapper: Any = self.optimizers[0]
+        return wrapper.optimizer
+
+    def linked_flats(self) -> list[Tensor]:
+        """The flat shares. In stages 1 and 2 DeepSpeed looks a parameter's optimiser state up through a link that it sets
+        after the first group's first step, when the other groups have no state yet: it is set anew here.
+        """
+        wrapper: Any = self.optimizers[0]
+        if self.zero_stage_3:
+            return wrapper.fp32_partitioned_groups_flat
+        wrapper._hp_optimizer_states_linked = False
+        wrapper._lazy_init_hp_params_optimizer_state()
+        return wrapper.single_partition_of_fp32_groups
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        flat = self.linked_flats()[0]
+        example = self.inner.state[flat]
+        state: dict[int, dict[str, Any]] = {}
+        for i, p in enumerate(self.parameters if example else ()):
+            # A count of steps for each parameter: others' optimisers would raise a shared one once for each of them.
+            state[i] = {
+                key: safe_get_full_optimizer_state(p, key) if value.shape == flat.shape else value.clone()
+                for key, value in sorted(example.items())
+            }
+            state[i] = {key: value.cpu() for key, value in state[i].items()} if self.is_global_zero else {}
+        first, groups = 0, []
+        for group, parameters in zip(self.inner.param_groups, self.groups, strict=True):
+            groups.append({**group, "params": list(range(first, first + len(parameters)))})
+            first += len(parameters)
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        (stored,) = checkpoint["optimizer_states"]
+        for group, saved in zip(self.inner.param_groups, stored["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        if not stored["state"]:
+            return
+        shape = self.parameters[0].ds_shape if self.zero_stage_3 else self.parameters[0].shape
+        alike = {key for key, value in stored["state"][0].items() if value.shape == shape}
+        for flat in self.linked_flats():
+            self.inner.state[flat] = {
+                key: torch.zeros_like(flat) if key in alike else value.to(flat.device, copy=True)
+                for key, value in stored["state"][0].items()
+            }
+        self.linked_flats()
+        for i, p in enumerate(self.parameters):
+            for key in alike:
+                self.set_share(p, stored["state"][i][key], key)
+
+    def set_share(self, p: Any, value: Tensor, key: str) -> None:
+        """This process's share of an optimiser's tensor for `p`."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if not self.zero_stage_3:
+            safe_set_full_optimizer_state(p, value, key)
+            return
+        size = (
+            p.ds_tensor.numel()
+        )  # the last share is padded, which DeepSpeed's function for whole tensors forgets
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        safe_set_local_optimizer_state(p, padded[self.global_rank * size :][:size], key)
+
+
+class FullySharded(WholeCheckpoints, ModelParallelStrategy):
+    """Each process keeps a share of every tensor, and of its gradient and optimiser state; a block's weights are gathered
+    when it is computed. Zhao et al. 2023, arXiv:2304.11277; torch's `fully_shard` (FSDP2).
+
+    With `reshard_after_forward` they are gathered anew for the backward pass. Raises ValueError for float16.
+    """
+
+    shards_weights = True  # type: ignore[assignment]
+
+    def __init__(self, device: torch.device, precision: str, *, reshard_after_forward: bool):
+        check_precision(precision)
+        super().__init__()
+        self.reshard_after_forward = reshard_after_forward
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        mesh = self.device_mesh["data_parallel"]
+        decoder: Any = self.lightning_module.decoder  # type: ignore[union-attr]
+        for block in decoder.blocks:  # one after the other, so that no device ever holds the whole model
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+        fully_shard(decoder, mesh=mesh)
+        self.model_to_device()
+        self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        _optimizers_to_device(self.optimizers, self.root_device)
+        self.barrier()
+
+    def on_first_process(self, tensor: Any) -> Any:
+        """The whole of a tensor on the first process's host; every process calls it."""
+        tensor = tensor.detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return whole.cpu() if self.is_global_zero else torch.empty(0)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return {name: self.on_first_process(t) for name, t in self.lightning_module.state_dict().items()}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        shared = (
+            optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        ).state_dict()
+        whole = {
+            i: {key: self.on_first_process(value) for key, value in values.items()}
+            for i, values in shared["state"].items()
+        }
+        return {**shared, "state": whole}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            shared = {
+                i: {
+                    key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                    if value.shape == p.shape
+                    else value
+                    for key, value in stored["state"][i].items()
+                }
+                for i, p in enumerate(parameters)
+                if i in stored["state"]
+            }
+            optimizer.load_state_dict({**stored, "state": shared})
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError for float16, whose loss scale lives in another place in each engine that shards."""
+    if precision == "fp16":
+        raise ValueError("trainer.precision=fp16 is for trainer=auto, gpu and ddp: use bf16 or fp32")
 
 
 # --- how many processes ---

@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -95,8 +96,12 @@ class LanguageModelTask(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.lr = optimizer.param_groups[0]["lr"]
+        if self.trainer.strategy.handles_gradient_accumulation:
+            return  # an engine that gathers gradients itself clips them too, and sets `grad_norm`
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(self.grad_norm, DTensor):
+            self.grad_norm = self.grad_norm.full_tensor()
         # A GPU would have to be waited for; on the CPU most steps are spared a pass over the gradients.
         within = self.grad_norm.is_cpu and self.grad_norm <= (gradient_clip_val or torch.inf)
         if gradient_clip_val is not None and not within:
