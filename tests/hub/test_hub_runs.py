@@ -403,7 +403,7 @@ def test_a_mistake_on_the_command_line_is_one_line(command, source):
     ("words", "complaint"),
     [
         ([], "action is not set"),
-        (["action=upload"], "action=upload is unknown: use import or export"),
+        (["action=upload"], "action=upload is unknown: use import, export or weights"),
         (["action=import"], "action=import needs source=…"),
         (["action=export", "run=x", "to=y"], "action=export needs family=…"),
         (["action=import", "source=nowhere"], "nowhere/config.json is missing"),
