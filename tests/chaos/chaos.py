@@ -1,6 +1,6 @@
 """Runs of `nano` cut short at random instants, and taken up again until they are done.
 
-    python tests/chaos/chaos.py --runs 50 --directory /tmp/chaos --table results/chaos.md
+    python tests/chaos/chaos.py --runs 50 --table results/chaos.md
 
 Each run must end with the losses and weights of the run that nobody disturbed, bit for bit, and no whole checkpoint may
 be lost on the way. Jobs are forked from this process, which has imported everything. Results stand in
@@ -238,7 +238,7 @@ def table(results: list[dict], mounts: bool, command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--directory", type=Path, default=Path("/tmp/chaos"))
+    parser.add_argument("--directory", type=Path, default=Path("runs/chaos"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()

@@ -276,17 +276,17 @@ class LatentAttention(PatternedAttention):
         self.kv_rank = kv_rank
         self.scale = (d_head + d_rotated) ** -0.5 if scale is None else scale
         width = n_heads * (d_head + d_rotated)
+        # torch's layers: over oneDNN's, rounding by another length of context reached past 1e-5 at wide ranks.
         if q_rank is None:
-            self.q = Linear(d_model, width, bias=False)
+            self.q = nn.Linear(d_model, width, bias=False)
         else:
             self.q = nn.Sequential(
-                Linear(d_model, q_rank, bias=bias), norm(q_rank), Linear(q_rank, width, bias=False)
+                nn.Linear(d_model, q_rank, bias=bias), norm(q_rank), nn.Linear(q_rank, width, bias=False)
             )
-        self.kv_down = Linear(d_model, kv_rank + d_rotated, bias=bias)
+        self.kv_down = nn.Linear(d_model, kv_rank + d_rotated, bias=bias)
         self.kv_norm = norm(kv_rank)
-        # Not `Linear`: decoding reads its weight as a matrix, not for a product alone.
         self.kv_up = nn.Linear(kv_rank, n_heads * (d_head + self.d_value), bias=False)
-        self.out = Linear(n_heads * self.d_value, d_model, bias=bias)
+        self.out = nn.Linear(n_heads * self.d_value, d_model, bias=bias)
 
     def forward(
         self,
@@ -319,7 +319,7 @@ class LatentAttention(PatternedAttention):
             )
             o_BTHE = torch.einsum("bhtc,hec->bthe", o_BHTC, up_v)
         else:
-            kv_BTHE = linear(c_BT1C.squeeze(2), self.kv_up.weight).unflatten(-1, (self.n_heads, -1))
+            kv_BTHE = self.kv_up(c_BT1C.squeeze(2)).unflatten(-1, (self.n_heads, -1))
             k_BTHE, v_BTHE = kv_BTHE.split([self.d_nope, self.d_value], -1)
             q = torch.cat((nope_BTHE, turned_BTHR), -1)
             k = torch.cat((k_BTHE, r_BT1R.expand(-1, -1, self.n_heads, -1)), -1)
