@@ -1,0 +1,188 @@
+"""How to spend a budget: compute-optimal parameters and tokens, by a fitted law or by the best runs of each budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from scantling.study.forms import HOFFMANN, saturating
+from scantling.study.huber import Array
+from scantling.study.scaling import Fit, Interval, estimate, fit_hoffmann
+
+FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
+"""C = 6ND, forward and backward (Kaplan et al. 2020, section 2.1)."""
+
+
+def optimal_parameters(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Array:
+    """N that minimises Hoffmann's form under C = kND: N = (alpha·A/(beta·B))^(1/(alpha+beta))·(C/k)^(beta/(alpha+beta))
+    (Hoffmann et al. 2022, equation 4)."""
+    alpha, beta = law["alpha"], law["beta"]
+    log_g = (np.log(alpha * law["A"]) - np.log(beta * law["B"])) / (alpha + beta)
+    return np.exp(log_g + beta / (alpha + beta) * np.log(np.asarray(compute, dtype=float) / k))
+
+
+def optimal_loss(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Array:
+    n = optimal_parameters(law, compute, k)
+    d = np.asarray(compute, dtype=float) / k / n
+    return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
+
+
+def optimum_table(
+    fit: Fit, budgets: Sequence[float], *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN
+) -> pd.DataFrame:
+    """For each budget in FLOPs: N, D, tokens per parameter and loss, with `_low` and `_high` where the fit has resamples.
+
+    `fit` is of Hoffmann's form; raises ValueError otherwise, and where an exponent is not positive.
+    """
+    if fit.form != HOFFMANN:
+        raise ValueError(f"the optimum of a budget needs a fit of {HOFFMANN.formula}")
+    if fit.alpha <= 0 or fit.beta <= 0:
+        raise ValueError(
+            f"alpha = {fit.alpha:.3g}, beta = {fit.beta:.3g}: no optimum where loss does not fall"
+        )
+    table = []
+    for compute in budgets:
+        columns = {
+            "N": lambda law, c=compute: optimal_parameters(law, c, k),
+            "D": lambda law, c=compute: c / k / optimal_parameters(law, c, k),
+            "tokens_per_parameter": lambda law, c=compute: c / k / optimal_parameters(law, c, k) ** 2,
+            "loss": lambda law, c=compute: optimal_loss(law, c, k),
+        }
+        row = {"C": float(compute)}
+        with np.errstate(invalid="ignore"):  # resamples whose exponent is negative have no optimum
+            for name, statistic in columns.items():
+                row[name], interval = estimate(fit, statistic)
+                if interval is not None:
+                    row[f"{name}_low"], row[f"{name}_high"] = interval
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def allocation_exponent(fit: Fit) -> tuple[float, Interval | None]:
+    """a of N_opt ∝ C^a, which is beta/(alpha + beta)."""
+    return estimate(fit, lambda law: law["beta"] / (law["alpha"] + law["beta"]))
+
+
+def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
+    """The loss of compute-optimal training against C, exactly: L = E + B'/C^gamma, gamma = alpha·beta/(alpha+beta).
+
+    A `Fit` of `saturating("C")` at the budgets of the runs, with the same resamples and doubts.
+    """
+    form = saturating("C")
+
+    def along(theta_SP: Array) -> Array:
+        law = HOFFMANN.published(theta_SP)
+        gamma = law["alpha"] * law["beta"] / (law["alpha"] + law["beta"])
+        with np.errstate(invalid="ignore"):
+            reducible = optimal_loss(law, 1.0, k) - law["E"]
+        return np.stack([np.log(law["E"]), np.log(reducible), gamma], axis=1)
+
+    return Fit(
+        form=form,
+        sizes={"C": k * fit.sizes["N"] * fit.sizes["D"]},
+        loss=fit.loss,
+        theta_P=along(fit.theta_P[None])[0],
+        objective=fit.objective,
+        found=fit.found,
+        delta=fit.delta,
+        resampled_SP=None if fit.resampled_SP is None else along(fit.resampled_SP),
+        level=fit.level,
+        warnings=fit.warnings,
+        verdict=fit.verdict,
+    )
+
+
+def convention_table(
+    counts: Mapping[str, ArrayLike], tokens: ArrayLike, loss: ArrayLike, **settings
+) -> pd.DataFrame:
+    """The same runs under each way of counting parameters: alpha, beta and the exponent a of N_opt ∝ C^a, C = 6ND.
+
+    Porian et al. 2024 (arXiv:2406.19146) trace the disagreement between Kaplan and Hoffmann to this, among other things.
+    """
+    table = []
+    for convention, n in counts.items():
+        fit = fit_hoffmann(n, tokens, loss, **settings)
+        a, interval = allocation_exponent(fit)
+        row = {"convention": convention, "alpha": fit.alpha, "beta": fit.beta, "a": a}
+        table.append(row | ({} if interval is None else {"a_low": interval[0], "a_high": interval[1]}))
+    return pd.DataFrame(table)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A fit of the runs below `cutoff` FLOPs put to the test on those above.
+
+    `error`: mean of |predicted/observed − 1| over the held-out runs; `bias`: the mean with its sign; `inside`: the share of
+    them in the prediction interval, where one was computed.
+    """
+
+    cutoff: float
+    n_fitted: int
+    n_held_out: int
+    error: float
+    bias: float
+    inside: float | None
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+    @property
+    def verdict(self) -> str:
+        word = "passed" if self.passed else "FAILED"
+        inside = "" if self.inside is None else f", {self.inside:.0%} inside the prediction interval"
+        return (
+            f"held-out gate {word}: fitted to {self.n_fitted} runs up to {self.cutoff:.3g} FLOPs, the {self.n_held_out} "
+            f"larger ones are predicted within {self.error:.2%} on average (bias {self.bias:+.2%}{inside}); "
+            f"{self.tolerance:.2%} is allowed"
+        )
+
+
+def held_out_gate(
+    N: ArrayLike,
+    D: ArrayLike,
+    loss: ArrayLike,
+    *,
+    compute: ArrayLike,
+    share: float,
+    tolerance: float,
+    runs: ArrayLike | None = None,
+    resamples: int = 0,
+    seed: int = 0,
+) -> Gate:
+    """Hold out the `share` of runs with the largest budgets, whole budgets at a time, and predict them.
+
+    Raises ValueError where the rest is too small to fit or nothing is larger.
+    """
+    n, d, losses, flops = (np.asarray(x, dtype=float) for x in (N, D, loss, compute))
+    cutoff = float(np.quantile(flops, 1 - share))
+    below = flops <= cutoff * 1.05
+    if below.all():
+        raise ValueError(f"no run has more than {cutoff:.3g} FLOPs: nothing larger is left to predict")
+    inner = fit_hoffmann(
+        n[below],
+        d[below],
+        losses[below],
+        resamples=resamples,
+        seed=seed,
+        runs=None if runs is None else np.asarray(runs)[below],
+    )
+    relative = inner.predict(N=n[~below], D=d[~below]) / losses[~below] - 1
+    inside = None
+    if resamples:
+        low, high = inner.predict_interval(N=n[~below], D=d[~below], seed=seed)
+        inside = float(((low <= losses[~below]) & (losses[~below] <= high)).mean())
+    return Gate(
+        cutoff=cutoff,
+        n_fitted=int(below.sum()),
+        n_held_out=int((~below).sum()),
+        error=float(np.abs(relative).mean()),
+        bias=float(relative.mean()),
+        inside=inside,
+        tolerance=tolerance,
+    )

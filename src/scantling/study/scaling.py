@@ -1,0 +1,287 @@
+"""Fits of scaling laws: parameters, their intervals, predictions, and what to distrust about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import chi2
+
+from scantling.study.forms import HOFFMANN, Form, Sizes
+from scantling.study.huber import Array, huber, minimise
+from scantling.study.resampling import drawn_residuals, expanded_percentiles, run_weights
+
+Interval = tuple[float, float]
+
+HUBER_DELTA = 1e-3
+"""Of log loss, as in Hoffmann et al. 2022, approach 3."""
+
+SAME_OPTIMUM = 1e-6
+"""Objectives that differ by less than this share are one optimum."""
+
+EXPONENT_BOUND = 3.0
+"""Starts that end beyond it fitted a few outliers; no published exponent is above 1.3."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law.
+
+    `parameters`: as published. `objective`: sum of Huber's function over runs. `found`: share of starts that ended there.
+    `resampled_SP`: θ of every resample, none without a bootstrap. `warnings`: reasons to distrust it; `verdict`: what the
+    held-out gate said. Both travel with the fit to whatever prints it.
+    """
+
+    form: Form
+    sizes: Sizes
+    loss: Array
+    theta_P: Array
+    objective: float
+    found: float
+    delta: float
+    resampled_SP: Array | None = None
+    level: float = 0.95
+    warnings: tuple[str, ...] = ()
+    verdict: str | None = None
+    parameters: dict[str, float] = field(init=False)
+
+    def __post_init__(self):
+        published = self.form.published(self.theta_P[None])
+        object.__setattr__(self, "parameters", {name: float(value[0]) for name, value in published.items()})
+
+    def __getattr__(self, name: str) -> float:
+        """`fit.alpha` is `fit.parameters["alpha"]`."""
+        if name != "parameters" and name in self.form.parameters:
+            return self.parameters[name]
+        raise AttributeError(name)
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        return len(self.loss) - len(self.theta_P)
+
+    @property
+    def residuals(self) -> Array:
+        """Log of observed over predicted loss, (N,)."""
+        return np.log(self.loss) - self.form.predictor(self.sizes)(self.theta_P[None])[0][0]
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """By parameter, at `level`; raises ValueError where no bootstrap was asked for."""
+        return {
+            name: self.interval_of(values) for name, values in self.form.published(self.resamples()).items()
+        }
+
+    @property
+    def standard_errors(self) -> dict[str, float]:
+        """Standard deviation of the bootstrap's estimates, by parameter."""
+        return {name: float(x.std(ddof=1)) for name, x in self.form.published(self.resamples()).items()}
+
+    def resamples(self) -> Array:
+        if self.resampled_SP is None:
+            raise ValueError("this fit has no intervals: fit with resamples=N, 4000 is usual")
+        return self.resampled_SP
+
+    def interval_of(self, estimates_S: Array) -> Interval:
+        """Of any number computed from each resample's parameters."""
+        low, high = expanded_percentiles(
+            estimates_S, level=self.level, degrees_of_freedom=self.degrees_of_freedom
+        )
+        return float(low), float(high)
+
+    def predict(self, **sizes: ArrayLike) -> Array:
+        """Loss at the sizes that the form takes, (N,)."""
+        return np.exp(self.form.predictor(vectors(sizes))(self.theta_P[None])[0][0])
+
+    def predict_interval(self, *, seed: int = 0, **sizes: ArrayLike) -> tuple[Array, Array]:
+        """Bounds (N,) that a new run's loss should fall between: the law's uncertainty and a run's own noise."""
+        rng = np.random.default_rng(seed)
+        logs_SN = self.form.predictor(vectors(sizes))(self.resamples())[0]
+        spread = np.sqrt(len(self.loss) / max(self.degrees_of_freedom, 1))
+        noise_SN = rng.choice(self.residuals * spread, size=logs_SN.shape)
+        return expanded_percentiles(
+            np.exp(logs_SN + noise_SN), level=self.level, degrees_of_freedom=self.degrees_of_freedom
+        )
+
+    def with_warnings(self, *warnings: str) -> Fit:
+        return replace(self, warnings=(*self.warnings, *warnings))
+
+
+def vectors(sizes: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    return {letter: np.atleast_1d(np.asarray(x, dtype=float)) for letter, x in sizes.items()}
+
+
+def fit(
+    form: Form,
+    sizes: Mapping[str, ArrayLike],
+    loss: ArrayLike,
+    *,
+    delta: float = HUBER_DELTA,
+    starts_SP: Array | None = None,
+    resamples: int = 0,
+    resampling: Literal["runs", "noise"] = "runs",
+    runs: ArrayLike | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Fit:
+    """The form's parameters that minimise Σ huber(log predicted − log observed), over all of the form's starts.
+
+    `starts_SP`: where to begin instead, such as `PowerSum.projected_starts`, a hundred times fewer.
+    `resamples`: bootstrap estimates for intervals. `resampling`: "runs" draws runs, `runs` naming each row's (None: every
+    row is one); "noise" keeps the sizes and draws residuals, for a planned grid whose budgets must all stay.
+
+    Raises ValueError for values that are not positive and finite, and for fewer rows than parameters.
+    """
+    columns, losses = vectors(sizes), np.asarray(loss, dtype=float)
+    check(form, columns, losses)
+    predictor, target = form.predictor(columns), np.log(losses)
+    ends = minimise(predictor, target, form.starts() if starts_SP is None else starts_SP, delta=delta)
+    theta_P, found = best(form, ends.theta_SP, ends.objective_S)
+    objective = float(huber(predictor(theta_P[None])[0][0] - target, delta).sum())
+    fitted = Fit(form, columns, losses, theta_P, objective, found, delta, level=level)
+    fitted = fitted.with_warnings(*doubts(fitted))
+    if not resamples:
+        return fitted
+    rng, starts_SP = np.random.default_rng(seed), np.repeat(theta_P[None], resamples, axis=0)
+    if resampling == "runs":
+        groups = np.arange(len(losses)) if runs is None else runs
+        weights_SN = run_weights(groups, resamples, rng)
+        drawn = minimise(predictor, target, starts_SP, delta=delta, weights_SN=weights_SN)
+    else:
+        noise_SN = drawn_residuals(fitted.residuals, len(theta_P), resamples, rng)
+        drawn = minimise(predictor, target - fitted.residuals + noise_SN, starts_SP, delta=delta)
+    return replace(fitted, resampled_SP=drawn.theta_SP)
+
+
+def fit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:
+    """E, A, B, alpha, beta of L = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3); settings: those of `fit`.
+
+    4500 starts, as Besiroglu et al. 2024 (arXiv:2404.10102) used to find the optimum that Hoffmann et al. missed.
+    """
+    return fit(HOFFMANN, {"N": N, "D": D}, loss, **settings)
+
+
+def check(form: Form, sizes: Sizes, loss: Array) -> None:
+    for letter in form.inputs:
+        if letter not in sizes:
+            raise ValueError(f"{form.formula} needs {letter}")
+    for name, values in {**sizes, "loss": loss}.items():
+        if len(values) != len(loss):
+            raise ValueError(f"{name} has {len(values)} values and loss {len(loss)}")
+        wrong = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        if len(wrong):
+            raise ValueError(f"{name} must be positive and finite: {values[wrong[0]]:g} in {rows(wrong)}")
+    if len(loss) <= len(form.parameters):
+        raise ValueError(
+            f"{len(loss)} runs cannot determine the {len(form.parameters)} parameters of {form.formula}: "
+            f"at least {len(form.parameters) + 1} are needed"
+        )
+
+
+def rows(indices: ArrayLike) -> str:
+    """'row 3', 'rows 3, 7 and 9', from 0; of many the first ten."""
+    listed = [str(i) for i in np.asarray(indices).tolist()]
+    if len(listed) == 1:
+        return f"row {listed[0]}"
+    if len(listed) > 10:
+        return f"rows {', '.join(listed[:10])} and {len(listed) - 10} more"
+    return f"rows {', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def best(form: Form, theta_SP: Array, objective_S: Array) -> tuple[Array, float]:
+    """θ with the lowest objective, and the share of starts that found it; runaway exponents stand aside."""
+    exponents = [i for i, name in enumerate(form.parameters) if name.startswith(("alpha", "beta", "eta"))]
+    tame = (np.abs(theta_SP[:, exponents]) < EXPONENT_BOUND).all(axis=1)
+    objective_S = np.where(tame | ~tame.any(), objective_S, np.inf)
+    lowest = objective_S.min()
+    found = float(np.mean(objective_S <= lowest * (1 + SAME_OPTIMUM) + 1e-15))
+    return theta_SP[objective_S.argmin()], found
+
+
+def doubts(fit: Fit) -> list[str]:
+    """What about a fit's own numbers should make one careful."""
+    found = []
+    for name, value in fit.parameters.items():
+        if name.startswith(("alpha", "beta", "eta")) and value <= 0:
+            found.append(f"{name} = {value:.3g} is not positive: loss does not fall along this axis")
+        if name == "E" and value < 0.05 * fit.loss.min():
+            found.append(f"E = {value:.3g}: these runs do not bend enough to determine the irreducible loss")
+    budgets = distinct_budgets(compute_of(fit.sizes))
+    if budgets is not None and budgets < 4:
+        found.append(f"only {budgets} budgets: exponents of compute rest on {budgets} points")
+    return found
+
+
+def compute_of(sizes: Sizes) -> Array | None:
+    """Training FLOPs, 6ND where only N and D are known."""
+    if "C" in sizes:
+        return sizes["C"]
+    return 6 * sizes["N"] * sizes["D"] if "N" in sizes and "D" in sizes else None
+
+
+def distinct_budgets(compute: Array | None, tolerance: float = 0.05) -> int | None:
+    """Budgets that differ by more than `tolerance`."""
+    if compute is None:
+        return None
+    return 1 + int((np.diff(np.sort(np.log(compute))) > np.log1p(tolerance)).sum())
+
+
+def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
+    """The values of a parameter whose best fit is not significantly worse than the best of all, at `fit.level`.
+
+    Robust likelihood ratio: the rise of the objective times 2·E[ψ']/E[ψ²] is χ² of one degree of freedom (Heritier &
+    Ronchetti 1994, doi:10.1080/01621459.1994.10476822). Follows the ridge along which A and alpha trade off, which a
+    normal interval of A leaves. An end not reached within a factor e^±64 comes back as infinite, or as 0.
+    """
+    at = fit.form.parameters.index(parameter)
+    free = fit.form.predictor(fit.sizes)
+
+    def held(theta_SP: Array) -> tuple[Array, Array]:
+        prediction, jacobian = free(theta_SP)
+        jacobian[:, at] = 0
+        return prediction, jacobian
+
+    allowed = fit.objective + 0.5 * float(chi2.ppf(fit.level, 1)) * objective_scale(fit)
+
+    def bound(sign: int) -> float:
+        reach, theta = 0.01, fit.theta_P
+        while True:
+            offsets = np.linspace(0, sign * reach, points)
+            starts_SP = np.repeat(theta[None], points, axis=0)
+            starts_SP[:, at] += offsets
+            ends = minimise(held, np.log(fit.loss), starts_SP, delta=fit.delta)
+            above = np.flatnonzero(ends.objective_S > allowed)
+            if len(above):
+                j = max(int(above[0]), 1)
+                low, high = ends.objective_S[j - 1], ends.objective_S[j]
+                offset = offsets[j - 1] + (offsets[j] - offsets[j - 1]) * (allowed - low) / (high - low)
+                crossing = theta.copy()
+                crossing[at] += offset
+                return float(fit.form.published(crossing[None])[parameter][0])
+            if reach > 64:
+                return float("inf") if sign > 0 else 0.0
+            reach *= 4
+
+    return bound(-1), bound(1)
+
+
+def objective_scale(fit: Fit) -> float:
+    """E[ψ²]/E[ψ'] with a correction for the parameters fitted; ψ' by a window wide enough to hold residuals."""
+    residual, n = fit.residuals, len(fit.loss)
+    spread = 1.4826 * np.median(np.abs(residual))
+    window = max(fit.delta, 1.06 * spread * n**-0.2)
+    inside = max(np.mean(np.abs(residual) < window), 1 / n) * fit.delta / window
+    return float(np.mean(np.clip(residual, -fit.delta, fit.delta) ** 2) / inside * n / fit.degrees_of_freedom)
+
+
+Statistic = Callable[[dict[str, Array]], Array]
+
+
+def estimate(fit: Fit, statistic: Statistic) -> tuple[float, Interval | None]:
+    """A number computed from the parameters, with its interval where the fit has resamples."""
+    value = float(statistic({name: np.array([x]) for name, x in fit.parameters.items()})[0])
+    if fit.resampled_SP is None:
+        return value, None
+    return value, fit.interval_of(statistic(fit.form.published(fit.resampled_SP)))
