@@ -19,7 +19,7 @@ from scantling.study.forms import (
     saturating,
 )
 from scantling.study.huber import huber, minimise
-from scantling.study.scaling import fit, fit_hoffmann, profile_interval
+from scantling.study.scaling import fit, fit_hoffmann, objective_scale, profile_interval, refit_hoffmann
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
@@ -85,7 +85,7 @@ def test_the_objective_at_besiroglus_published_point(chinchilla):
 
 
 def test_all_245_rows_give_another_beta(chinchilla):
-    assert fit_hoffmann(*chinchilla).beta == pytest.approx(0.453, abs=2e-3)
+    assert refit_hoffmann(*chinchilla).beta == pytest.approx(0.453, abs=2e-3)
 
 
 def test_gemstones():
@@ -98,8 +98,7 @@ def test_gemstones():
 
 def test_few_projected_starts_find_the_optimum_of_many(chinchilla, besiroglu):
     n, d, loss = (column[:240] for column in chinchilla)
-    sizes = {"N": n, "D": d}
-    few = fit(HOFFMANN, sizes, loss, starts_SP=HOFFMANN.projected_starts(sizes, loss))
+    few = refit_hoffmann(n, d, loss)
     np.testing.assert_allclose(few.theta_P, besiroglu.theta_P, rtol=1e-5)
 
 
@@ -160,7 +159,10 @@ def test_formulas_of_papers():
 
 
 def test_data_that_are_never_repeated_are_not_discounted():
-    n, d = np.array([1e6]), np.array([2e9])  # fewer parameters than are optimal for these tokens: none in excess
+    n, d = (
+        np.array([1e6]),
+        np.array([2e9]),
+    )  # fewer parameters than are optimal for these tokens: none in excess
     repeated, fresh = Repeated(LAW), HOFFMANN.predictor({"N": n, "D": d})(HOFFMANN.theta(LAW)[None])[0]
     theta = repeated.theta({"R_D": 15.4, "R_N": 5.3})[None]
     once = repeated.predictor({"N": n, "D": d, "U": d})(theta)[0]
@@ -204,17 +206,15 @@ def test_weighted_minima_are_scipys():
 def test_outliers_hardly_move_it():
     sizes, loss = planted(HOFFMANN, LAW, noise=0.001, n=100)
     loss[:8] *= 1.3
-    fitted = fit(HOFFMANN, sizes, loss)
+    fitted = refit_hoffmann(sizes["N"], sizes["D"], loss)
     assert fitted.alpha == pytest.approx(LAW["alpha"], abs=0.02)
     assert fitted.beta == pytest.approx(LAW["beta"], abs=0.02)
 
 
 def test_profile_interval_ends_where_the_objective_has_risen_by_the_threshold():
     """Found by another optimiser: the constrained minimum at the end equals the allowed objective."""
-    from scantling.study.scaling import objective_scale
-
     sizes, loss = planted(HOFFMANN, LAW, noise=0.004)
-    fitted = fit(HOFFMANN, sizes, loss)
+    fitted = refit_hoffmann(sizes["N"], sizes["D"], loss)
     low, high = profile_interval(fitted, "A")
     assert low < fitted.A < high
     allowed = fitted.objective + 0.5 * 3.841459 * objective_scale(fitted)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from scantling.study.forms import HOFFMANN, saturating
 from scantling.study.huber import Array
-from scantling.study.scaling import Fit, Interval, estimate, fit_hoffmann
+from scantling.study.scaling import Fit, Interval, estimate, refit_hoffmann
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
 """C = 6ND, forward and backward (Kaplan et al. 2020, section 2.1)."""
@@ -105,7 +105,7 @@ def convention_table(
     """
     table = []
     for convention, n in counts.items():
-        fit = fit_hoffmann(n, tokens, loss, **settings)
+        fit = refit_hoffmann(n, tokens, loss, **settings)
         a, interval = allocation_exponent(fit)
         row = {"convention": convention, "alpha": fit.alpha, "beta": fit.beta, "a": a}
         table.append(row | ({} if interval is None else {"a_low": interval[0], "a_high": interval[1]}))
@@ -164,7 +164,7 @@ def held_out_gate(
     below = flops <= cutoff * 1.05
     if below.all():
         raise ValueError(f"no run has more than {cutoff:.3g} FLOPs: nothing larger is left to predict")
-    inner = fit_hoffmann(
+    inner = refit_hoffmann(
         n[below],
         d[below],
         losses[below],

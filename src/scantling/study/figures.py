@@ -9,6 +9,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import ScalarFormatter
+
+from scantling.study.allocation import optimum_table
+from scantling.study.huber import Array
+from scantling.study.scaling import Fit
 
 TRAIN, VALIDATION = "#9aa5b1", "#c2410c"
 
@@ -50,4 +57,59 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_law(
+    fit: Fit, compute: Array, path: Path, *, title: str, cutoff: float | None, caution: str | None
+) -> None:
+    """Left: loss against compute, the runs and the compute-optimal law with its band, a hundred times beyond the largest.
+    Right: observed over predicted loss. Runs above `cutoff`, which the held-out gate predicted, are ringed."""
+    figure, (law, left) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
+    if fit.alpha > 0 and fit.beta > 0:
+        budgets = np.geomspace(compute.min(), 100 * compute.max(), 60)
+        optimum = optimum_table(fit, budgets.tolist())
+        law.plot(budgets, optimum["loss"], color=VALIDATION, lw=1.5, label="compute-optimal by the fit")
+        law.fill_between(
+            budgets,
+            optimum["loss_low"],
+            optimum["loss_high"],
+            color=VALIDATION,
+            alpha=0.2,
+            lw=0,
+            label=f"{fit.level:.0%} of its bootstrap",
+        )
+        law.axhline(fit.E, color=TRAIN, ls=":", lw=1)
+        law.annotate(f"E = {fit.E:.4g}", (budgets[-1], fit.E), ha="right", va="bottom", color="0.4")
+    norm = LogNorm(fit.sizes["N"].min(), fit.sizes["N"].max())
+    points = law.scatter(compute, fit.loss, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
+    figure.colorbar(points, ax=law, label="parameters", pad=0.01)
+    residual = 100 * (np.exp(fit.residuals) - 1)
+    left.axhline(0, color="0.6", lw=1)
+    left.scatter(compute, residual, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
+    if cutoff is not None:
+        beyond = compute > cutoff * 1.05
+        for axes, y in ((law, fit.loss), (left, residual)):
+            axes.scatter(
+                compute[beyond],
+                y[beyond],
+                s=44,
+                facecolors="none",
+                edgecolors="0.3",
+                lw=0.8,
+                label="held out by the gate",
+            )
+    law.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="loss, nats per token")
+    law.set_title(title, fontsize=9)
+    left.set(xscale="log", xlabel="training FLOPs", ylabel="observed over predicted loss, %")
+    left.set_title(f"residuals of the fit to all {len(fit.loss)} rows", fontsize=9)
+    law.yaxis.set_major_formatter(ScalarFormatter())
+    law.yaxis.set_minor_formatter(ScalarFormatter())
+    for axes in (law, left):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    law.legend(frameon=False, fontsize=8)
+    if caution is not None:
+        figure.suptitle(caution, color="#b91c1c", fontsize=8)
+    figure.savefig(path, dpi=130)
     plt.close(figure)

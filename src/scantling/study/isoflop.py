@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.interpolate import Akima1DInterpolator
 
-from scantling.study.forms import HOFFMANN
 from scantling.study.huber import Array
 from scantling.study.resampling import expanded_percentiles
-from scantling.study.scaling import Interval, fit
+from scantling.study.scaling import Interval, refit_hoffmann
 
 Minimum = Literal["parabola", "akima"]
 
@@ -135,8 +134,7 @@ def slopes(x: Array, y_SN: Array) -> Array:
 def parabola_bias(log_n: Array, log_c: Array, log_loss: Array, groups: Sequence[np.ndarray]) -> float:
     """What the parabolas' exponent would be off by on this grid without noise, were Hoffmann's form fitted here the truth."""
     n, d = np.exp(log_n), np.exp(log_c - log_n) / 6
-    sizes, loss = {"N": n, "D": d}, np.exp(log_loss)
-    law = fit(HOFFMANN, sizes, loss, starts_SP=HOFFMANN.projected_starts(sizes, loss))
+    law = refit_hoffmann(n, d, np.exp(log_loss))
     clean = np.log(law.predict(N=n, D=d))
     budgets = np.array([log_c[g].mean() for g in groups])
     optima = np.array([parabola_minimum(log_n[g], clean[g][None])[0] for g in groups])

@@ -108,6 +108,9 @@ class Fit:
     def with_warnings(self, *warnings: str) -> Fit:
         return replace(self, warnings=(*self.warnings, *warnings))
 
+    def with_verdict(self, verdict: str) -> Fit:
+        return replace(self, verdict=verdict)
+
 
 def vectors(sizes: Mapping[str, ArrayLike]) -> dict[str, Array]:
     return {letter: np.atleast_1d(np.asarray(x, dtype=float)) for letter, x in sizes.items()}
@@ -161,6 +164,13 @@ def fit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit
     4500 starts, as Besiroglu et al. 2024 (arXiv:2404.10102) used to find the optimum that Hoffmann et al. missed.
     """
     return fit(HOFFMANN, {"N": N, "D": D}, loss, **settings)
+
+
+def refit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:
+    """As `fit_hoffmann`, from 25 projected starts: for a gate, a table of conventions, a simulation, which fit often."""
+    sizes, losses = vectors({"N": N, "D": D}), np.asarray(loss, dtype=float)
+    check(HOFFMANN, sizes, losses)
+    return fit(HOFFMANN, sizes, losses, starts_SP=HOFFMANN.projected_starts(sizes, losses), **settings)
 
 
 def check(form: Form, sizes: Sizes, loss: Array) -> None:

@@ -1,0 +1,15 @@
+"""Answers from runs: `python src/report.py fit=runs.csv n=params d=tokens loss=loss`. Options: conf/report.yaml."""
+
+from omegaconf import DictConfig
+
+from scantling.command_line import run_entry
+
+
+def main(config: DictConfig) -> None:
+    from scantling.reported import report  # here, so that a mistyped option need not wait for SciPy
+
+    report(config)
+
+
+if __name__ == "__main__":
+    run_entry(main, config_name="report")

@@ -1,0 +1,192 @@
+"""Everything that a table of runs says by a fitted law: parameters, what to distrust, the optimum, as Markdown, CSV, PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from scantling.study.allocation import (
+    Gate,
+    allocation_exponent,
+    convention_table,
+    held_out_gate,
+    optimum_table,
+)
+from scantling.study.figures import draw_law
+from scantling.study.isoflop import PowerLaw, fit_envelope, fit_isoflop
+from scantling.study.observations import Observations, isoflop_budgets
+from scantling.study.scaling import Fit, fit_hoffmann, profile_interval
+
+FILES = ("report.md", "parameters.csv", "optimum.csv", "fit.png")
+
+
+@dataclass(frozen=True)
+class LawReport:
+    """A fit of Hoffmann's form to `observations`, and its tables, for whichever page shows them.
+
+    `exponents`: a of N_opt ∝ C^a by each approach that the runs allow; `conventions`: the same under each count of N.
+    """
+
+    source: str
+    observations: Observations
+    fit: Fit
+    gate: Gate | None
+    parameters: pd.DataFrame
+    optimum: pd.DataFrame | None
+    exponents: pd.DataFrame
+    conventions: pd.DataFrame | None
+
+
+def report_law(
+    observations: Observations,
+    *,
+    source: str,
+    resamples: int,
+    level: float,
+    seed: int,
+    held_out: float,
+    tolerance: float,
+    budgets: Sequence[float] | None,
+) -> LawReport:
+    """`held_out`: the share of runs, of the largest budgets, that the gate predicts; 0: no gate. `budgets`: FLOPs to give
+    the optimum of; None: the largest of the runs, 10 and 100 times as much. Raises ValueError for what cannot be fitted."""
+    runs = observations.runs
+    n, d, c, loss = (runs[name].to_numpy() for name in ("N", "D", "C", "loss"))
+    names = runs["run"].to_numpy()
+    settings = {"resamples": resamples, "level": level, "seed": seed, "runs": names}
+    fit = fit_hoffmann(n, d, loss, **settings).with_warnings(*observations.warnings)
+    gate = None
+    if held_out:
+        gate = held_out_gate(
+            n,
+            d,
+            loss,
+            compute=c,
+            share=held_out,
+            tolerance=tolerance,
+            runs=names,
+            resamples=resamples,
+            seed=seed,
+        )
+        fit = fit.with_verdict(gate.verdict)
+    largest = float(c.max())
+    has_optimum = fit.alpha > 0 and fit.beta > 0
+    optimum = optimum_table(fit, budgets or [largest, 10 * largest, 100 * largest]) if has_optimum else None
+    conventions = None
+    if len(observations.counts) > 1:
+        conventions = convention_table(observations.counts, d, loss, **settings)
+    rows = [approach_3(fit)] if has_optimum else []
+    if isoflop_budgets(runs):
+        for minimum in ("parabola", "akima"):
+            law = fit_isoflop(n, c, loss, minimum=minimum, resamples=resamples, level=level, seed=seed)
+            rows.append(approach(f"2, {minimum} of each budget", law))
+    if len(np.unique(names)) < len(names):
+        law = fit_envelope(names, n, d, loss, resamples=min(resamples, 1000), level=level, seed=seed)
+        rows.append(approach("1, envelope of training curves", law))
+    return LawReport(
+        source=source,
+        observations=observations,
+        fit=fit,
+        gate=gate,
+        parameters=parameter_table(fit),
+        optimum=optimum,
+        exponents=pd.DataFrame(rows),
+        conventions=conventions,
+    )
+
+
+def approach_3(fit: Fit) -> dict[str, object]:
+    a, interval = allocation_exponent(fit)
+    low, high = interval or (np.nan, np.nan)
+    return {"approach": "3, parametric", "a": a, "low": low, "high": high, "warning": ""}
+
+
+def approach(name: str, law: PowerLaw) -> dict[str, object]:
+    low, high = law.exponent_interval
+    return {"approach": name, "a": law.exponent, "low": low, "high": high, "warning": "; ".join(law.warnings)}
+
+
+def parameter_table(fit: Fit) -> pd.DataFrame:
+    """Each parameter with its bootstrap interval and standard error, and for A and B the profile likelihood's interval."""
+    table = []
+    for name, (low, high) in fit.intervals.items():
+        row = {"parameter": name, "value": fit.parameters[name], "low": low, "high": high}
+        row["standard_error"] = fit.standard_errors[name]
+        row["profile_low"], row["profile_high"] = (
+            profile_interval(fit, name) if name in "AB" else (np.nan, np.nan)
+        )
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def cautions(report: LawReport) -> list[str]:
+    """Verdict, warnings and rows left out: what stands on every page beside the numbers."""
+    verdict = [] if report.fit.verdict is None else [report.fit.verdict]
+    left_out = [] if report.observations.left_out is None else [report.observations.left_out]
+    return [*verdict, *(f"warning: {text}" for text in report.fit.warnings), *left_out]
+
+
+def headline(report: LawReport) -> str:
+    fit = report.fit
+    return (
+        f"{fit.form.formula}, {len(fit.loss)} rows of {report.source}: Huber of log loss at {fit.delta:g}, objective "
+        f"{fit.objective:.6g}, found from {fit.found:.0%} of the starts"
+    )
+
+
+def figures_of(value: object) -> str:
+    """A cell: numbers with five digits, large ones in powers of ten."""
+    if not isinstance(value, float):
+        return str(value)
+    if np.isnan(value):
+        return ""
+    return f"{value:.3e}" if abs(value) >= 1e5 else f"{value:.5g}"
+
+
+def tables(report: LawReport) -> dict[str, pd.DataFrame]:
+    """By title, those that there are."""
+    level = f"{report.fit.level:.0%}"
+    found = {
+        f"Parameters, {level} intervals": report.parameters,
+        f"Compute-optimal training, C = 6ND, {level} intervals": report.optimum,
+        "Exponent a of N_opt ∝ C^a by approach": report.exponents,
+        "The same by counting convention": report.conventions,
+    }
+    return {title: table for title, table in found.items() if table is not None and len(table)}
+
+
+def markdown(report: LawReport) -> str:
+    lines = [f"# Scaling law of {report.source}", "", headline(report), ""]
+    lines += [f"- {caution}" for caution in cautions(report)]
+    lines += ["", "![Loss against compute, and what the fit leaves](fit.png)", ""]
+    for title, table in tables(report).items():
+        lines += [f"## {title}", ""]
+        lines += ["| " + " | ".join(table) + " |", "|" + "---|" * len(table.columns)]
+        lines += ["| " + " | ".join(map(figures_of, row)) + " |" for row in table.itertuples(index=False)]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def write(report: LawReport, directory: Path) -> list[Path]:
+    """The files of the report in `directory`; they replace those of an earlier report."""
+    directory.mkdir(parents=True, exist_ok=True)
+    page, parameters, optimum, figure = (directory / name for name in FILES)
+    page.write_text(markdown(report))
+    report.parameters.to_csv(parameters, index=False)
+    written = [page, parameters, figure]
+    if report.optimum is not None:
+        report.optimum.to_csv(optimum, index=False)
+        written.append(optimum)
+    draw_law(
+        report.fit,
+        report.observations.runs["C"].to_numpy(),
+        figure,
+        title=headline(report).partition(":")[0],
+        cutoff=None if report.gate is None else report.gate.cutoff,
+        caution=report.fit.verdict if report.gate is not None and not report.gate.passed else None,
+    )
+    return written

@@ -1,0 +1,142 @@
+"""report.py fit=…: what it prints and writes against the fit itself, and one line for each mistake."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scantling import reported
+from scantling.command_line import run_entry
+from scantling.study.scaling import fit_hoffmann
+
+LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
+
+
+def runs(noise=0.002, n=40, seed=0):
+    rng = np.random.default_rng(seed)
+    params, tokens = 10 ** rng.uniform(7, 9, n), 10 ** rng.uniform(8.5, 10.5, n)
+    loss = LAW["E"] + LAW["A"] / params ** LAW["alpha"] + LAW["B"] / tokens ** LAW["beta"]
+    loss *= np.exp(noise * rng.standard_normal(n))
+    return pd.DataFrame({"model size": params, "tokens": tokens, "flops": 6 * params * tokens, "loss": loss})
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs report.py on a table in this process -> (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(table, *overrides, columns=("n=model size", "d=tokens", "loss=loss")):
+        table.to_csv("runs.csv", index=False)
+        usual = ["fit=runs.csv", "resamples=200", *columns]
+        given = {override.partition("=")[0] for override in overrides}
+        kept = [o for o in usual if o.partition("=")[0] not in given]
+        monkeypatch.setattr(sys, "argv", ["report", *kept, *overrides])
+        code = 0
+        try:
+            run_entry(reported.report, config_name="report")
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_it_prints_and_writes_the_fit(command, tmp_path):
+    table = runs()
+    code, out, err = command(table, "gate.tolerance=0.05", "budgets=[1e22]")
+    assert (code, err) == (0, "")
+    expected = fit_hoffmann(table["model size"], table["tokens"], table["loss"], resamples=200)
+    directory = tmp_path / "runs" / "reports" / "runs"
+    parameters = pd.read_csv(directory / "parameters.csv", index_col="parameter")
+    for name, value in expected.parameters.items():
+        assert parameters.value[name] == pytest.approx(value)
+        assert (parameters.low[name], parameters.high[name]) == pytest.approx(expected.intervals[name])
+        assert re.search(rf"^\s*{name}\s+{re.escape(f'{value:.5g}')}\s", out, re.MULTILINE), name
+    assert parameters.profile_low["A"] < expected.A < parameters.profile_high["A"]
+    optimum = pd.read_csv(directory / "optimum.csv")
+    assert optimum["C"].tolist() == [1e22]
+    page = (directory / "report.md").read_text()
+    assert "held-out gate passed" in page
+    assert "held-out gate passed" in " ".join(out.split())
+    assert f"{expected.alpha:.5g}" in page
+    assert (directory / "fit.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_flops_stand_in_for_tokens_and_a_failed_gate_is_on_every_page(command, tmp_path):
+    table = runs()
+    table.loc[table.flops > np.quantile(table.flops, 0.8) * 1.06, "loss"] *= 1.2
+    code, out, _ = command(table, columns=("n=model size", "c=flops", "loss=loss"))
+    assert code == 0
+    assert "held-out gate FAILED" in " ".join(out.split())
+    assert "held-out gate FAILED" in (tmp_path / "runs/reports/runs/report.md").read_text()
+
+
+def test_conventions_are_compared_and_mixed_ones_warned_of(command):
+    table = runs()
+    table["without embeddings"] = table["model size"] ** 0.9
+    table.loc[:9, "flops"] *= 2
+    _, out, _ = command(table, "n=[model size,without embeddings]", "c=flops", "gate.held_out=0")
+    assert "The same by counting convention" in out
+    assert re.search(r"without embeddings\s+0\.3", out)
+    assert "warning: mixed conventions: C/(6ND) runs from 1.00 to 2.00" in " ".join(out.split())
+    assert "held-out gate" not in out
+
+
+def test_json_lines_are_read(command, tmp_path):
+    table = runs()
+    rows = [json.dumps(row) for row in table.to_dict("records")]
+    (tmp_path / "runs.jsonl").write_text("\n".join(rows))
+    code, out, _ = command(table, "fit=runs.jsonl", "gate.held_out=0", "to=there")
+    assert code == 0
+    assert "40 rows of runs.jsonl" in out
+    assert (tmp_path / "there" / "report.md").exists()
+
+
+def changed(column, row, value):
+    table = runs().astype({column: object}) if isinstance(value, str) else runs()
+    table.loc[row, column] = value
+    return table
+
+
+def mixed(name):
+    return runs().assign(**{name: ["books"] * 37 + ["code"] * 3})
+
+
+@pytest.mark.parametrize(
+    ("table", "overrides", "message"),
+    [
+        (runs(n=5), (), "5 runs cannot determine the 5 parameters of .*: at least 6 are needed"),
+        (runs().assign(flops=1e19), ("c=flops",), r"one budget only: all 40 rows have about 1e\+19 FLOPs"),
+        (changed("loss", 3, np.nan), (), "column loss must be positive and finite: nan in row 4"),
+        (changed("loss", 3, np.inf), (), "column loss must be positive and finite: inf in row 4"),
+        (changed("loss", 3, "diverged"), (), "column loss must be positive and finite: diverged in row 4"),
+        (changed("tokens", 0, -5), (), "column tokens must be positive and finite: -5.0 in row 1"),
+        (runs(), ("irreducible=2.6",), r"loss is at or below the irreducible 2\.6 in rows? \d"),
+        (pd.concat([runs(), runs().iloc[[6]]]), (), "the same N, D and loss stand in rows 7, 41"),
+        (mixed("corpus"), (), "column corpus mixes books, code: .* others in rows 38, 39, 40"),
+        (mixed("tokenizer"), (), "column tokenizer mixes books, code: .* others in rows 38, 39, 40"),
+        (runs(), ("n=params",), "there is no column 'params': columns are model size, tokens, flops, loss"),
+        (runs(), ("d=null",), r"tokens are not known: name their column with d=…"),
+        (runs(), ("fit=none.csv",), r"no file none\.csv"),
+        (runs(), ("fit=runs.xlsx",), r"runs\.xlsx is none of \.csv, \.tsv, \.jsonl"),
+        (runs(), ("resamples=10",), "resamples=10 gives no interval"),
+        (runs(), ("gate.held_out=1",), r"gate\.held_out=1 must be at least 0 and below 1"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(command, table, overrides, message):
+    code, out, err = command(table, *overrides)
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert re.search(message, err), err
+
+
+def test_what_is_left_out_is_named(command):
+    table = runs()
+    table.loc[[4, 30], "loss"] = [9.0, 8.0]
+    _, out, _ = command(table, "drop_highest=2", "gate.held_out=0")
+    assert "left out as asked, the 2 highest losses: rows 5, 31" in " ".join(out.split())
+    assert "38 rows of runs.csv" in out
