@@ -7,11 +7,14 @@ new sizes; the truth is known, so the share of intervals that hold it should be 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from scantling.study.allocation import (
     allocation_exponent,

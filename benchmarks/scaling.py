@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import scipy
 from scipy.optimize import minimize
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from scantling.study.forms import HOFFMANN
 from scantling.study.huber import huber, minimise
