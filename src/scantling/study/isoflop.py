@@ -15,6 +15,9 @@ from scantling.study.huber import Array
 from scantling.study.resampling import expanded_percentiles
 from scantling.study.scaling import Interval, refit_hoffmann
 
+KNOWN = 10**6
+"""Degrees of freedom of a noise that was not estimated from these runs."""
+
 Minimum = Literal["parabola", "akima"]
 
 
@@ -47,8 +50,8 @@ def fit_isoflop(
 
     `minimum`: of a parabola in log N (Hoffmann et al. 2022), or of Akima's spline (Porian et al. 2024, section 3.1), which
     forces no shape. Runs belong to one budget when their FLOPs differ by at most `tolerance`. The bootstrap keeps the
-    grid and draws noise of log loss: `noise` if its standard deviation is known (from seeds), else that of the residuals
-    of parabolas in all budgets.
+    grid and draws noise of log loss around each budget's parabola: of standard deviation `noise` if that is known (from
+    seeds), else that of what the parabolas leave in all budgets.
 
     Raises ValueError for fewer than two budgets, and for a budget of fewer than four sizes.
     """
@@ -64,9 +67,14 @@ def fit_isoflop(
                 f"the budget of {np.exp(c[group[0]]):.3g} FLOPs has {len(np.unique(n[group]))} sizes: four are the least"
             )
     budgets = np.array([c[group].mean() for group in groups])
-    residual = np.concatenate([y[g] - np.polyval(np.polyfit(n[g], y[g], 2), n[g]) for g in groups])
+    smooth = np.empty_like(y)
+    for g in groups:
+        smooth[g] = np.polyval(np.polyfit(n[g] - n[g].mean(), y[g], 2), n[g] - n[g].mean())
+    degrees_of_freedom = max(len(y) - 3 * len(groups), 1)
     if noise is None:
-        noise = float(np.sqrt((residual**2).sum() / max(len(residual) - 3 * len(groups), 1)))
+        noise = float(np.sqrt(((y - smooth) ** 2).sum() / degrees_of_freedom))
+    else:
+        degrees_of_freedom = KNOWN
     optimum = parabola_minimum if minimum == "parabola" else akima_minimum
     warnings = []
     if len(groups) < 4:
@@ -79,10 +87,13 @@ def fit_isoflop(
         warnings.append(f"the minimum lies at the edge of the grid of sizes at {named} FLOPs")
     optima = np.array([optimum(n[g], y[g][None])[0] for g in groups])
     exponent, intercept = np.polyfit(budgets, optima, 1)
-    draws = y + np.random.default_rng(seed).normal(0, noise, (resamples, len(y)))
-    drawn_optima = np.stack([optimum(n[g], draws[:, g]) for g in groups], axis=1)
-    exponents_S = slopes(budgets, drawn_optima)
-    low, high = expanded_percentiles(exponents_S, level=level, degrees_of_freedom=len(groups) - 2 or 1)
+    draws = smooth + np.random.default_rng(seed).normal(0, noise, (resamples, len(y)))
+    drawn_optima, clean_optima = (
+        np.stack([optimum(n[g], losses[:, g]) for g in groups], axis=1) for losses in (draws, smooth[None])
+    )
+    # What noise adds to the estimator on smooth losses: on these losses, noisy already, it would count twice.
+    exponents_S = exponent + slopes(budgets, drawn_optima) - slopes(budgets, clean_optima)
+    low, high = expanded_percentiles(exponents_S, level=level, degrees_of_freedom=degrees_of_freedom)
     if minimum == "parabola" and len(y) > 6:
         bias, spread = parabola_bias(n, c, y, groups), float(exponents_S.std())
         if abs(bias) > 0.25 * spread:
