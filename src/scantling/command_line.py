@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -34,11 +34,17 @@ class Mistake(Exception):
     """Something the user can put right. The message says what is wrong, where, and what would be right."""
 
 
+class Failed(Exception):
+    """What was computed did not all succeed. The message says which and why; exit code 1."""
+
+
 @contextlib.contextmanager
 def mistakes() -> Iterator[None]:
     """While nothing has been computed yet, a ValueError or OSError is the user's to put right."""
     try:
         yield
+    except MissingConfigException:  # an OSError to Python; `one_line` says more of it
+        raise
     except (ValueError, OSError, InstantiationException) as error:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
@@ -64,6 +70,9 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
                 raise
             print(f"error: {one_line(error, config_name)}", file=sys.stderr)
             sys.exit(2)
+        except Failed as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
 
     @functools.wraps(task)
     def job(config: DictConfig) -> None:
@@ -111,6 +120,8 @@ def one_line(error: Exception, config_name: str) -> str:
             group = match[1].rpartition("/")[0]
             return f"{match[1]} is a choice inside other options of {group}= than the chosen one"
         return f"{match[1]} is not a setting{nearest(match[1], settings(config_name))}"
+    if isinstance(error.__cause__, ValidationError):
+        text += ": " + str(error.__cause__).splitlines()[0]
     return " ".join(text.split())
 
 
@@ -150,7 +161,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_numbers(config: DictConfig, config_name: str) -> None:
     """Raise Mistake where a word was typed for a setting whose default is a number."""
     typed = [o.partition("=") for o in HydraConfig.get().overrides.task if not o.startswith(("+", "~"))]
-    groups = [f"{key}={value}" for key, _, value in typed if (CONF / key).is_dir()]
+    groups = [f"{key}={value}" for key, _, value in typed if (CONF / key).is_dir() or key == "sweeps"]
     words = {key: value for key, _, value in typed if isinstance(OmegaConf.select(config, key), str)}
     if not words:
         return

@@ -22,7 +22,6 @@ import lightning.pytorch as L
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import Strategy
@@ -53,6 +52,9 @@ from scantling.training.task import LanguageModelTask
 
 NOT_IDENTITY = (
     "study",
+    "arm",
+    "match",
+    "matched",
     "resume",
     "dry_run",
     "log_every",
@@ -193,7 +195,11 @@ def already_finished(directory: RunDirectory) -> str:
 # --- building ---
 
 
-def assemble(config: DictConfig, directory: RunDirectory) -> Run:
+def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
+    """The device, the precision and, without memory, the model: what can be known before the text is read.
+
+    Raises ValueError for what cannot be built.
+    """
     device = hardware.device_of(config.trainer.accelerator)
     precision = hardware.resolved_precision(config.trainer.precision, device)
     for key in ("batch_size", "log_every", "val_every", "checkpoint.keep"):
@@ -203,9 +209,11 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
         raise ValueError(
             f"checkpoint.every_minutes={config.checkpoint.every_minutes} must be positive, or null"
         )
-    build_decoder(
-        config, config.model.vocab_size, "meta"
-    )  # shapes that do not fit show before the text is read
+    return device, precision, build_decoder(config, config.model.vocab_size, "meta")
+
+
+def assemble(config: DictConfig, directory: RunDirectory) -> Run:
+    device, precision, _ = checked(config)
     corpus = prepare(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
     decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
     validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
@@ -249,10 +257,6 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
     devices = devices_per_node(config.trainer.devices, device)
     check_launch(devices, nodes)
     world_size = devices * nodes
-    if world_size > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError(
-            f"trainer.devices={devices}: the runs of a sweep (-m) take one process each; start such runs one by one"
-        )
     micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
     check_batch_size(config.batch_size, micro_batch_size, world_size)
     return Plan.of(
@@ -327,6 +331,7 @@ def environment(run: Run) -> dict[str, Any]:
         "device": hardware.describe(run.device),
         "precision": run.precision,
         "world_size": run.plan.world_size,
+        "steps": run.plan.steps,
         "corpus": {"fingerprint": run.corpus.fingerprint, "description": run.corpus.description},
         "tokenizer": run.corpus.tokenizer.fingerprint,
     }

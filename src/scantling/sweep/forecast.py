@@ -1,0 +1,53 @@
+"""`dry_run=true` under `-m`: every job with what it takes, and the whole."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from scantling.sweep.devices import Devices
+from scantling.sweep.screen import clock_of
+
+
+def forecast(labels: Sequence[str], looks: Sequence[dict[str, Any]], devices: Devices) -> RenderableType:
+    """FLOPs by the `exact` convention; what is finished takes no more time."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("job", overflow="fold")
+    for column in ("parameters", "steps", "tokens", "FLOPs", "time"):
+        table.add_column(column, justify="right")
+    for label, look in zip(labels, looks, strict=True):
+        table.add_row(
+            escape(label),
+            f"{look['parameters']:,}",
+            f"{look['steps']:,}",
+            f"{look['tokens']:,}",
+            f"{look['flops']:.3g}",
+            "finished" if look["finished"] else clock_of(look["seconds"]),
+        )
+    left = [look for look in looks if not look["finished"]]
+    table.add_section()
+    table.add_row(
+        f"{len(looks)} jobs, {len(left)} to run",
+        "",
+        f"{sum(look['steps'] for look in looks):,}",
+        f"{sum(look['tokens'] for look in looks):,}",
+        f"{sum(look['flops'] for look in looks):.3g}",
+        clock_of(time_of(left, devices)),
+        style="bold",
+    )
+    return Group(table, "[dim]time: at the share of peak that finished runs of this study reached, else a tenth[/dim]")
+
+
+def time_of(looks: Sequence[dict[str, Any]], devices: Devices) -> float:
+    """Seconds until the last job ends, each begun in its turn as soon as another has ended."""
+    if not looks:
+        return 0.0
+    ends = [0.0] * min(devices.at_once(look["devices"], look["on_gpu"]) for look in looks)
+    for look in looks:
+        heapq.heapreplace(ends, ends[0] + look["seconds"])
+    return max(ends)

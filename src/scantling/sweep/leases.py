@@ -1,0 +1,118 @@
+"""Leases: of several launchers over one folder, which one runs a job.
+
+A lease is `lease-N.json` in the run's directory, made with O_EXCL; its age is its last heartbeat. A stale one is not
+removed but outnumbered: of those who take a job over only one can make `lease-N+1.json`, and a holder who was only
+asleep sees it at its next heartbeat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import tempfile
+from pathlib import Path
+
+
+class Lease:
+    """The right to run one job, held until `release`. `beat` renews it."""
+
+    def __init__(self, path: Path, token: str):
+        self.path, self.token = path, token
+
+    @classmethod
+    def take(cls, folder: Path, seconds: float) -> Lease | None:
+        """None where another holds it, that is, has renewed it within so many `seconds` and is not known to be dead."""
+        folder.mkdir(parents=True, exist_ok=True)
+        before = leases(folder)
+        if any(is_held(path, seconds) for path in before):
+            return None
+        path = folder / f"lease-{max(map(number_of, before), default=0) + 1}.json"
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return None
+        os.close(descriptor)
+        lease = cls(path, secrets.token_hex(8))
+        lease.write([os.getpid()])
+        # Since the look at the folder another lease may have come and gone, and a third have come.
+        if any(is_held(other, seconds) for other in leases(folder) if other != path):
+            lease.release()
+            return None
+        for stale in before:
+            stale.unlink(missing_ok=True)
+        return lease
+
+    def write(self, pids: list[int]) -> None:
+        """Note the processes whose death ends the lease."""
+        holder = {"token": self.token, "host": host(), "processes": {str(pid): start_of(pid) for pid in pids}}
+        partial = self.path.with_name(f"{self.path.name}.{self.token}")
+        partial.write_text(json.dumps(holder))
+        os.replace(partial, self.path)
+
+    def beat(self) -> bool:
+        """Renew; False where another has taken the job over."""
+        try:
+            mine = json.loads(self.path.read_text())["token"] == self.token
+        except FileNotFoundError:
+            return False
+        if not mine or any(number_of(path) > number_of(self.path) for path in leases(self.path.parent)):
+            return False
+        os.utime(self.path)
+        return True
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def leases(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("lease-*.json")]
+
+
+def number_of(path: Path) -> int:
+    return int(path.stem.removeprefix("lease-"))
+
+
+def is_held(path: Path, seconds: float) -> bool:
+    """Whether a heartbeat is recent and, on this host, one of the processes lives."""
+    try:
+        age = clock(path.parent) - path.stat().st_mtime
+        text = path.read_text()
+    except FileNotFoundError:
+        return False
+    if age > seconds:
+        return False
+    if not text:  # being written
+        return True
+    holder = json.loads(text)
+    if holder["host"] != host():
+        return True
+    return any(start is not None and start_of(int(pid)) == start for pid, start in holder["processes"].items())
+
+
+def clock(folder: Path) -> float:
+    """The time of the machine that keeps the folder's files: those of two hosts may differ."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def host() -> str:
+    """This machine, and inside of a container the container."""
+    space = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {os.readlink(space) if space.exists() else ''}".strip()
+
+
+def start_of(pid: int) -> str | None:
+    """When a process started, which with its number names it for good; None where it is no more."""
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return None
+        return "unknown"
+    try:
+        state, *_, start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
+    except OSError:
+        return None
+    return None if state == "Z" else start

@@ -1,0 +1,138 @@
+"""Every job of a sweep looked at before the first starts: whether it can be built, where it lives, what it takes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from scantling import run
+from scantling.command_line import Mistake, check_numbers, mistakes, one_line
+from scantling.run_directory import RunDirectory
+from scantling.sweep.devices import Devices
+from scantling.sweep.matching import Matching
+from scantling.training import hardware
+from scantling.training.strategies import devices_per_node
+
+ASSUMED_MFU = 0.1
+"""The share of peak that a forecast reckons with where no run has shown one."""
+
+
+@dataclass
+class Outlook:
+    """Of one job. Tokens and FLOPs are of the whole run, FLOPs by the `exact` convention."""
+
+    overrides: list[str]
+    directory: str
+    devices: int
+    on_gpu: bool
+    gpus: int
+    """Of this machine."""
+    steps: int
+    parameters: int
+    tokens: int
+    flops: float
+    finished: bool
+    seconds: float | None = None
+    """A forecast; only where one was asked for."""
+
+
+Compose = Callable[[Sequence[str]], DictConfig]
+"""The configuration of a job's overrides, with its `hydra` node."""
+
+
+def look_ahead(
+    compose: Compose, jobs: Sequence[Sequence[str]], labels: Sequence[str], cores: int, n_jobs: int | None
+) -> list[dict[str, Any]]:
+    """An `Outlook` of each job, as a dictionary.
+
+    Raises Mistake, which names the job, for what cannot be composed or built, for arms that cannot be matched, and for
+    two jobs that are one run.
+    """
+    matching, speeds = Matching(), Speeds(Devices(cores, (), n_jobs, jobs=len(jobs)))
+    found: list[Outlook] = []
+    places: dict[str, int] = {}
+    for i, overrides in enumerate(jobs):
+        try:
+            with mistakes():
+                outlook = looked_at(compose, list(overrides), matching, speeds)
+        except (Mistake, HydraException, OmegaConfBaseException) as error:
+            raise Mistake(f"job {i + 1} of {len(jobs)}, {labels[i]}: {one_line(error, 'train')}") from error
+        first = places.setdefault(outlook.directory, i)
+        if first != i:
+            raise Mistake(
+                f"jobs {first + 1} ({labels[first]}) and {i + 1} ({labels[i]}) of {len(jobs)} are the same run: "
+                "give each setting and seed once"
+            )
+        found.append(outlook)
+    return [asdict(outlook) for outlook in found]
+
+
+def looked_at(compose: Compose, overrides: list[str], matching: Matching, speeds: Speeds) -> Outlook:
+    config = task_config(compose(overrides))
+    if config.resume != "auto":
+        raise ValueError(
+            f"resume={config.resume} is for single runs: a sweep goes on by itself, and anew with another study=NAME"
+        )
+    if config.match is not None:
+        more = matching.overrides(config, overrides)
+        overrides = [*overrides, *more]
+        config = task_config(compose(overrides))
+    check_numbers(config, "train")
+    device, precision, decoder = run.checked(config)
+    if device.type == "cuda" and config.trainer.devices == "auto":
+        config.trainer.devices = 1  # a job of a sweep sees the GPUs that it is given
+    plan = run.plan_of(config, decoder, device, precision)
+    if config.dry_run:  # with the tokenizer's own vocabulary
+        config, directory = run.located(config)
+        plan = run.assemble(config, directory).plan
+    directory = RunDirectory(Path(config.paths.runs) / config.study / run.run_id(config))
+    return Outlook(
+        overrides=overrides,
+        directory=str(directory.path),
+        devices=devices_per_node(config.trainer.devices, device),
+        on_gpu=device.type == "cuda",
+        gpus=torch.cuda.device_count() if device.type == "cuda" else 0,
+        steps=plan.steps,
+        parameters=plan.parameters,
+        tokens=plan.tokens,
+        flops=plan.flops,
+        finished=directory.is_finished,
+        seconds=plan.flops / speeds.of(plan.world_size, device, precision, directory.path.parent)
+        if config.dry_run
+        else None,
+    )
+
+
+def task_config(config: DictConfig) -> DictConfig:
+    """Set Hydra's own part up for `choices()`, and give the rest."""
+    HydraConfig.instance().set_config(config)
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    return config
+
+
+class Speeds:
+    """FLOP/s of a job: the peak of its devices, times the median share of it that the study's finished runs reached."""
+
+    def __init__(self, devices: Devices) -> None:
+        self.devices = devices
+        self.peaks: dict[tuple[str, bool, int], float] = {}
+
+    def of(self, processes: int, device: torch.device, precision: str, study: Path) -> float:
+        half, on_gpu = precision != "fp32", device.type == "cuda"
+        threads = self.devices.threads(processes, on_gpu)
+        if (device.type, half, threads) not in self.peaks:
+            torch.set_num_threads(threads)
+            self.peaks[device.type, half, threads] = hardware.peak_flops(device, half)[0]
+        shares = [RunDirectory(path.parent).summary["mfu"] for path in study.glob("*/summary.json")]
+        share = statistics.median(shares) if shares else ASSUMED_MFU
+        return processes * self.peaks[device.type, half, threads] * share

@@ -1,0 +1,114 @@
+"""What a sweep shows: a live table on a terminal, elsewhere a line for each thing that happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from scantling.sweep.jobs import ENDED, FAILED, Job
+
+COLOURS = {
+    "running": "cyan",
+    "done": "green",
+    "finished before": "green",
+    "done elsewhere": "green",
+    "failed": "red",
+    "failed elsewhere": "red",
+}
+SECONDS_BETWEEN = 0.5
+
+
+class Screen:
+    """`tell` on every change of a job's state, `draw` as often as you like."""
+
+    def __init__(self, jobs: Sequence[Job], console: Console):
+        self.jobs, self.console = jobs, console
+        # Without a thread that draws: jobs are forked from this process.
+        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.drawn = 0.0
+        self.began = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.update(self.table(), refresh=True)
+            self.live.stop()
+
+    def tell(self, job: Job) -> None:
+        if self.live is not None:
+            self.drawn = 0.0
+            return
+        ended = sum(job.state in ENDED for job in self.jobs)
+        about = f": {job.reason}" if job.reason else ""
+        self.console.print(
+            f"{ended}/{len(self.jobs)}  {job.label}  {job.state}{about}", markup=False, soft_wrap=True
+        )
+
+    def draw(self) -> None:
+        now = time.monotonic()
+        if self.live is not None and now - self.drawn >= SECONDS_BETWEEN:
+            self.drawn = now
+            self.live.update(self.table(), refresh=True)
+
+    def table(self) -> RenderableType:
+        """Failed and running jobs, then as many of the others as there is room for."""
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for column in ("job", "state", "step", "loss", "left"):
+            table.add_column(column, justify="left" if column in ("job", "state") else "right", overflow="fold")
+        room = max(5, self.console.height - 4)
+        order = {"failed": 0, "failed elsewhere": 0, "running": 1, "elsewhere": 2, "queued": 3}
+        shown = sorted(self.jobs, key=lambda job: order.get(job.state, 4))[:room]
+        for job in sorted(shown, key=lambda job: job.number):
+            table.add_row(*self.row(job))
+        return Group(table, f"[dim]{self.counts()}[/dim]")
+
+    def row(self, job: Job) -> tuple[str, str, str, str, str]:
+        colour = COLOURS.get(job.state, "dim")
+        state = f"[{colour}]{job.state}[/{colour}]" + (f" {escape(job.reason)}" if job.reason else "")
+        seen = job.seen
+        if not seen:
+            return escape(job.label), state, "", "", ""
+        left = (job.steps - seen["step"]) * seen["seconds"] / seen["step"] if job.state == "running" else None
+        return (
+            escape(job.label),
+            state,
+            f"{seen['step']:,}/{job.steps:,}",
+            f"{seen['train/loss']:.3f}",
+            "" if left is None else clock_of(left),
+        )
+
+    def counts(self) -> str:
+        states = [job.state for job in self.jobs]
+        counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        return f"{len(self.jobs)} jobs: {counted}; {clock_of(time.monotonic() - self.began)}"
+
+
+def outcome(jobs: Sequence[Job]) -> RenderableType:
+    """The last table: what every run reached, and which failed and why."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("job", overflow="fold")
+    table.add_column("state")
+    table.add_column("bits/byte", justify="right")
+    table.add_column("", overflow="fold")
+    for job in jobs:
+        colour = COLOURS.get(job.state, "dim")
+        score = f"{job.directory.summary['val/bpb']:.4f}" if job.directory.is_finished else ""
+        about = f"{job.reason}; log: {job.log}" if job.state in FAILED else str(job.directory.path)
+        table.add_row(escape(job.label), f"[{colour}]{job.state}[/{colour}]", score, escape(about))
+    return table
+
+
+def clock_of(seconds: float) -> str:
+    """1:02:03"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
