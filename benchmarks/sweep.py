@@ -17,18 +17,18 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from scantling.training.hardware import cpu_name
 
+TRAIN = Path(__file__).resolve().parents[1] / "src" / "train.py"
 SETTINGS = ("model=nano", "tokenizer=byte", "budget=steps", "budget.steps=50", "logger=none", "trainer=cpu")
 
 
 def timed(*overrides: str) -> float:
     """Seconds of one command. Raises CalledProcessError where it fails."""
     began = time.perf_counter()
-    command = [sys.executable, ROOT / "src" / "train.py", *overrides]
+    command = [sys.executable, TRAIN, *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 

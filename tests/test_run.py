@@ -146,7 +146,7 @@ def test_sweep_trains_every_arm_once(command, tmp_path):
     )
     assert arms == [("gqa", 2), ("gqa", 2), ("mha", 2), ("mha", 2), ("mqa", 2), ("mqa", 2)]
     again = command("-m", "sweeps=attention", "seed=0,1", "budget.steps=2")
-    assert again[1].count("This run is finished") == 6
+    assert again[1].count("finished before") == 6
     assert len(list((tmp_path / "runs" / "attention").glob("nano-*"))) == 6
     one = runs[0].path
     (one / "summary.json").unlink()

@@ -9,6 +9,8 @@ checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256; last
 curves.png
 guards.jsonl     where the loss or the gradient stopped being finite, and the samples since it last was
 summary.json     final numbers, written last: its presence means finished
+
+A sweep's launcher adds log.txt, what the run printed; lease-N.json while it runs; failed.json, why it failed.
 """
 
 from __future__ import annotations

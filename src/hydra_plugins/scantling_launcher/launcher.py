@@ -68,9 +68,7 @@ class ProcessLauncher(Launcher):
             retries, None if timeout_minutes is None else 60 * timeout_minutes, lease_seconds, stop_seconds
         )
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -79,11 +77,15 @@ class ProcessLauncher(Launcher):
         Raises Mistake, before any job starts, where one of them cannot run.
         """
         self.check()
-        from scantling.sweep.outlook import look_ahead  # here, so that a mistyped sweep need not wait for PyTorch
+        from scantling.sweep.outlook import (
+            look_ahead,
+        )  # here, so that a mistyped sweep need not wait for PyTorch
 
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         named = labels(job_overrides)
-        looks = answer_of_a_child(lambda: look_ahead(self.compose, job_overrides, named, self.cores, self.n_jobs))
+        looks = answer_of_a_child(
+            lambda: look_ahead(self.compose, job_overrides, named, self.cores, self.n_jobs)
+        )
         if self.config.dry_run:
             console.print(forecast(named, looks, self.devices(looks)))
             return [ended(overrides, None) for overrides in job_overrides]
@@ -100,11 +102,11 @@ class ProcessLauncher(Launcher):
             )
             for i, (label, look) in enumerate(zip(named, looks, strict=True))
         ]
-        self.claim_study(jobs[0].directory.path.parent)
+        folder = jobs[0].directory.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self.claim_study(folder)
         with Screen(jobs, console) as screen:
-            scheduler = Scheduler(
-                jobs, self.devices(looks), self.limits, self.start, screen, jobs[0].directory.path.parent
-            )
+            scheduler = Scheduler(jobs, self.devices(looks), self.limits, self.start, screen, folder)
             scheduler.run()
         console.print(outcome(jobs))
         if scheduler.asked:
@@ -138,7 +140,6 @@ class ProcessLauncher(Launcher):
         sweep = self.config.hydra.runtime.choices["sweeps"]
         if sweep is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         note = folder / "study.json"
         if not note.exists():
             replace_text(note, json.dumps({"sweeps": sweep}) + "\n")

@@ -27,9 +27,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="study", node=StudyConf
 class StudySweeper(BasicSweeper):
     """Hydra's basic sweeper, and one job more of each for every arm. `arm=a,b` on the command line chooses among them."""
 
-    def __init__(
-        self, max_batch_size: int | None, params: dict[str, Any] | None, arms: dict[str, list[str]]
-    ):
+    def __init__(self, max_batch_size: int | None, params: dict[str, Any] | None, arms: dict[str, list[str]]):
         super().__init__(max_batch_size, params)
         self.arms = {name: list(overrides) for name, overrides in arms.items()}
 

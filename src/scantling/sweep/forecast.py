@@ -40,7 +40,9 @@ def forecast(labels: Sequence[str], looks: Sequence[dict[str, Any]], devices: De
         clock_of(time_of(left, devices)),
         style="bold",
     )
-    return Group(table, "[dim]time: at the share of peak that finished runs of this study reached, else a tenth[/dim]")
+    return Group(
+        table, "[dim]time: at the share of peak that finished runs of this study reached, else a tenth[/dim]"
+    )
 
 
 def time_of(looks: Sequence[dict[str, Any]], devices: Devices) -> float:

@@ -59,8 +59,12 @@ class Job:
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     """For each job's overrides, those in which the jobs differ."""
-    settings = [dict(override.partition("=")[::2] for override in overrides) for overrides in jobs]
-    varied = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
+    settings = [{o.partition("=")[0]: o.partition("=")[2] for o in overrides} for overrides in jobs]
+    varied = [
+        key
+        for key in dict.fromkeys(k for s in settings for k in s)
+        if len({s.get(key) for s in settings}) > 1
+    ]
     if "arm" in varied:  # it stands for what it changes
         varied = [key for key in varied if key in ("arm", "seed") or all(key in s for s in settings)]
     return [" ".join(f"{key}={s[key]}" for key in varied if key in s) or "the only job" for s in settings]

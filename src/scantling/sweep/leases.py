@@ -67,7 +67,7 @@ class Lease:
 
 
 def leases(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("lease-*.json")]
+    return list(folder.glob("lease-*.json"))
 
 
 def number_of(path: Path) -> int:
@@ -88,7 +88,9 @@ def is_held(path: Path, seconds: float) -> bool:
     holder = json.loads(text)
     if holder["host"] != host():
         return True
-    return any(start is not None and start_of(int(pid)) == start for pid, start in holder["processes"].items())
+    return any(
+        start is not None and start_of(int(pid)) == start for pid, start in holder["processes"].items()
+    )
 
 
 def clock(folder: Path) -> float:

@@ -82,7 +82,7 @@ def become_a_job(parent: int, log: Path, environment: dict[str, str]) -> None:
     for ours, standard in ((source, 0), (target, 1), (target, 2)):
         os.dup2(ours, standard)
     # Whatever stood in their place, a test's or a terminal's.
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     os.environ.update(environment)
 
 

@@ -63,7 +63,9 @@ class Screen:
         """Failed and running jobs, then as many of the others as there is room for."""
         table = Table(box=None, header_style="dim", pad_edge=False)
         for column in ("job", "state", "step", "loss", "left"):
-            table.add_column(column, justify="left" if column in ("job", "state") else "right", overflow="fold")
+            table.add_column(
+                column, justify="left" if column in ("job", "state") else "right", overflow="fold"
+            )
         room = max(5, self.console.height - 4)
         order = {"failed": 0, "failed elsewhere": 0, "running": 1, "elsewhere": 2, "queued": 3}
         shown = sorted(self.jobs, key=lambda job: order.get(job.state, 4))[:room]

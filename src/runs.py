@@ -1,0 +1,15 @@
+"""Recorded runs: `python src/runs.py action=ls study=attention`. Options: conf/runs.yaml."""
+
+from omegaconf import DictConfig
+
+from scantling.command_line import run_entry
+
+
+def main(config: DictConfig) -> None:
+    from scantling.recorded import recorded  # here, so that a mistyped option need not wait for pandas
+
+    recorded(config)
+
+
+if __name__ == "__main__":
+    run_entry(main, config_name="runs")

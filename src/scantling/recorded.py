@@ -1,0 +1,133 @@
+"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, removed."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig, ListConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scantling.command_line import mistakes
+from scantling.run_directory import RunDirectory
+from scantling.study.store import differences, find, load_curves, load_runs
+
+PRINTED_WIDTH = 140
+"""Of lines that go to a file or a pipe."""
+
+LISTED = ("run", "status", "arm", "seed", "params", "tokens", "flops", "loss", "bpb", "seconds")
+
+
+def recorded(config: DictConfig) -> None:
+    """Raises Mistake for what the user can put right."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
+    actions: dict[str, Callable[[DictConfig, Console], None]] = {
+        "ls": ls,
+        "show": show,
+        "diff": diff,
+        "export": export,
+        "rm": rm,
+    }
+    with mistakes():
+        if config.action not in actions:
+            raise ValueError(f"action={config.action} is unknown: use {', '.join(actions)}")
+        actions[config.action](config, console)
+
+
+def ls(config: DictConfig, console: Console) -> None:
+    frame = load_runs(Path(config.paths.runs) / config.study)
+    if len(frame):
+        if config.sort not in frame:
+            raise ValueError(f"sort={config.sort} is no column: use one of {', '.join(frame.columns)}")
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for name in LISTED:
+            table.add_column(name, justify="left" if name in ("run", "status", "arm") else "right")
+        for _, row in frame.sort_values(config.sort).iterrows():
+            table.add_row(*(printed(name, row[name]) for name in LISTED))
+        console.print(table)
+    for name, why in frame.attrs["left_out"].items():
+        console.print(f"[dim]left out: {escape(name)}, {escape(why)}[/dim]")
+
+
+def printed(name: str, value: object) -> str:
+    if pd.isna(value):  # type: ignore[arg-type]
+        return ""
+    if name in ("params", "tokens"):
+        return f"{int(value):,}"  # type: ignore[call-overload]
+    if isinstance(value, float):
+        return (
+            f"{value:.3g}"
+            if name == "flops"
+            else f"{value:.4f}"
+            if name in ("loss", "bpb")
+            else f"{value:.0f}"
+        )
+    return escape(str(value))
+
+
+def runs_of(config: DictConfig, least: int, most: int | None) -> list[RunDirectory]:
+    names = list(config.run) if isinstance(config.run, ListConfig) else [config.run]
+    if len(names) < least or (most is not None and len(names) > most):
+        wanted = "run=[ONE,OTHER]" if least == 2 else "run=NAME"
+        raise ValueError(f"action={config.action} wants {wanted}; {len(names)} are given")
+    return find(Path(config.paths.runs), names)
+
+
+def show(config: DictConfig, console: Console) -> None:
+    for run in runs_of(config, 1, None):
+        frame = load_runs(run.path.parent)
+        left_out = frame.attrs["left_out"]
+        if run.name in left_out:
+            raise ValueError(f"{run.path} cannot be read: {left_out[run.name]}")
+        row = frame.iloc[list(frame["run"]).index(run.name)]
+        table = Table.grid(padding=(0, 2))
+        for key, value in row.items():
+            if not pd.isna(value):
+                table.add_row(f"[bold]{key}[/bold]", escape(" ".join(str(value).splitlines())))
+        console.print(table)
+
+
+def diff(config: DictConfig, console: Console) -> None:
+    one, other = runs_of(config, 2, 2)
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("setting", one.name, other.name):
+        table.add_column(column, overflow="fold")
+    for key, here, there in differences(one, other):
+        table.add_row(key, escape(str(here)), escape(str(there)))
+    console.print(table)
+
+
+def export(config: DictConfig, console: Console) -> None:
+    writers: dict[str, Callable[[pd.DataFrame, Path], object]] = {
+        ".csv": lambda frame, path: frame.to_csv(path, index=False),
+        ".jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+        ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
+    }
+    path = Path(config.to or "")
+    if path.suffix not in writers:
+        raise ValueError(f"to={config.to}: name a file that ends in {', '.join(writers)}")
+    frame = (load_curves if config.curves else load_runs)(Path(config.paths.runs) / config.study)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writers[path.suffix](frame, path)
+    console.print(f"{len(frame):,} rows of {len(frame.columns)} columns: {path}")
+
+
+def rm(config: DictConfig, console: Console) -> None:
+    """Only directories of runs below paths.runs, and only with yes=true."""
+    runs = runs_of(config, 1, None)
+    root = Path(config.paths.runs).resolve()
+    for run in runs:
+        if run.path.is_symlink() or run.path.resolve().parent.parent != root:
+            raise ValueError(f"{run.path} is no run in a study of {config.paths.runs}/, and stays")
+        if list(run.path.glob("lease-*.json")):
+            raise ValueError(f"{run.path} is held by a launcher (lease-*.json), and stays")
+    if not config.yes:
+        raise ValueError(f"yes=true removes {', '.join(str(run.path) for run in runs)} for good")
+    for run in runs:
+        shutil.rmtree(run.path)
+        console.print(f"removed {run.path}")

@@ -1,0 +1,96 @@
+"""Of several who want one job, one gets it."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import time
+
+import pytest
+
+from scantling.sweep.leases import Lease, host, is_held, leases, start_of
+
+SECONDS = 60
+
+
+def age(lease: Lease, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(lease.path, (then, then))
+
+
+def test_a_held_lease_is_nobody_elses(tmp_path):
+    mine = Lease.take(tmp_path, SECONDS)
+    assert mine is not None
+    assert Lease.take(tmp_path, SECONDS) is None
+    age(mine, SECONDS - 5)
+    assert mine.beat()
+    assert time.time() - mine.path.stat().st_mtime < 5
+    mine.release()
+    assert Lease.take(tmp_path, SECONDS) is not None
+
+
+def test_a_stale_lease_is_taken_over_and_its_holder_learns_of_it(tmp_path):
+    sleeper = Lease.take(tmp_path, SECONDS)
+    age(sleeper, SECONDS + 5)
+    heir = Lease.take(tmp_path, SECONDS)
+    assert heir is not None
+    assert not sleeper.beat()
+    assert heir.beat()
+    sleeper.release()  # at its end, as always
+    assert heir.beat()
+    # The heir is done; a third comes to the number that the sleeper had.
+    heir.release()
+    third = Lease.take(tmp_path, SECONDS)
+    assert third.path == sleeper.path
+    assert not sleeper.beat()
+
+
+def test_a_dead_process_of_this_host_holds_nothing(tmp_path):
+    lease = Lease.take(tmp_path, SECONDS)
+    process = subprocess.Popen(["sleep", "60"])
+    lease.write([process.pid])
+    assert is_held(lease.path, SECONDS)
+    process.kill()
+    while start_of(process.pid) is not None:  # not yet waited for: a zombie is dead too
+        time.sleep(0.01)
+    assert not is_held(lease.path, SECONDS)
+    process.wait()
+    # Its number may be another's by now.
+    holder = json.loads(lease.path.read_text())
+    holder["processes"] = {str(os.getpid()): "0"}
+    lease.path.write_text(json.dumps(holder))
+    assert not is_held(lease.path, SECONDS)
+    # Of another host only the clock tells.
+    lease.path.write_text(json.dumps(holder | {"host": "elsewhere"}))
+    assert is_held(lease.path, SECONDS)
+    assert host() != "elsewhere"
+
+
+def contend(folder, start, winners):
+    start.wait()
+    lease = Lease.take(folder, SECONDS)
+    if lease is not None:
+        winners.put(lease.token)
+        time.sleep(1)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_many_at_once_one_wins(tmp_path, stale):
+    context = multiprocessing.get_context("fork")
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        if stale:
+            folder.mkdir()
+            age(Lease.take(folder, SECONDS), SECONDS + 5)
+        start, winners = context.Event(), context.SimpleQueue()
+        many = [context.Process(target=contend, args=(folder, start, winners)) for _ in range(8)]
+        for process in many:
+            process.start()
+        start.set()
+        for process in many:
+            process.join()
+        tokens = []
+        while not winners.empty():
+            tokens.append(winners.get())
+        assert len(tokens) == 1
+        assert [json.loads(path.read_text())["token"] for path in leases(folder)] == tokens
