@@ -152,6 +152,18 @@ def test_interrupted_engine_goes_on(shop, alone, before, after):
     assert_same_training(shop.run(*ENGINES[after], *common, runs=runs), alone)
 
 
+@pytest.mark.parametrize(("engine", "action"), [("ddp", "rollback"), ("fsdp", "skip")])
+def test_processes_agree_on_a_bad_step(shop, engine, action):
+    """Losses of this short run that are called spikes, in two processes as in one."""
+    guard = (f"guard.action={action}", "guard.spike=2", "guard.window=4", "guard.most=50", "lr=1e-5")
+    single = shop.run("trainer=cpu", *guard, runs=f"guard-{action}")
+    run = shop.run(*ENGINES[engine], "trainer.devices=2", *guard, runs=f"guard-{action}-{engine}")
+    assert_same_training(run, single)
+    ours, expected = ([(r["step"], r["action"], r["samples"]) for r in r.guarded()] for r in (run, single))
+    assert ours == expected
+    assert 0 < len(ours) < 15
+
+
 def test_torchrun_starts_the_processes(shop, alone):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     run = shop.run("trainer=ddp", "trainer.devices=2", runs="torchrun", launcher=torchrun)

@@ -20,6 +20,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -35,7 +36,7 @@ from scantling import __version__
 from scantling.accounting import convention, parameter_counts
 from scantling.command_line import SWEEPS, mistakes
 from scantling.composition import PARTS, build_decoder, choices, plain
-from scantling.data.loading import TrainBatches, check_batch_size, validation_batches
+from scantling.data.loading import TrainBatches, check_batch_size, place_in_order, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
 from scantling.model.decoder import Decoder
@@ -44,8 +45,9 @@ from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
 from scantling.training import hardware
 from scantling.training.budget import steps_for
-from scantling.training.callbacks import CleanStop, Interrupted, Metrics, NotFinite, ProgressBar, Samples
+from scantling.training.callbacks import CleanStop, Interrupted, Metrics, ProgressBar, Samples
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
+from scantling.training.guard import BadStep, Guard, GuardSettings
 from scantling.training.loggers import Wandb
 from scantling.training.strategies import WholeCheckpoints, check_launch, devices_per_node
 from scantling.training.task import LanguageModelTask
@@ -60,6 +62,7 @@ NOT_IDENTITY = (
     "log_every",
     "sample",
     "checkpoint",
+    "guard",
     "paths",
     "logger",
     "trainer",
@@ -77,13 +80,17 @@ class Run:
     plan: Plan
     device: torch.device
     precision: str
-    strategy: Strategy | None
-    """How several processes train together; None: Lightning's choice, which for one process is none."""
+    guard: GuardSettings
     first_step: int
     checkpoint: Path | None
     """What the run goes on from; None: it starts."""
     damaged: list[str]
     """A line for each newer checkpoint that cannot serve."""
+
+    def new_strategy(self) -> Strategy | None:
+        """How several processes train together; None: Lightning's choice, which for one process is none."""
+        strategy = instantiate(self.config.trainer.strategy)
+        return None if strategy is None else strategy(self.device, self.precision)
 
 
 def train(config: DictConfig) -> RunDirectory:
@@ -218,12 +225,7 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
     validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
     plan = plan_of(config, decoder, device, precision)
-    strategy = instantiate(config.trainer.strategy)
-    if strategy is not None:
-        strategy = strategy(device, precision)
-    if isinstance(strategy, WholeCheckpoints):
-        one_matrix = [("weight", torch.nn.Parameter(torch.zeros(2, 2)))]
-        strategy.check(instantiate(config.optim, _convert_="all")(one_matrix))
+    guard = GuardSettings(**config.guard)
     run = Run(
         config,
         directory,
@@ -231,11 +233,16 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
         plan,
         device,
         precision,
-        strategy,
+        guard,
         first_step=0,
         checkpoint=None,
         damaged=[],
     )
+    strategy = run.new_strategy()
+    guard.check(strategy, precision)
+    if isinstance(strategy, WholeCheckpoints):
+        one_matrix = [("weight", torch.nn.Parameter(torch.zeros(2, 2)))]
+        strategy.check(instantiate(config.optim, _convert_="all")(one_matrix))
     training_batches(run, rank=0)
     run.checkpoint, run.damaged = newest_whole(directory)
     if run.checkpoint is not None:
@@ -286,6 +293,7 @@ def training_batches(run: Run, rank: int) -> TrainBatches:
         world_size=run.plan.world_size,
         seed=run.config.seed,
         first_step=run.first_step,
+        left_out=left_out(run),
         pin=run.device.type == "cuda",
     )
 
@@ -366,7 +374,19 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
 
 
 def fit(run: Run, console: Console) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the plan; then write the summary."""
+    """Train to the end of the plan, back from steps that the guard does not let pass; then write the summary."""
+    while True:
+        try:
+            return fit_from_checkpoint(run, console)
+        except BadStep as bad:
+            if run.guard.action != "rollback" or guarded(run, bad.step) >= run.guard.most:
+                stop(run, bad)
+            roll_back(run, bad)
+            console.print(f"warning: {bad}: back to step {run.first_step:,}", soft_wrap=True)
+
+
+def fit_from_checkpoint(run: Run, console: Console) -> None:
+    """Train from the last checkpoint, or from the start. Raises BadStep."""
     config, plan, directory = run.config, run.plan, run.directory
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -389,10 +409,18 @@ def fit(run: Run, console: Console) -> None:
         token_bytes=run.corpus.token_bytes,
         compiled=config.trainer.compile,
     )
+    strategy = run.new_strategy()
     taken_up = directory.has_metrics
+    guard = Guard(
+        run.guard,
+        record=lambda bad, action: record(run, bad, action),
+        used=guarded(run, run.first_step),
+        gradients_may_overflow=run.precision == "fp16",
+    )
     share = config.val_every
     metrics = Metrics(
         directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
+        guard,
         log_every=config.log_every,
         val_every=max(1, round(share * plan.steps) if share < 1 else round(share)),
         total_steps=plan.steps,
@@ -407,7 +435,7 @@ def fit(run: Run, console: Console) -> None:
         accelerator="gpu" if run.device.type == "cuda" else "cpu",
         devices=plan.world_size // config.trainer.nodes,
         num_nodes=config.trainer.nodes,
-        strategy=run.strategy or "auto",
+        strategy=strategy or "auto",
         precision=hardware.LIGHTNING_PRECISION[run.precision],  # type: ignore[arg-type]
         max_steps=plan.steps,
         accumulate_grad_batches=plan.micro_batches,
@@ -417,7 +445,8 @@ def fit(run: Run, console: Console) -> None:
         num_sanity_val_steps=0,
         callbacks=[
             metrics,
-            Samples(directory.samples, sample=lambda: sample_of(run, decoder)),
+            guard,
+            Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
             checkpoints,
             CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
             ProgressBar(console, metrics),
@@ -428,7 +457,7 @@ def fit(run: Run, console: Console) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        inference_mode=run.strategy is None,  # what is gathered in that mode cannot be trained on
+        inference_mode=strategy is None,  # what is gathered in that mode cannot be trained on
     )
     held_out = validation_batches(
         run.corpus.val.tokens,
@@ -452,16 +481,6 @@ def fit(run: Run, console: Console) -> None:
         console.print(f"\n{stop}; the same command goes on from there")
         # A launcher kills all processes at once when one of them fails: only the first, which has most to do, says so.
         sys.exit(130 if rank_zero_only.rank == 0 else 0)
-    except NotFinite as found:
-        first, end = found.since * plan.batch_size, found.step * plan.batch_size
-        if rank_zero_only.rank == 0:
-            directory.guard({"step": found.step, "reason": str(found), "samples": [first, end]})
-            print(
-                f"error: {found}: a lower lr, more warm-up or a smaller clip may help; the samples {first} to {end - 1} "
-                f"since then are noted in {directory.path}/guards.jsonl",
-                file=sys.stderr,
-            )
-        sys.exit(1)
     finally:
         gc.unfreeze()
         if metrics.file is not None:
@@ -470,6 +489,66 @@ def fit(run: Run, console: Console) -> None:
             if isinstance(logger, Wandb):
                 logger.finish(succeeded)
     finish(run, peak, peak_source)
+
+
+# --- steps that went wrong ---
+
+
+def guarded(run: Run, step: int) -> int:
+    """How often training was rolled back, or a step up to this one skipped."""
+    rows = run.directory.guarded()
+    return sum(
+        row["action"] == "rollback" or (row["action"] == "skip" and row["step"] <= step) for row in rows
+    )
+
+
+def left_out(run: Run) -> list[int]:
+    """The places in the order of data that rollbacks passed over."""
+    ranges = [row["samples"] for row in run.directory.guarded() if row["action"] == "rollback"]
+    return [place for a, b in ranges for place in range(a // run.plan.batch_size, b // run.plan.batch_size)]
+
+
+def samples_of(run: Run, first: int, last: int) -> list[int]:
+    """The half-open range of samples of these steps, counted from 1."""
+    places = left_out(run)
+    begin, end = (place_in_order(step - 1, places) for step in (max(1, first), last))
+    return [begin * run.plan.batch_size, (end + 1) * run.plan.batch_size]
+
+
+@rank_zero_only
+def record(run: Run, bad: BadStep, action: str) -> None:
+    first = bad.step - run.guard.batches + 1 if action == "rollback" else bad.step
+    samples = samples_of(run, first, bad.step)
+    run.directory.guard({"step": bad.step, "reason": str(bad), "action": action, "samples": samples})
+
+
+def stop(run: Run, bad: BadStep) -> None:
+    record(run, bad, "stop")
+    if rank_zero_only.rank == 0:
+        first, end = samples_of(run, bad.step, bad.step)
+        before = guarded(run, bad.step)
+        print(
+            f"error: {bad}{f', after {before} others' if before else ''}: a lower lr, more warm-up, a smaller clip or "
+            f"guard.action=skip or rollback may help; its samples {first} to {end - 1} are noted in {run.directory.guards}",
+            file=sys.stderr,
+        )
+    sys.exit(1)
+
+
+def roll_back(run: Run, bad: BadStep) -> None:
+    """Back to the newest checkpoint before the batches that are to be left out, or to the start."""
+    if rank_zero_only.rank == 0:
+        # First these, then the record: whenever the process dies, what is left fits together.
+        for path in run.directory.step_checkpoints():
+            if run.directory.step_of(path) > bad.step - run.guard.batches:
+                path.unlink()
+        if not run.directory.step_checkpoints():
+            run.directory.last.unlink(missing_ok=True)
+        record(run, bad, "rollback")
+    if dist.is_initialized():
+        dist.barrier()
+    run.checkpoint, run.damaged = newest_whole(run.directory)
+    run.first_step = 0 if run.checkpoint is None else run.directory.step_of(run.checkpoint)
 
 
 @rank_zero_only
@@ -485,14 +564,15 @@ def finish(run: Run, peak: float, peak_source: str) -> None:
             "flops_convention": "exact",
             "peak_flops": {"flops": peak, "source": peak_source},
             "corpus": run.corpus.fingerprint,
+            "guarded": guarded(run, run.plan.steps),
         }
     )
 
 
-def sample_of(run: Run, decoder: Decoder) -> str | None:
+def sample_of(run: Run, decoder: Decoder, strategy: Strategy | None) -> str | None:
     """A sample, in the first process; where each has a part of the weights all must call this, and it is given a copy."""
-    if isinstance(run.strategy, WholeCheckpoints) and run.strategy.shards_weights:
-        state = run.strategy.lightning_module_state_dict()
+    if isinstance(strategy, WholeCheckpoints) and strategy.shards_weights:
+        state = strategy.lightning_module_state_dict()
         if rank_zero_only.rank == 0:
             decoder = build_decoder(run.config, run.corpus.tokenizer.vocab_size, "cpu").eval()
             decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in state.items()})

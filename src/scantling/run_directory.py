@@ -7,7 +7,7 @@ metrics.jsonl    one object per logged step
 samples.jsonl    a continuation of the prompt at every validation
 checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256; last.ckpt and best.ckpt name two of them
 curves.png
-guards.jsonl     where the loss or the gradient stopped being finite, and the samples since it last was
+guards.jsonl     every step that went wrong: the reason, what was done, its samples
 summary.json     final numbers, written last: its presence means finished
 
 A sweep's launcher adds log.txt, what the run printed; lease-N.json while it runs; failed.json, why it failed.
@@ -32,6 +32,7 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.tokenizer = self.path / "tokenizer.json"
         self.samples = self.path / "samples.jsonl"
+        self.guards = self.path / "guards.jsonl"
         self.curves = self.path / "curves.png"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
@@ -80,10 +81,13 @@ class RunDirectory:
                 f"{self.path} cannot be written ({error.strerror}): choose another place with paths.runs=DIR"
             ) from error
 
-    def guard(self, record: dict[str, Any]) -> None:
-        """Append to what stopped the run."""
-        with (self.path / "guards.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    def guarded(self) -> list[Row]:
+        """Every step that went wrong."""
+        return read_rows(self.guards)
+
+    def guard(self, record: Row) -> None:
+        """Append to the steps that went wrong."""
+        replace_rows(self.guards, [*self.guarded(), record])
 
     def finish(self, summary: dict[str, Any]) -> None:
         replace_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -100,8 +104,12 @@ class RunDirectory:
     def metrics_from(self, step: int) -> MetricsFile:
         """`metrics.jsonl`, open to append rows after `step`; rows beyond it, and samples, were not checkpointed and go."""
         for path in (self.samples, self.path / "metrics.jsonl"):
-            kept = [row for row in read_rows(path) if row["step"] <= step]
-            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            replace_rows(path, [row for row in read_rows(path) if row["step"] <= step])
+        if (
+            self.guards.exists()
+        ):  # a step that was skipped will be again; a rollback says what the data are from here
+            kept = [row for row in self.guarded() if row["step"] <= step or row["action"] != "skip"]
+            replace_rows(self.guards, kept)
         return MetricsFile(self.path / "metrics.jsonl")
 
 
@@ -130,6 +138,10 @@ def read_rows(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def replace_rows(path: Path, rows: list[Row]) -> None:
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -7,7 +7,8 @@ one global order, of which each rank takes its slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from typing import TypedDict
 
 import numpy as np
@@ -93,7 +94,7 @@ class TrainBatches:
 
     `tokens`: integers [n_tokens]. `batch_size`: sequences per optimiser step over all ranks.
     `micro_batch_size`: sequences per rank and forward pass. `pin`: page-locked memory, for
-    copies to a GPU.
+    copies to a GPU. `left_out`: steps of that order that are passed over; those behind move up.
 
     Raises ValueError when `batch_size` does not divide evenly, or the text is too short.
     """
@@ -109,6 +110,7 @@ class TrainBatches:
         world_size: int,
         seed: int,
         first_step: int,
+        left_out: Collection[int] = (),
         pin: bool = False,
     ) -> None:
         check_batch_size(batch_size, micro_batch_size, world_size)
@@ -122,13 +124,15 @@ class TrainBatches:
         self.rank = rank
         self.world_size = world_size
         self.first_step = first_step
+        self.left_out = frozenset(left_out)
         self.pin = pin
         self._tokens = np.asarray(tokens)  # a plain view: memmap's own indexing is slower
 
     def __iter__(self) -> Iterator[TrainBatch]:
         per_rank = self.batch_size // self.world_size
-        step = self.first_step
-        while True:
+        for step in itertools.count(place_in_order(self.first_step, self.left_out)):
+            if step in self.left_out:
+                continue
             begin = step * self.batch_size + self.rank * per_rank
             starts = self.order.starts(np.arange(begin, begin + per_rank))
             for micro in range(self.micro_batches_per_step):
@@ -139,7 +143,13 @@ class TrainBatches:
                     "targets": batch["targets"].pin_memory() if self.pin else batch["targets"],
                     "step_targets": self.batch_size * self.seq_len,
                 }
-            step += 1
+
+
+def place_in_order(step: int, left_out: Collection[int]) -> int:
+    """Where in the order of data step number `step`, counted from 0, finds its samples, some places being left out."""
+    for place in sorted(left_out):
+        step += place <= step
+    return step
 
 
 def validation_batches(

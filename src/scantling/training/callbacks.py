@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scantling.run_directory import MetricsFile
 from scantling.training.checkpoints import Checkpoints
+from scantling.training.guard import BadStep, Guard
 from scantling.training.loggers import Wandb
 from scantling.training.strategies import AnyRank
 from scantling.training.task import LanguageModelTask
@@ -28,14 +28,6 @@ class Interrupted(Exception):
     def __init__(self, step: int):
         super().__init__(f"interrupted after step {step}")
         self.step = step
-
-
-class NotFinite(Exception):
-    """The loss or the gradient is NaN or infinite; raised before a checkpoint of such weights at a validation."""
-
-    def __init__(self, what: str, step: int, since: int):
-        super().__init__(f"{what} at step {step}; all was finite at step {since}")
-        self.step, self.since = step, since
 
 
 class StepCallback(Callback):
@@ -52,12 +44,14 @@ class StepCallback(Callback):
 class Metrics(StepCallback):
     """Writes a row every `log_every` steps and at every validation, to `metrics.jsonl` and to the loggers.
 
-    `row` is the latest one; other callbacks show it. Between rows nothing is read from the device.
+    `row` is the latest one; other callbacks show it. Between rows nothing is read from the device. The guard looks at
+    every row, before a checkpoint can be written.
     """
 
     def __init__(
         self,
         file: MetricsFile | None,
+        guard: Guard,
         *,
         log_every: int,
         val_every: int,
@@ -66,7 +60,8 @@ class Metrics(StepCallback):
         flops_per_token: float,
         peak_flops: float,
     ):
-        self.file, self.log_every, self.val_every, self.total_steps = file, log_every, val_every, total_steps
+        self.file, self.guard = file, guard
+        self.log_every, self.val_every, self.total_steps = log_every, val_every, total_steps
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak_flops = peak_flops
         self.row: dict[str, Any] = {}
@@ -83,6 +78,7 @@ class Metrics(StepCallback):
 
     def on_step(self, trainer: L.Trainer, task: LanguageModelTask, step: int) -> None:
         loss = task.take_step_loss()
+        self.guard.saw(step, loss, task.grad_norm)
         validates = self.validates(step)
         if step == self.total_steps:
             trainer.should_stop = True  # Lightning then validates once more, wherever the interval stands
@@ -105,12 +101,12 @@ class Metrics(StepCallback):
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self.flops_per_token / trainer.world_size / self.peak_flops, 4),
         }
-        self.clock, since, self.clock_step = None if validates else now, self.clock_step, step
-        for key in ("train/loss", "grad_norm"):
-            # In float16 single gradients overflow, and the scaler leaves such a step out.
-            if not math.isfinite(self.row[key]) and (key != "grad_norm" or trainer.precision != "16-mixed"):
-                self.write(trainer)
-                raise NotFinite(f"{key} is {self.row[key]}", step, since)
+        self.clock, self.clock_step = None if validates else now, step
+        try:
+            self.guard.look()
+        except BadStep:
+            self.write(trainer)
+            raise
         if not validates:
             self.write(trainer)
 
@@ -172,6 +168,7 @@ class CleanStop(StepCallback):
             return
         due = time.monotonic() - self.saved >= self.seconds
         if self.anyone(self.asked or due):
+            self.metrics.guard.look()
             self.checkpoints.save(trainer)
             self.go_on_or_stop(step)
 

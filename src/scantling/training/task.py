@@ -73,6 +73,8 @@ class LanguageModelTask(L.LightningModule):
         """Global gradient norm of the last step, before clipping."""
         self.lr = 0.0
         """Learning rate of the last step."""
+        self.skips: Callable[[int, Tensor, Tensor], bool] | None = None
+        """Whether the step of this number, loss and gradient norm is left out; None: no step is, and nothing is read."""
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         nats = self.decoder(batch["inputs"], targets_BT=batch["targets"])
@@ -91,8 +93,14 @@ class LanguageModelTask(L.LightningModule):
 
     def take_step_loss(self) -> Tensor:
         """Mean loss over all valid targets of the step that just ended, over all ranks."""
-        loss, self.step_loss = self.step_loss, torch.zeros(())
-        return loss if self.trainer.world_size == 1 else self.trainer.strategy.reduce(loss, reduce_op="sum")
+        loss, self.step_loss = self.over_ranks(self.step_loss), torch.zeros(())
+        return loss
+
+    def over_ranks(self, loss: Tensor) -> Tensor:
+        """The sum of the ranks' shares."""
+        if self.trainer.world_size == 1:
+            return loss
+        return self.trainer.strategy.reduce(loss.clone(), reduce_op="sum")  # type: ignore[return-value]
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.lr = optimizer.param_groups[0]["lr"]
@@ -102,6 +110,12 @@ class LanguageModelTask(L.LightningModule):
         self.grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(self.grad_norm, DTensor):
             self.grad_norm = self.grad_norm.full_tensor()
+        if self.skips is not None:
+            step = self.trainer.global_step + 1
+            if self.skips(step, self.over_ranks(self.step_loss), self.grad_norm):
+                for p in parameters:
+                    p.grad = None  # what has no gradient no optimiser touches, nor its state
+                return
         # A GPU would have to be waited for; on the CPU most steps are spared a pass over the gradients.
         within = self.grad_norm.is_cpu and self.grad_norm <= (gradient_clip_val or torch.inf)
         if gradient_clip_val is not None and not within:

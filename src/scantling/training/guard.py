@@ -1,0 +1,150 @@
+"""What happens when a step goes wrong, `guard`: its loss or gradient is not finite, or its loss is a spike."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from scantling.training.strategies import Zero
+
+ACTIONS = ("stop", "skip", "rollback")
+
+
+class BadStep(Exception):
+    """A step that the guard does not let pass."""
+
+    def __init__(self, step: int, reason: str):
+        super().__init__(f"{reason} at step {step}")
+        self.step = step
+
+
+def robust_z(x: float, values: Sequence[float]) -> float:
+    """0.6745·(x - median)/MAD, MAD the median distance of `values` from their median: for normal numbers a standard score
+    that single outliers among them do not move. Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers, §3.3.
+    """
+    middle = median(values)
+    spread = median(abs(value - middle) for value in values)
+    above = x - middle
+    return 0.6745 * above / spread if spread else math.copysign(math.inf, above) if above else 0.0
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """`guard` of conf/train.yaml. Raises ValueError for values out of range."""
+
+    action: str
+    spike: float | None
+    window: int
+    batches: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"guard.action={self.action} is unknown: use one of {', '.join(ACTIONS)}")
+        if self.spike is not None and not (isinstance(self.spike, int | float) and self.spike > 0):
+            raise ValueError(f"guard.spike={self.spike} must be a positive number, or null")
+        for key, least in (("window", 3), ("batches", 1), ("most", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"guard.{key}={getattr(self, key)} must be at least {least}")
+
+    def check(self, strategy: Strategy | None, precision: str) -> None:
+        """Raise ValueError where a step cannot be left out."""
+        if self.action != "skip":
+            return
+        if isinstance(strategy, Zero):
+            raise ValueError(
+                "guard.action=skip: DeepSpeed's engine takes every step; use rollback, or trainer=fsdp or ddp"
+            )
+        if precision == "fp16":
+            raise ValueError(
+                "guard.action=skip is for fp32 and bf16: in fp16 the loss scale leaves steps out itself"
+            )
+
+
+class Guard(Callback):
+    """Judges the loss and the gradient's norm of every step, in order.
+
+    With `stop` and `rollback` they are read from the device when a row of metrics or a checkpoint is written, and
+    `look` raises BadStep for the first bad one. With `skip` they are read in every step, which a GPU is waited for;
+    a bad one then has no gradients. A spike is a loss whose `robust_z` among the last `window` good ones is above
+    `spike`; there is none before so many were seen. They are part of a checkpoint, so that a resumed run judges alike.
+    """
+
+    def __init__(
+        self,
+        settings: GuardSettings,
+        *,
+        record: Callable[[BadStep, str], None],
+        used: int,
+        gradients_may_overflow: bool,
+    ):
+        """`record` notes a step and what was done; `used`: how often something was before."""
+        self.settings, self.record, self.used = settings, record, used
+        self.gradients_may_overflow = (
+            gradients_may_overflow  # in float16, where the scaler leaves the step out
+        )
+        self.losses: deque[float] = deque(maxlen=settings.window)
+        self.pending: list[tuple[int, Tensor, Tensor]] = []
+
+    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+        if self.settings.action == "skip":
+            task.skips = self.skips
+
+    def saw(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """The step that just ended; nothing is read yet."""
+        if self.settings.action != "skip":
+            self.pending.append((step, loss, grad_norm))
+
+    def look(self) -> None:
+        """Judge what was seen since. Raises BadStep."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        steps, losses, norms = zip(*pending, strict=True)
+        numbers = zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), strict=True)
+        for step, loss, norm in numbers:
+            if reason := self.wrong(loss, norm):
+                raise BadStep(step, reason)
+
+    def skips(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether a step, all but taken, is left out. Raises BadStep when too many were."""
+        reason = self.wrong(loss.item(), grad_norm.item())
+        if reason is None:
+            return False
+        bad = BadStep(step, reason)
+        if self.used >= self.settings.most:
+            raise bad
+        self.used += 1
+        self.record(bad, "skip")
+        return True
+
+    def wrong(self, loss: float, grad_norm: float) -> str | None:
+        """What is; a loss that is not joins those that the next ones are judged by."""
+        if not math.isfinite(loss):
+            return f"train/loss is {loss}"
+        if not math.isfinite(grad_norm) and not self.gradients_may_overflow:
+            return f"grad_norm is {grad_norm}"
+        if self.settings.spike is None:
+            return None
+        if len(self.losses) == self.settings.window:
+            z = robust_z(loss, self.losses)
+            if z > self.settings.spike:
+                return f"train/loss is {loss:.4g}, {z:.1f} robust deviations above the last {self.settings.window},"
+        self.losses.append(loss)
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.losses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.losses.extend(state_dict["losses"])
