@@ -16,11 +16,9 @@ from scantling.accounting import (
     forward_flops_per_token,
     non_embedding,
     parameter_counts,
-    training_memory,
 )
 from scantling.composition import PARTS, build_decoder
 from scantling.training.budget import steps_for
-from scantling.training.optim import adamw
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 EVERY = [f"{group}={path.stem}" for group in PARTS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -330,56 +328,3 @@ def test_mixtral_and_deepseek_have_their_published_sizes(preset, of_deepseek_v3)
     assert round(active_parameters(mixtral) / 1e9, 1) == 12.9
     assert round(of_deepseek_v3(lambda decoder: sum(parameter_counts(decoder).values())) / 1e9) == 671
     assert of_deepseek_v3(active_parameters) // 1e9 == 37
-
-
-def test_memory_of_weights_gradients_and_adamw_equals_torchs(nano):
-    decoder = nano()
-    optimizer = adamw(decoder.named_parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    decoder(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
-    optimizer.step()
-
-    def size(tensors) -> int:
-        return sum(t.nbytes for t in tensors)
-
-    states = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
-    memory = training_memory(decoder, sequences=1, seq_len=8, half_precision=False)
-    assert memory.weights == size(decoder.parameters())
-    assert memory.gradients == size(p.grad for p in decoder.parameters())
-    assert memory.optimizer == size(states)
-    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        "norm=rmsnorm ffn=swiglu pos=rope",
-        "norm=layernorm ffn=gelu pos=learned",
-        "attn=mla attn.kv_rank=32",
-        "ffn=moe",
-        "ffn=moe_shared attn=mqa",
-        "block=sandwich attn=mha_qk_norm",
-        "block=rezero embed=factorised",
-        "block=parallel head=adaptive",
-    ],
-)
-@pytest.mark.parametrize("half", [False, True])
-def test_memory_of_activations_is_near_what_autograd_keeps(nano, parts, half):
-    decoder = nano(*parts.split(), "model.d_model=128", "model.d_ff=512", "model.n_layers=4")
-    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
-        return tensor
-
-    tokens = torch.zeros(4, 64, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            logits = decoder(tokens)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-    measured = sum(n for n, _ in kept.values())
-    estimate = training_memory(decoder, sequences=4, seq_len=64, half_precision=half).activations
-    assert loss > 0
-    assert 2 / 3 < estimate / measured < 3 / 2

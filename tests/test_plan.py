@@ -5,11 +5,13 @@ import sys
 import time
 
 import pytest
+from hydra.utils import instantiate
 
 from scantling import parts_table, planned
-from scantling.accounting import CONVENTIONS, cache_bytes, parameter_counts, training_memory
+from scantling.accounting import CONVENTIONS, cache_bytes, parameter_counts
 from scantling.command_line import run_entry
 from scantling.composition import build_decoder
+from scantling.memory import ENGINES, Sizes, training_memory
 from scantling.plan import bar, duration, first_sentence, short
 
 
@@ -52,8 +54,40 @@ def test_every_table_holds_what_accounting_counts(command, composed):
             cache_bytes(decoder, context=n, batch=1, precision=precision) for n in (1, 4096, 8192, 100_000)
         ]
         assert row(out, precision) == [short(size, "B") for size in sizes]
-    memory = training_memory(decoder, sequences=512, seq_len=8192, half_precision=True)
-    assert row(out, "512 × 8,192 tokens")[-2:] == [short(memory.activations, "B"), short(memory.total, "B")]
+    sizes = Sizes.of(decoder, instantiate(config.optim, _convert_="all"))
+    for name, engine in ENGINES.items():
+        kept, twice = (
+            training_memory(
+                sizes,
+                sequences=64,
+                seq_len=8192,
+                half_precision=True,
+                checkpoint_activations=checkpointed,
+                engine=engine,
+                devices=8,
+                accumulates=False,
+            )
+            for checkpointed in (False, True)
+        )
+        shown = re.findall(
+            r"[\d.]+ [kMGT]?B", next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        )
+        assert shown[0] == short(kept.weights, "B")
+        assert shown[-2:] == [short(kept.total, "B"), short(twice.total, "B")]
+
+
+def test_the_cheapest_engine_that_fits(command):
+    """Llama 3 8B takes 128 GB of float32 states a device undivided, 16 of them shared by eight."""
+    _, out, _ = command("model=llama3_8b", "memory=80GB", "devices=8")
+    line = out.splitlines()[-1]
+    assert line.startswith("The cheapest that fits into 80.0 GB: trainer=fsdp trainer.devices=8 ")
+    size = re.search(r"at ([\d.]+) GB", line)
+    assert size is not None
+    assert float(size[1]) <= 80
+    _, out, _ = command("model=nano", "memory=1GB", "devices=2")
+    assert "trainer=ddp trainer.devices=2 micro_batch_size=" in out.splitlines()[-1]
+    _, out, _ = command("model=nano", "memory=1kB")
+    assert out.splitlines()[-1].startswith("Nothing fits into 1.00 kB")
 
 
 def test_shares_add_up(command):
@@ -112,6 +146,7 @@ def test_lines_keep_to_the_terminal(command, monkeypatch, width):
             ["model=nano", "budget=flops", "budget.convention=7n"],
             "budget.convention=7n is unknown: use one of exact",
         ),
+        (["model=nano", "memory=lots"], "memory=lots is no size: write 80GB or 500MB"),
         (["model=nano", "peak=fast"], "peak=fast is not a number; its default is"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -194,43 +193,3 @@ def cache_bytes(decoder: Decoder, *, context: int, batch: int, precision: str) -
         numbers, vectors = mixer.cached_numbers(context), mixer.cached_vectors(context)
         total += number * numbers + scale * vectors if vectors else CACHED["fp32"][0] * numbers
     return batch * total
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device's share while it trains, without the framework's own few hundred megabytes."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def training_memory(decoder: Decoder, *, sequences: int, seq_len: int, half_precision: bool) -> Memory:
-    """Float32 weights and gradients, AdamW's two states (no optimiser here has more), and activations.
-
-    Per token a layer keeps the input and output of every linear layer (of the experts, those chosen), and two tensors
-    of width D in float32 for each norm, at least four for the residual sums (after Korthikanti et al. 2022,
-    arXiv:2205.05198, §4); the logits are kept in the precision of the products and twice in float32, as if every head
-    took the whole vocabulary. In half precision autocast keeps a copy of each matrix, until the backward pass is over.
-    """
-    n = sum(p.numel() for p in decoder.parameters())
-    width = 2 if half_precision else 4
-    out = decoder.layers[0].attn.out
-    assert isinstance(out, nn.Linear)
-    kept = 0
-    for block in decoder.layers:
-        linear = [(m, times) for _, m, times in passed(block) if isinstance(m, nn.Linear)]
-        norms = sum(name.endswith("norm") for name, _ in block.named_children())
-        kept += width * sum(times * (m.in_features + m.out_features) for m, times in linear)
-        kept += 4 * 2 * max(2, norms) * out.out_features
-    logits = decoder.embed.tokens.num_embeddings * (width + 8)
-    matrices = [
-        m.weight.numel() for block in decoder.blocks for m in block.modules() if isinstance(m, nn.Linear)
-    ]
-    copies = width * (sum(matrices) + decoder.head.flops(decoder.embed) // 2) if half_precision else 0
-    return Memory(4 * n, 4 * n, 8 * n, sequences * seq_len * (kept + logits) + copies)

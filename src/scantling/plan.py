@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +14,14 @@ from rich.table import Table
 
 from scantling.accounting import (
     CONVENTIONS,
-    Memory,
     active_counts,
     cache_bytes,
     exact,
     forward_flops_by_part,
     non_embedding,
     parameter_counts,
-    training_memory,
 )
+from scantling.memory import ENGINES, Choice, Memory
 from scantling.model.decoder import Decoder
 
 
@@ -38,6 +37,7 @@ class Plan:
     world_size: int
     flops_per_token: float
     memory: Memory
+    """Of one device, at its peak."""
 
     @classmethod
     def of(
@@ -49,7 +49,7 @@ class Plan:
         batch_size: int,
         micro_batch_size: int,
         world_size: int,
-        half_precision: bool,
+        memory: Memory,
     ) -> Plan:
         return cls(
             counts=counts,
@@ -59,12 +59,7 @@ class Plan:
             micro_batch_size=micro_batch_size,
             world_size=world_size,
             flops_per_token=exact(decoder, decoder.seq_len),
-            memory=training_memory(
-                decoder,
-                sequences=micro_batch_size,
-                seq_len=decoder.seq_len,
-                half_precision=half_precision,
-            ),
+            memory=memory,
         )
 
     @property
@@ -115,13 +110,14 @@ class Plan:
         lines.add_row(
             "[bold]memory[/bold]",
             f"about {short(m.total, 'B')} a device: weights {short(m.weights, 'B')}, gradients {short(m.gradients, 'B')}, "
-            f"optimiser {short(m.optimizer, 'B')}, activations {short(m.activations, 'B')}",
+            f"optimiser {short(m.optimizer, 'B')}, activations {short(m.activations, 'B')}, logits {short(m.logits, 'B')}"
+            + (f", workspace {short(m.workspace, 'B')}" if m.workspace else ""),
         )
         return Group(lines)
 
     def check_disk(self, directory: Path, checkpoints: int) -> None:
         """Raise ValueError unless so many checkpoints fit."""
-        needed = checkpoints * (self.memory.weights + self.memory.optimizer)
+        needed = checkpoints * self.memory.states
         free = shutil.disk_usage(directory).free
         if free < needed:
             raise ValueError(
@@ -213,21 +209,24 @@ def training_table(
     return table
 
 
-def memory_table(decoder: Decoder, batch_size: int, *, half_precision: bool) -> Table:
-    """Of training, as if one device held it all: what sharding and accumulation have to divide."""
-    precision = "bf16 products" if half_precision else "fp32"
+def memory_table(
+    forecast: Callable[[Choice], Memory], sequences: int, about: str, limit: int | None
+) -> Table:
+    """The peak of one device under every engine, and with every block's activations computed twice; bold where it fits."""
     table = titled(
         "Memory",
-        f"of training, undivided; AdamW, {precision}, float32 weights",
-        *("weights", "gradients", "optimiser", "activations", "total"),
+        about,
+        *("weights", "gradients", "optimiser", "activations", "logits", "other", "peak", "checkpointed"),
     )
-    for sequences in sorted({1, batch_size}):
-        memory = training_memory(
-            decoder, sequences=sequences, seq_len=decoder.seq_len, half_precision=half_precision
-        )
-        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
-        rows = f"{sequences:,} × {decoder.seq_len:,} tokens"
-        table.add_row(rows, *(short(size, "B") for size in sizes))
+    table.columns[0].min_width, table.padding = 14, 0
+    for engine in ENGINES:
+        memory, checkpointed = (forecast(Choice(engine, twice, sequences)) for twice in (False, True))
+        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
+        peaks = [
+            f"[bold]{short(total, 'B')}[/bold]" if limit and total <= limit else short(total, "B")
+            for total in (memory.total, checkpointed.total)
+        ]
+        table.add_row(engine, *(short(size, "B") for size in (*sizes, memory.workspace)), *peaks)
     return table
 
 

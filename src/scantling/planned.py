@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
 from scantling.accounting import active_parameters, convention
 from scantling.command_line import mistakes
 from scantling.composition import PARTS, build_decoder, choices
+from scantling.memory import (
+    ENGINES,
+    Choice,
+    Memory,
+    Sizes,
+    choices_of_memory,
+    number_of_bytes,
+    training_memory,
+)
 from scantling.model.decoder import Decoder
-from scantling.plan import Training, cache_table, conventions_table, memory_table, parts_table, training_table
+from scantling.plan import (
+    Training,
+    cache_table,
+    conventions_table,
+    memory_table,
+    parts_table,
+    short,
+    training_table,
+)
 from scantling.training.budget import steps_for
 
 PRINTED_WIDTH = 100
@@ -29,17 +48,29 @@ def plan(config: DictConfig) -> None:
         check(config)
         decoder = build_decoder(config, config.model.vocab_size, "meta")
         context = config.context or decoder.seq_len
+        limit = None if config.memory is None else number_of_bytes(str(config.memory))
+        forecast = forecaster(config, decoder)
+        sequences = config.micro_batch_size or max(1, config.batch_size // config.devices)
+        chosen = None
+        if limit is not None:
+            fitting = (choice for choice in choices_of_memory(sequences) if forecast(choice).total <= limit)
+            chosen = next(fitting, None)
+            sequences = 1 if chosen is None else chosen.micro_batch_size
+        about = (
+            f"of one of {config.devices} devices, {sequences} × {decoder.seq_len:,} tokens at once; "
+            f"{choices()['optim']}, {'fp32' if config.trainer.precision == 'fp32' else 'bf16 products'}"
+        )
         tables = [
             parts_table(decoder, context),
             conventions_table(decoder, context),
             training_table(decoder, trainings(config, decoder), config.devices, config.peak, config.mfu),
-            memory_table(decoder, config.batch_size, half_precision=config.trainer.precision != "fp32"),
+            memory_table(forecast, sequences, about, limit),
             cache_table(decoder, sorted({context, *config.cache.contexts}), config.cache.precisions),
         ]
-    chosen = choices()
-    parts = " ".join(f"{group}={chosen[group]}" for group in PARTS)
+    options = choices()
+    parts = " ".join(f"{group}={options[group]}" for group in PARTS)
     shape = config.model
-    console.print(f"[bold]{chosen['model']}[/bold]  {parts}")
+    console.print(f"[bold]{options['model']}[/bold]  {parts}")
     console.print(
         f"[dim]{shape.n_layers} layers of width {shape.d_model:,}, {shape.n_heads} heads, "
         f"{shape.seq_len:,} tokens, {shape.vocab_size:,} entries[/dim]"
@@ -47,6 +78,36 @@ def plan(config: DictConfig) -> None:
     for table in tables:
         console.print()
         console.print(table)
+    if limit is not None:
+        console.print()
+        console.print(advice(chosen, forecast, limit, config.devices), soft_wrap=True)
+
+
+def forecaster(config: DictConfig, decoder: Decoder) -> Callable[[Choice], Memory]:
+    """The peak of one of `devices` devices."""
+    sizes = Sizes.of(decoder, instantiate(config.optim, _convert_="all"))
+    return lambda choice: training_memory(
+        sizes,
+        sequences=choice.micro_batch_size,
+        seq_len=decoder.seq_len,
+        half_precision=config.trainer.precision != "fp32",
+        checkpoint_activations=choice.checkpoint_activations,
+        engine=ENGINES[choice.engine],
+        devices=config.devices,
+        accumulates=choice.micro_batch_size * config.devices < config.batch_size,
+    )
+
+
+def advice(chosen: Choice | None, forecast: Callable[[Choice], Memory], limit: int, devices: int) -> str:
+    """The cheapest choice that fits into `limit`, as it is typed."""
+    if chosen is None:
+        return f"Nothing fits into {short(limit, 'B')}, with one sequence at once: more devices, or a shorter context"
+    return (
+        f"The cheapest that fits into {short(limit, 'B')}: trainer={chosen.engine} trainer.devices={devices} "
+        f"micro_batch_size={chosen.micro_batch_size}"
+        f"{' trainer.checkpoint_activations=true' if chosen.checkpoint_activations else ''}, "
+        f"at {short(forecast(chosen).total, 'B')}"
+    )
 
 
 def check(config: DictConfig) -> None:

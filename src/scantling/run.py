@@ -39,6 +39,7 @@ from scantling.composition import PARTS, build_decoder, choices, plain
 from scantling.data.loading import TrainBatches, check_batch_size, place_in_order, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
+from scantling.memory import Engine, Memory, Sizes, engine_of, training_memory
 from scantling.model.decoder import Decoder
 from scantling.plan import Plan
 from scantling.run_directory import RunDirectory, read_rows
@@ -278,7 +279,38 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
         batch_size=config.batch_size,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
+        memory=forecast(
+            config,
+            decoder,
+            precision,
+            engine=engine_of(choices()["trainer"]),
+            devices=world_size,
+            micro_batch_size=micro_batch_size,
+            checkpoint_activations=config.trainer.checkpoint_activations,
+        ),
+    )
+
+
+def forecast(
+    config: DictConfig,
+    decoder: Decoder,
+    precision: str,
+    *,
+    engine: Engine,
+    devices: int,
+    micro_batch_size: int,
+    checkpoint_activations: bool,
+) -> Memory:
+    """Of one device at its peak, under the run's settings but for these."""
+    return training_memory(
+        Sizes.of(decoder, instantiate(config.optim, _convert_="all")),
+        sequences=micro_batch_size,
+        seq_len=decoder.seq_len,
         half_precision=precision != "fp32",
+        checkpoint_activations=checkpoint_activations,
+        engine=engine,
+        devices=devices,
+        accumulates=micro_batch_size * devices < config.batch_size,
     )
 
 
@@ -395,6 +427,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     L.seed_everything(config.seed, verbose=False)
     decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "cpu")
     decoder.initialise(config.seed)
+    decoder.checkpoint_activations = config.trainer.checkpoint_activations
     peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
     console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     for line in run.damaged:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scantling.model.attn import Mixer
 from scantling.model.block import Block
@@ -93,6 +94,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(d_model) if blocks[-1].final_norm else nn.Identity()
         self.routers = tuple(module for module in self.modules() if isinstance(module, Router))
+        self.checkpoint_activations = False
+        """In training keep only each block's input, and compute the block again in the backward pass. Chen et al. 2016,
+        arXiv:1604.06174, §4.1."""
 
     @property
     def layers(self) -> list[Block]:
@@ -117,10 +121,23 @@ class Decoder(nn.Module):
         for router in self.routers:
             router.loss = None
         rotations = self.pos.rotations(step.positions_BT, len(layers))
-        scores = Scores(bias=self.pos.bias, n_heads=self.n_heads, step=step)
+
+        def new_scores() -> Scores:
+            return Scores(bias=self.pos.bias, n_heads=self.n_heads, step=step)
+
+        scores = new_scores()
+        recomputed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         x_BTD = self.dropout(self.pos.embed(self.embed(tokens_BT), step.positions_BT))
         for i, block in enumerate(layers):
-            x_BTD = block(x_BTD, rotations[i], scores, None if cache is None else cache.layers[i])
+            if recomputed:
+                # Scores keep their masks; what a block computes twice must be the same both times.
+                x_BTD = checkpoint(
+                    lambda x, block=block, i=i: block(x, rotations[i], new_scores(), None),
+                    x_BTD,
+                    use_reentrant=False,
+                )
+            else:
+                x_BTD = block(x_BTD, rotations[i], scores, None if cache is None else cache.layers[i])
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             return self.head.logits(x_BTD, self.embed)
