@@ -149,7 +149,8 @@ def test_interrupted_engine_goes_on(shop, alone, before, after):
     assert process.returncode == 130, out + err
     assert "the same command goes on from there" in out
     assert 1 <= len(shop.directory(runs).metrics()) < 20
-    assert_same_training(shop.run(*ENGINES[after], *common, runs=runs), alone)
+    twice = "trainer.checkpoint_activations=true"  # computing activations twice changes nothing
+    assert_same_training(shop.run(*ENGINES[after], *common, twice, runs=runs), alone)
 
 
 @pytest.mark.parametrize(("engine", "action"), [("ddp", "rollback"), ("fsdp", "skip")])

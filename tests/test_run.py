@@ -3,9 +3,12 @@
 import inspect
 import json
 import os
+import re
+import resource
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,3 +293,32 @@ def test_failing_training_is_no_mistake_of_the_user(command, monkeypatch):
     monkeypatch.setattr("scantling.model.head.negative_log_likelihood", broken)
     with pytest.raises(ValueError, match="a bug"):
         command()
+
+
+def test_out_of_memory_is_one_line_with_settings_that_fit(command, tmp_path):
+    """Where address space for 300 MB is left, 1 GB of activations does not fit, and what the line says does."""
+    large = ("model.d_model=128", "model.d_ff=512", "model.n_layers=4", "batch_size=256", "budget.steps=1")
+
+    def limited(*overrides) -> tuple[int, str]:
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                limit = pages * resource.getpagesize() + 300_000_000
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                code, _, err = command(*large, *overrides)
+                (tmp_path / "error.txt").write_text(err)
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return code, (tmp_path / "error.txt").read_text()
+
+    code, err = limited()
+    assert code == 1
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: out of memory: the forecast was about ")
+    settings = re.search(r"; (\S+(?: \S+)*) would take about", line)
+    assert settings is not None
+    chosen = settings[1].split()
+    code, err = limited(*chosen, "micro_batch_size=8")  # of the same kind, with room for all else
+    assert code == 0, err

@@ -106,13 +106,7 @@ class Plan:
             "[bold]FLOPs[/bold]",
             f"{self.flops:.3g} ({self.flops_per_token:.3g} a token, forward and backward)",
         )
-        m = self.memory
-        lines.add_row(
-            "[bold]memory[/bold]",
-            f"about {short(m.total, 'B')} a device: weights {short(m.weights, 'B')}, gradients {short(m.gradients, 'B')}, "
-            f"optimiser {short(m.optimizer, 'B')}, activations {short(m.activations, 'B')}, logits {short(m.logits, 'B')}"
-            + (f", workspace {short(m.workspace, 'B')}" if m.workspace else ""),
-        )
+        lines.add_row("[bold]memory[/bold]", memory_line(self.memory))
         return Group(lines)
 
     def check_disk(self, directory: Path, checkpoints: int) -> None:
@@ -124,6 +118,15 @@ class Plan:
                 f"{directory} has {short(free, 'B')} of free disk, but {checkpoints} checkpoints take {short(needed, 'B')}: "
                 "free some or choose another place with paths.runs=DIR"
             )
+
+
+def memory_line(m: Memory) -> str:
+    """The peak, and what it is made of."""
+    return (
+        f"about {short(m.total, 'B')} a device: weights {short(m.weights, 'B')}, gradients {short(m.gradients, 'B')}, "
+        f"optimiser {short(m.optimizer, 'B')}, activations {short(m.activations, 'B')}, logits {short(m.logits, 'B')}"
+        + (f", other {short(m.workspace, 'B')}" if m.workspace else "")
+    )
 
 
 # --- the tables of plan.py ---

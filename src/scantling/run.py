@@ -39,9 +39,9 @@ from scantling.composition import PARTS, build_decoder, choices, plain
 from scantling.data.loading import TrainBatches, check_batch_size, place_in_order, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import continuation
-from scantling.memory import Engine, Memory, Sizes, engine_of, training_memory
+from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, engine_of, training_memory
 from scantling.model.decoder import Decoder
-from scantling.plan import Plan
+from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
 from scantling.training import hardware
@@ -415,6 +415,41 @@ def fit(run: Run, console: Console) -> None:
                 stop(run, bad)
             roll_back(run, bad)
             console.print(f"warning: {bad}: back to step {run.first_step:,}", soft_wrap=True)
+        except (RuntimeError, MemoryError) as error:
+            if not hardware.ran_out_of_memory(error):
+                raise
+            print(f"error: {what_would_fit(run)}", file=sys.stderr)
+            sys.exit(1)
+
+
+def what_would_fit(run: Run) -> str:
+    """Out of memory: what was forecast, and the cheapest settings that are forecast to take half of it at most."""
+    config, plan = run.config, run.plan
+    decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "meta")
+    trainer = choices()["trainer"]
+    text = f"out of memory: the forecast was {memory_line(plan.memory)}"
+    for choice in choices_of_memory(plan.micro_batch_size):
+        if engine_of(trainer) != ENGINES[choice.engine] and plan.world_size == 1:
+            continue
+        memory = forecast(
+            config,
+            decoder,
+            run.precision,
+            engine=ENGINES[choice.engine],
+            devices=plan.world_size,
+            micro_batch_size=choice.micro_batch_size,
+            checkpoint_activations=choice.checkpoint_activations,
+        )
+        if 2 * memory.total <= plan.memory.total:
+            changed = [] if ENGINES[choice.engine] == engine_of(trainer) else [f"trainer={choice.engine}"]
+            if choice.micro_batch_size != plan.micro_batch_size:
+                changed.append(f"micro_batch_size={choice.micro_batch_size}")
+            if choice.checkpoint_activations and not config.trainer.checkpoint_activations:
+                changed.append("trainer.checkpoint_activations=true")
+            return f"{text}; {' '.join(changed)} would take about {short(memory.total, 'B')}"
+    return (
+        f"{text}; no setting of memory takes half of it: more devices with trainer=fsdp, or a smaller model"
+    )
 
 
 def fit_from_checkpoint(run: Run, console: Console) -> None:

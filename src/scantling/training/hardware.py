@@ -36,6 +36,12 @@ def resolved_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory, or the host's, could not be had: CUDA's allocator, PyTorch's on the CPU, or C++'s own."""
+    said = ("DefaultCPUAllocator", "std::bad_alloc", "CUDA out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of handing them back to the kernel.
 
