@@ -322,3 +322,9 @@ def test_out_of_memory_is_one_line_with_settings_that_fit(command, tmp_path):
     chosen = settings[1].split()
     code, err = limited(*chosen, "micro_batch_size=8")  # of the same kind, with room for all else
     assert code == 0, err
+
+
+def test_zero_3_does_not_compute_activations_twice(command):
+    code, _, err = command("trainer=zero3", "trainer.accelerator=cpu", "trainer.checkpoint_activations=true")
+    assert code == 2
+    assert "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp" in err

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -30,20 +30,24 @@ class Engine:
     """Bytes that gradients and weights are sent in."""
     offloads: bool = False
     """Whether shares of weights and optimiser lie in the host's memory."""
+    recomputes: bool = True
+    """Whether blocks may be computed twice in it."""
 
 
 BUCKET = 50_000_000
 """Numbers in a bucket of DeepSpeed's, conf/trainer/zero1.yaml."""
+
+ZERO3 = Engine(
+    optimizer=True, gradients=True, weights=True, copies=1, buckets=2 * FLOAT32 * BUCKET, recomputes=False
+)
 
 ENGINES = {
     "ddp": Engine(),
     "zero1": Engine(optimizer=True, copies=1, buckets=FLOAT32 * BUCKET),
     "zero2": Engine(optimizer=True, gradients=True, copies=1, buckets=FLOAT32 * BUCKET),
     "fsdp": Engine(optimizer=True, gradients=True, weights=True),
-    "zero3": Engine(optimizer=True, gradients=True, weights=True, copies=1, buckets=2 * FLOAT32 * BUCKET),
-    "zero3_offload": Engine(
-        optimizer=True, gradients=True, weights=True, copies=1, buckets=2 * FLOAT32 * BUCKET, offloads=True
-    ),
+    "zero3": ZERO3,
+    "zero3_offload": replace(ZERO3, offloads=True),
 }
 """By their names in conf/trainer, the fastest first. Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1, less its float16:
 weights are float32 here.
@@ -206,7 +210,7 @@ def choices_of_memory(per_device: int) -> Iterator[Choice]:
     """
     for offloads, checkpointed in itertools.product((False, True), repeat=2):
         for name, engine in ENGINES.items():
-            if engine.offloads == offloads:
+            if engine.offloads == offloads and (engine.recomputes or not checkpointed):
                 for size in reversed([s for s in range(1, per_device + 1) if per_device % s == 0]):
                     yield Choice(name, checkpointed, size)
 

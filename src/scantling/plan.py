@@ -222,13 +222,15 @@ def memory_table(
         *("weights", "gradients", "optimiser", "activations", "logits", "other", "peak", "checkpointed"),
     )
     table.columns[0].min_width, table.padding = 14, 0
-    for engine in ENGINES:
+    for engine, facts in ENGINES.items():
         memory, checkpointed = (forecast(Choice(engine, twice, sequences)) for twice in (False, True))
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
         peaks = [
             f"[bold]{short(total, 'B')}[/bold]" if limit and total <= limit else short(total, "B")
             for total in (memory.total, checkpointed.total)
         ]
+        if not facts.recomputes:
+            peaks[1] = "–"
         table.add_row(engine, *(short(size, "B") for size in (*sizes, memory.workspace)), *peaks)
     return table
 

@@ -241,6 +241,10 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     )
     strategy = run.new_strategy()
     guard.check(strategy, precision)
+    if config.trainer.checkpoint_activations and not engine_of(choices()["trainer"]).recomputes:
+        raise ValueError(
+            "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
+        )
     if isinstance(strategy, WholeCheckpoints):
         one_matrix = [("weight", torch.nn.Parameter(torch.zeros(2, 2)))]
         strategy.check(instantiate(config.optim, _convert_="all")(one_matrix))
