@@ -6,7 +6,6 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,16 @@ class StepCallback(Callback):
         """After step `step`, the first being 1."""
 
 
+def of_each(hook: str) -> Any:
+    """The method that calls `hook` of each callback."""
+
+    def call(self: StepCallbacks, *arguments: Any, **named: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(*arguments, **named)
+
+    return call
+
+
 class StepCallbacks(Callback):
     """A run's callbacks, in order, as one to Lightning.
 
@@ -55,25 +64,22 @@ class StepCallbacks(Callback):
                 if isinstance(callback, StepCallback):
                     callback.on_step(trainer, task, step)
 
-    def each(self, hook: str, *arguments: Any, **named: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, hook)(*arguments, **named)
-
-    setup = partialmethod(each, "setup")
-    on_train_start = partialmethod(each, "on_train_start")
-    on_train_batch_start = partialmethod(each, "on_train_batch_start")
-    on_validation_end = partialmethod(each, "on_validation_end")
-    on_train_end = partialmethod(each, "on_train_end")
-    on_fit_end = partialmethod(each, "on_fit_end")
-    on_exception = partialmethod(each, "on_exception")
-    teardown = partialmethod(each, "teardown")
+    setup = of_each("setup")
+    on_train_start = of_each("on_train_start")
+    on_train_batch_start = of_each("on_train_batch_start")
+    on_validation_end = of_each("on_validation_end")
+    on_train_end = of_each("on_train_end")
+    on_fit_end = of_each("on_fit_end")
+    on_exception = of_each("on_exception")
+    teardown = of_each("teardown")
 
     def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["callbacks"] |= {callback.state_key: callback.state_dict() for callback in self.callbacks}
 
     def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         for callback in self.callbacks:
-            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            if callback.state_key in checkpoint["callbacks"]:
+                callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
 
 class Metrics(StepCallback):
