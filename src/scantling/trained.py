@@ -270,8 +270,8 @@ def names(runs: list[TrainedRun]) -> list[str]:
     """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by choices."""
     chosen = [{**run.config.choices, "seed": run.config.seed} for run in runs]
     groups = {group: None for choices in chosen for group in choices}
-    differing = [group for group in groups if len({choices.get(group) for choices in chosen}) > 1]
-    labels = [" ".join(f"{group}={choices.get(group)}" for group in differing) for choices in chosen]
+    differing = [g for g in groups if len({choices[g] for choices in chosen if g in choices}) > 1]
+    labels = [" ".join(f"{g}={choices[g]}" for g in differing if g in choices) for choices in chosen]
     return labels if len(set(labels)) == len(runs) > 1 else [run.directory.name for run in runs]
 
 

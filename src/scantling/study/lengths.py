@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,25 @@ def write_lengths(rows: list[dict[str, Any]], directory: Path, *, measure: str, 
 def draw_lengths(rows: list[dict[str, Any]], path: Path, *, measure: str, title: str) -> None:
     """`measure` against the length of context, a line a run: dashed side by side, solid where windows slide.
 
-    A ring marks the length that a run was trained at.
+    Runs that differ by their seed alone share a colour. A ring marks the length that a run was trained at.
     """
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     slides = any(row["sliding"] for row in rows)
-    for i, run in enumerate(dict.fromkeys(row["run"] for row in rows)):
+    colours: dict[str, str] = {}
+    for run in dict.fromkeys(row["run"] for row in rows):
+        arm = re.sub(r" ?seed=\d+", "", run) or run
+        is_first = arm not in colours
+        colour = colours.setdefault(arm, f"C{len(colours)}")
         for sliding in (False, True) if slides else (False,):
             of_run = [row for row in rows if row["run"] == run and row["sliding"] == sliding]
             x, y = [row["length"] for row in of_run], [row[measure] for row in of_run]
             style = "-" if sliding or not slides else "--"
-            label = run if style == "-" else None
-            axes.plot(x, y, color=f"C{i}", ls=style, lw=1.5 if label else 1, marker="o", ms=3, label=label)
+            label = arm if style == "-" and is_first else None
+            axes.plot(
+                x, y, color=colour, ls=style, lw=1.5 if style == "-" else 1, marker="o", ms=3, label=label
+            )
             at = [(row["length"], row[measure]) for row in of_run if row["length"] == row["trained_at"]]
-            axes.plot(*zip(*at, strict=True), "o", color=f"C{i}", mfc="none", ms=9) if at else None
+            axes.plot(*zip(*at, strict=True), "o", color=colour, mfc="none", ms=9) if at else None
     axes.set_xscale("log", base=2)
     lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, [str(length) for length in lengths])
