@@ -149,8 +149,9 @@ def test_interrupted_engine_goes_on(shop, alone, before, after):
     assert process.returncode == 130, out + err
     assert "the same command goes on from there" in out
     assert 1 <= len(shop.directory(runs).metrics()) < 20
-    twice = "trainer.checkpoint_activations=true"  # computing activations twice changes nothing
-    assert_same_training(shop.run(*ENGINES[after], *common, twice, runs=runs), alone)
+    # Computing activations twice changes nothing; ZeRO 3 refuses it.
+    twice = [] if after.startswith("zero3") else ["trainer.checkpoint_activations=true"]
+    assert_same_training(shop.run(*ENGINES[after], *common, *twice, runs=runs), alone)
 
 
 @pytest.mark.parametrize(("engine", "action"), [("ddp", "rollback"), ("fsdp", "skip")])
