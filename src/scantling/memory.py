@@ -49,14 +49,9 @@ ENGINES = {
     "zero3": ZERO3,
     "zero3_offload": replace(ZERO3, offloads=True),
 }
-"""By their names in conf/trainer, the fastest first. Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1, less its float16:
+"""By `trainer.engine`, the fastest first. Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1, less its float16:
 weights are float32 here.
 """
-
-
-def engine_of(trainer: str) -> Engine:
-    """`auto`, `cpu`, `gpu` and any other are as `ddp`."""
-    return ENGINES[trainer] if trainer in ENGINES else ENGINES["ddp"]
 
 
 @dataclass(frozen=True)

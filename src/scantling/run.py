@@ -39,7 +39,7 @@ from scantling.composition import PARTS, build_decoder, choices, plain
 from scantling.continuation import continuation
 from scantling.data.loading import TrainBatches, check_batch_size, place_in_order, validation_batches
 from scantling.data.tokens import TokenizedCorpus, prepare
-from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, engine_of, training_memory
+from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
 from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory, read_rows
@@ -248,7 +248,7 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     )
     strategy = run.new_strategy()
     guard.check(strategy, precision)
-    if config.trainer.checkpoint_activations and not engine_of(choices()["trainer"]).recomputes:
+    if config.trainer.checkpoint_activations and not ENGINES[config.trainer.engine].recomputes:
         raise ValueError(
             "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
         )
@@ -294,7 +294,7 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
             config,
             decoder,
             precision,
-            engine=engine_of(choices()["trainer"]),
+            engine=ENGINES[config.trainer.engine],
             devices=world_size,
             micro_batch_size=micro_batch_size,
             checkpoint_activations=config.trainer.checkpoint_activations,
@@ -437,10 +437,9 @@ def what_would_fit(run: Run) -> str:
     """Out of memory: what was forecast, and the cheapest settings that are forecast to take half of it at most."""
     config, plan = run.config, run.plan
     decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "meta")
-    trainer = choices()["trainer"]
     text = f"out of memory: the forecast was {memory_line(plan.memory)}"
     for choice in choices_of_memory(plan.micro_batch_size):
-        if engine_of(trainer) != ENGINES[choice.engine] and plan.world_size == 1:
+        if choice.engine != config.trainer.engine and plan.world_size == 1:
             continue
         memory = forecast(
             config,
@@ -452,7 +451,7 @@ def what_would_fit(run: Run) -> str:
             checkpoint_activations=choice.checkpoint_activations,
         )
         if 2 * memory.total <= plan.memory.total:
-            changed = [] if ENGINES[choice.engine] == engine_of(trainer) else [f"trainer={choice.engine}"]
+            changed = [] if choice.engine == config.trainer.engine else [f"trainer={choice.engine}"]
             if choice.micro_batch_size != plan.micro_batch_size:
                 changed.append(f"micro_batch_size={choice.micro_batch_size}")
             if choice.checkpoint_activations and not config.trainer.checkpoint_activations:
