@@ -15,7 +15,7 @@ from scantling.model.cache import KVCache
 from scantling.model.decoder import Decoder
 from scantling.model.embed import Embedding
 from scantling.model.head import Full
-from scantling.model.linear import ONEDNN, Linear, linear, packed
+from scantling.model.linear import PACKS, Linear, linear, packed
 from scantling.sampling import Ids, Settings, one_of, seen_tokens
 
 # --- texts over one cache
@@ -119,7 +119,7 @@ def laid_out_for_decoding(decoder: Decoder) -> Decoder:
     than columns is stored column by column, its values, name and shape as before. Where oneDNN multiplies, linear
     layers take its own layout, which serves products alone: such a model is neither trained nor saved.
     """
-    if ONEDNN:
+    if PACKS:
         for module in decoder.modules():
             if type(module) is Linear and module.weight.is_cpu and module.weight.dtype == torch.float32:
                 module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
