@@ -6,7 +6,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.model import linear as module
-from scantling.model.linear import Linear, OneDNNLinear, linear
+from scantling.model.linear import Linear, OneDNNLinear
 
 onednn_only = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
