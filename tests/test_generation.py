@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from scantling import generation
 from scantling.generation import beam_search, generate, laid_out_for_decoding, speculate
-from scantling.model.linear import PACKS
+from scantling.model.linear import FEW, ONEDNN
 from scantling.sampling import Settings
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
@@ -140,8 +140,11 @@ def test_greedy_equals_transformers_gpt2(gpt2_pair):
 
 @pytest.mark.parametrize("embed", ["tied", "untied"])
 def test_the_layout_for_decoding_changes_memory_alone(nano, embed):
-    plain, laid_out = nano(f"embed={embed}", gain=8), laid_out_for_decoding(nano(f"embed={embed}", gain=8))
-    if PACKS:
+    plain, laid_out = (
+        nano(f"embed={embed}", gain=8),
+        laid_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
+    )
+    if ONEDNN:
         assert laid_out.blocks[0].ffn.up.weight.is_mkldnn
         assert (laid_out.embed.output if embed == "untied" else laid_out.head.packed_output).is_mkldnn
     else:

@@ -15,7 +15,7 @@ from scantling.model.cache import KVCache
 from scantling.model.decoder import Decoder
 from scantling.model.embed import Embedding
 from scantling.model.head import Full
-from scantling.model.linear import PACKS, Linear, linear, packed
+from scantling.model.linear import FEW, ONEDNN, Linear, linear, packed
 from scantling.sampling import Ids, Settings, one_of, seen_tokens
 
 # --- texts over one cache
@@ -112,30 +112,35 @@ class PackedHead(Full):
 
 
 @torch.no_grad()
-def laid_out_for_decoding(decoder: Decoder) -> Decoder:
-    """The same model; its matrices stand in memory as decoding reads them fastest on a CPU.
+def laid_out_for_decoding(decoder: Decoder, rows: int) -> Decoder:
+    """The same model; its matrices stand in memory as decoding so many texts at once reads them fastest on a CPU.
 
     There MKL's product with one vector, or a few, is fastest along the longer side of the matrix: a matrix of more rows
-    than columns is stored column by column, its values, name and shape as before. Where oneDNN multiplies, linear
-    layers take its own layout, which serves products alone: such a model is neither trained nor saved.
+    than columns is stored column by column, its values, name and shape as before. Where oneDNN multiplies, more than a
+    few texts take its own layout of linear layers, which serves products alone: such a model is neither trained nor saved.
     """
-    if PACKS:
-        for module in decoder.modules():
-            if type(module) is Linear and module.weight.is_cpu and module.weight.dtype == torch.float32:
-                module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
-        output = decoder.embed.output
-        if (
-            type(decoder.head) is Full
-            and output.is_cpu
-            and output.dtype == torch.float32
-            and not output.is_mkldnn
-        ):
-            decoder.head = PackedHead(decoder.head, packed(output))
+    if ONEDNN:
+        if rows > FEW // 2:
+            pack(decoder)
         return decoder
     for parameter in decoder.parameters():
         if parameter.is_cpu and parameter.ndim == 2 and parameter.shape[0] >= parameter.shape[1]:
             parameter.data = parameter.data.T.contiguous().T
     return decoder
+
+
+def pack(decoder: Decoder) -> None:
+    for module in decoder.modules():
+        if type(module) is Linear and module.weight.is_cpu and module.weight.dtype == torch.float32:
+            module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
+    output = decoder.embed.output
+    if (
+        type(decoder.head) is Full
+        and output.is_cpu
+        and output.dtype == torch.float32
+        and not output.is_mkldnn
+    ):
+        decoder.head = PackedHead(decoder.head, packed(output))
 
 
 # --- ways to go on

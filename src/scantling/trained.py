@@ -162,7 +162,7 @@ def sample(config: DictConfig) -> None:
             )
         for each in (run, draft):
             if each is not None:
-                laid_out_for_decoding(each.decoder)
+                laid_out_for_decoding(each.decoder, rows=len(prompts) * settings.beams)
         pieces = continuations(
             run.decoder,
             run.tokenizer,

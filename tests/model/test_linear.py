@@ -6,23 +6,25 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.model import linear as module
-from scantling.model.linear import Linear, OneDNNLinear
+from scantling.model.linear import Linear, OneDNNLinear, by_slices, linear
 
 onednn_only = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
 )
 
 
-def operands(shape: tuple[int, ...]) -> list[torch.Tensor]:
+def operands(shape: tuple[int, ...], width: int = 24) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = (shape, (24, 16), (24,))
+    shapes = (shape, (width, 16), (width,))
     return [torch.randn(s, generator=generator, dtype=torch.float32, requires_grad=True) for s in shapes]
 
 
 @onednn_only
+@pytest.mark.parametrize("zen4", [True, False])
 @pytest.mark.parametrize("shape", [(1, 16), (5, 16), (2, 3, 16)], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
-def test_onednn_gives_torchs_values_and_gradients(shape, biased):
+def test_onednn_gives_torchs_values_and_gradients(monkeypatch, shape, biased, zen4):
+    monkeypatch.setattr(module, "ZEN4", zen4)
     x, weight, bias = operands(shape)
     bias = bias if biased else None
     ours, torchs = OneDNNLinear.apply(x, weight, bias), functional.linear(x, weight, bias)
@@ -35,6 +37,30 @@ def test_onednn_gives_torchs_values_and_gradients(shape, biased):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [24, 7])  # 7 rows cannot be shared out evenly
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (5, 16), (2, 3, 16)], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_slices_give_torchs_values(shape, width, biased):
+    x, weight, bias = operands(shape, width)
+    bias = bias if biased else None
+    ours = by_slices(x, weight, bias)
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@onednn_only
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [module.FEW, module.FEW + 1])
+def test_few_rows_are_as_many(monkeypatch, rows):
+    """Every way that a product without gradients may take."""
+    monkeypatch.setattr(module, "ONEDNN", True)
+    monkeypatch.setattr(module, "SMALL", 0)
+    x, weight, bias = operands((rows, 16))
+    expected = functional.linear(x, weight, bias)
+    torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x, module.packed(weight), bias), expected, rtol=1e-5, atol=1e-5)
 
 
 @onednn_only
@@ -54,7 +80,7 @@ def test_layer_is_torchs():
     assert layer.to("meta")(x.to("meta")).shape == (2, 3, 24)
 
 
-@pytest.mark.skipif(not module.PACKS, reason="this processor's float32 products stay with MKL")
+@pytest.mark.skipif(not module.ONEDNN, reason="this processor's float32 products stay with MKL")
 def test_torch_counts_its_flops():
     x, weight, bias = operands((5, 16))
     with FlopCounterMode(display=False) as counter:
