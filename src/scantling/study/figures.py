@@ -113,3 +113,38 @@ def draw_law(
         figure.suptitle(caution, color="#b91c1c", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, *, title: str) -> None:
+    """A planned IsoFLOP study. Left: the loss that `law` forecasts for each run against its size, a curve a budget, its
+    optimum ringed. Right: parameters against compute, and the optima. Runs have parameters, budget, tokens."""
+    figure, (curves, plane) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    budgets = sorted({cell["budget"] for cell in cells})
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(budgets)))
+    optima = []
+    for budget, shade in zip(budgets, shades, strict=True):
+        here = [cell for cell in cells if cell["budget"] == budget]
+        n, d = (np.array([cell[name] for cell in here], dtype=float) for name in ("parameters", "tokens"))
+        fine = np.geomspace(n.min(), n.max(), 200)
+        loss = hoffmann(law, fine, np.exp(np.interp(np.log(fine), np.log(n), np.log(d))))
+        best = loss.argmin()
+        optima.append(fine[best])
+        curves.plot(fine, loss, color=shade, lw=1, alpha=0.6)
+        curves.plot(n, hoffmann(law, n, d), "o", ms=4, color=shade, label=f"{budget:.2g} FLOPs")
+        curves.plot(fine[best], loss[best], "o", ms=9, mfc="none", color=VALIDATION)
+        plane.plot(np.full(len(n), budget), n, "o", ms=4, color=shade)
+    plane.plot(
+        budgets, optima, "o-", ms=9, mfc="none", color=VALIDATION, lw=1.5, label="optimum by the forecast"
+    )
+    curves.set(xscale="log", xlabel="parameters", ylabel="forecast loss, nats per token", title=title)
+    plane.set(xscale="log", yscale="log", xlabel="training FLOPs of a run", ylabel="parameters")
+    for axes in (curves, plane):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def hoffmann(law: dict[str, float], n: Array, d: Array) -> Array:
+    return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
