@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import ScalarFormatter
 
@@ -148,3 +149,45 @@ def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, 
 
 def hoffmann(law: dict[str, float], n: Array, d: Array) -> Array:
     return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
+
+
+def draw_arms(
+    curves: pd.DataFrame, runs: pd.DataFrame, arms: pd.DataFrame, path: Path, *, metric: str, baseline: str
+) -> None:
+    """Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard errors. Right:
+    every arm's difference from the baseline with its paired t interval."""
+    largest = arms["scale"].iloc[-1]
+    shown = arms[(arms["scale"] == largest)]
+    colours = {arm: TRAIN if arm == baseline else f"C{i % 10}" for i, arm in enumerate(shown["arm"])}
+    compared = arms[arms["arm"] != baseline].iloc[::-1]
+    height = max(4.0, 0.3 * len(compared) + 1.5)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, height), layout="constrained", width_ratios=(3, 2)
+    )
+    validated = curves.dropna(subset=[f"val/{metric}"])
+    for arm, colour in colours.items():
+        names = runs.loc[(runs["arm"] == arm) & (runs["scale"] == largest), "run"]
+        by_step = validated[validated["run"].isin(names)].groupby("step")
+        mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean()
+        error = by_step[f"val/{metric}"].sem().fillna(0)
+        left.plot(tokens, mean, color=colour, lw=1.5, label=arm)
+        left.fill_between(tokens, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
+    unit = {"loss": "nats per token", "bpb": "bits per byte"}[metric]
+    left.set(xlabel="training tokens", ylabel=f"validation, {unit}", title=largest)
+    ends = arms.loc[arms["scale"] == largest, "loss"]
+    left.set_ylim(ends.min() - 0.1 * ends.min() * 0.2, ends.max() * 1.15)
+    several = arms["scale"].nunique() > 1
+    for i, row in enumerate(compared.itertuples(index=False)):
+        colour = colours.get(row.arm, TRAIN)
+        right.plot([row.low, row.high], [i, i], color=colour, lw=2)
+        right.plot(row.difference, i, "o", color=colour, ms=5)
+    right.axvline(0, color="0.6", lw=1)
+    labels = [f"{row.arm} {row.scale}" if several else row.arm for row in compared.itertuples(index=False)]
+    right.set_yticks(range(len(compared)), labels, fontsize=8)
+    right.set(xlabel=f"difference from {baseline}, {unit}; left is better")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -18,10 +18,20 @@ def run_weights(groups_N: ArrayLike, resamples: int, rng: np.random.Generator) -
 
 
 def drawn_residuals(residual_N: Array, n_parameters: int, resamples: int, rng: np.random.Generator) -> Array:
-    """(S, N): residuals drawn with replacement, centred, and scaled up by √(n/(n − p)) for what the fit took up."""
+    """(S, N): residuals drawn with replacement, centred, smoothed, and scaled up by √(n/(n − p)) for what the fit took up.
+
+    A fit by Huber's function of small δ passes through about p of the runs. Drawn as they are, residuals pile up at zero,
+    and intervals come out too narrow; drawn with normal noise of Silverman's bandwidth on top and shrunk back to their
+    variance they do not (De Angelis, Hall & Young 1993, J. Am. Stat. Assoc. 88:1310).
+    """
     n = len(residual_N)
-    centred = (residual_N - residual_N.mean()) * np.sqrt(n / (n - n_parameters))
-    return rng.choice(centred, size=(resamples, n))
+    centred = residual_N - residual_N.mean()
+    spread = centred.std()
+    quartiles = np.subtract(*np.quantile(centred, [0.75, 0.25])) / 1.349
+    bandwidth = 1.06 * min(spread, quartiles) * n**-0.2
+    drawn = rng.choice(centred, size=(resamples, n)) + bandwidth * rng.standard_normal((resamples, n))
+    shrinkage = spread / max(float(np.hypot(spread, bandwidth)), np.finfo(float).tiny)
+    return drawn * shrinkage * np.sqrt(n / (n - n_parameters))
 
 
 def expanded_percentiles(
