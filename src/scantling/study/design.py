@@ -12,7 +12,7 @@ from scantling.study.allocation import FLOPS_PER_PARAMETER_AND_TOKEN, optimal_lo
 from scantling.study.forms import HOFFMANN
 from scantling.study.huber import Array, minimise
 from scantling.study.isoflop import grouped, parabola_minimum, slopes
-from scantling.study.resampling import expanded_percentiles
+from scantling.study.resampling import density_degrees_of_freedom, expanded_percentiles
 from scantling.study.scaling import HUBER_DELTA
 
 Law = Mapping[str, float]
@@ -224,21 +224,23 @@ def forecast(
         n_optimal = optimal_parameters(fitted, target, FLOPS_PER_PARAMETER_AND_TOKEN)
         loss = optimal_loss(fitted, target, FLOPS_PER_PARAMETER_AND_TOKEN)
 
-    def half_width(estimates_S: Array, parameters: int) -> float:
+    def half_width(estimates_S: Array, degrees_of_freedom: float) -> float:
         low, high = expanded_percentiles(
-            estimates_S, level=level, degrees_of_freedom=max(len(n) - parameters, 1)
+            estimates_S, level=level, degrees_of_freedom=max(degrees_of_freedom, 1)
         )
         return float(high - low) / 2
+
+    parametric = min(density_degrees_of_freedom(len(n)), len(n) - len(truth))
 
     a = law["beta"] / (law["alpha"] + law["beta"])
     return Forecast(
         target=target,
         a=a,
-        a_isoflop=half_width(exponents(losses_SN), 3 * len(groups)),
+        a_isoflop=half_width(exponents(losses_SN), len(n) - 3 * len(groups)),
         bias=float(exponents(clean[None])[0] - a),
-        a_parametric=half_width(share, len(truth)),
-        n_optimal=half_width(np.log(n_optimal), len(truth)),
-        loss=half_width(np.log(loss), len(truth)),
+        a_parametric=half_width(share, parametric),
+        n_optimal=half_width(np.log(n_optimal), parametric),
+        loss=half_width(np.log(loss), parametric),
     )
 
 
