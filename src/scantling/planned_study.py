@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -73,7 +72,7 @@ def plan_study(config: DictConfig, console: Console) -> None:
     flops = settings.flops or settings.device_hours * 3600 * speed
     cells = cells_of(config, grid, law, flops)
     n, d, c = (
-        pd.Series([getattr(cell, name) for cell in cells for _ in range(grid.seeds)], dtype=float).to_numpy()
+        np.array([getattr(cell, name) for cell in cells for _ in range(grid.seeds)], dtype=float)
         for name in ("parameters", "tokens", "flops")
     )
     target = settings.target or 10 * float(c.max())
@@ -327,22 +326,22 @@ def counted_in(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def forecast_table(others: pd.DataFrame, level: float, target: float) -> Table:
+def forecast_table(others: list[tuple[Grid, Forecast]], level: float, target: float) -> Table:
     """The grid first, with ideal sizes, then others of the same cost."""
     table = titled(
         "Forecast",
         f"half-widths of {level:.0%} intervals; N and loss of the optimum at {target:.2g} FLOPs",
         *("runs", "a, parabolas", "their bias", "a, approach 3", "N", "loss"),
     )
-    for i, row in enumerate(others.itertuples(index=False)):
+    for i, (grid, found) in enumerate(others):
         table.add_row(
-            f"{row.budgets} × {row.ratio:.2g}, {row.sizes} within {row.spread:.2g}, {counted_in(row.seeds, 'seed')}",
-            f"{row.runs}",
-            f"± {row.a_isoflop:.3f}",
-            f"{row.bias:+.3f}",
-            f"± {row.a_parametric:.3f}",
-            f"± {row.n_optimal:.0%}",
-            f"± {row.loss:.2%}",
+            f"{grid.budgets} × {grid.ratio:.2g}, {grid.sizes} within {grid.spread:.2g}, {counted_in(grid.seeds, 'seed')}",
+            f"{grid.runs}",
+            f"± {found.a_isoflop:.3f}",
+            f"{found.bias:+.3f}",
+            f"± {found.a_parametric:.3f}",
+            f"± {found.n_optimal:.0%}",
+            f"± {found.loss:.2%}",
             style="bold" if i == 0 else "",
         )
     return table

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -63,7 +64,7 @@ def observed(config: DictConfig, table: pd.DataFrame, columns: dict[str, Any]) -
 
 def of_study(config: DictConfig, study: StudyRuns) -> Observations:
     """A study of sizes as a table of runs."""
-    said = study.runs["unique_tokens"].notna().all()  # records of old do not say
+    said = not any(pd.isna(count) for count in study.runs["unique_tokens"])  # records of old do not say
     found = observed(config, study.runs, OWN_COLUMNS if said else OWN_COLUMNS | {"unique": None})
     return found.with_warnings(*study.cautions)
 
@@ -125,7 +126,9 @@ def law_of(config: DictConfig, study: StudyRuns) -> Fit:
     runs = of_study(config, sizes).runs
     settings = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
     law = fit_hoffmann(runs["N"], runs["D"], runs["loss"], **settings)
-    return frontier(law, k=float((runs["C"] / runs["N"] / runs["D"]).median()))
+    return frontier(
+        law, k=float(np.median(runs["C"].to_numpy() / runs["N"].to_numpy() / runs["D"].to_numpy()))
+    )
 
 
 def sweep_of(directory: Path) -> dict[str, Any] | None:

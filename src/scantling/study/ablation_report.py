@@ -18,7 +18,7 @@ from scantling.study.ablation import (
     seeds_for_precision,
     seeds_needed,
 )
-from scantling.study.arms import StudyRuns
+from scantling.study.arms import StudyRuns, mean_of, rows
 from scantling.study.figures import draw_arms
 from scantling.study.forms import saturating
 from scantling.study.law_report import figures_of
@@ -68,16 +68,17 @@ def report_arms(
             saturating("C"), {"C": own["flops"]}, own["loss"], resamples=resamples, level=level, seed=seed
         )
         cautions += [f"law of the baseline: {text}" for text in law.warnings]
-    rows, gain_rows, gains = [], [], {}
+    lines, gain_rows, gains = [], [], {}
     for scale in study.scales:
-        runs = study.runs[study.runs["scale"] == scale].assign(loss=lambda frame: frame[metric])
+        runs = rows(study.runs, scale=scale)
+        runs = runs.assign(loss=runs[metric])
         losses = paired_losses(runs, baseline)
         compared = compare(runs, baseline, level=level, resamples=resamples, seed=seed)
         shown = [None, *sorted(compared, key=lambda c: c.difference)]
-        rows += [arm_row(scale, baseline, runs, c, precision, len(compared)) for c in shown]
+        lines += [arm_row(scale, baseline, runs, c, precision, len(compared)) for c in shown]
         if law is None:
             continue
-        compute = float(runs.loc[runs["arm"] == baseline, "flops"].mean())
+        compute = mean_of(rows(runs, arm=baseline), "flops")
         for c in shown[1:]:
             assert c is not None
             gain = gain_of(law, compute, (losses[c.arm] - losses[baseline]).to_numpy(), seed)
@@ -93,7 +94,7 @@ def report_arms(
         metric=metric,
         baseline=baseline,
         level=level,
-        arms=pd.DataFrame(rows),
+        arms=pd.DataFrame(lines),
         gains=pd.DataFrame(gain_rows) if gain_rows else None,
         trends=tuple(trend_of(arm, of_arm, level) for arm, of_arm in gains.items() if len(of_arm) > 1),
         cautions=tuple(cautions),
@@ -105,20 +106,21 @@ def arm_row(
 ) -> dict[str, object]:
     """One line of the table; the baseline's own where `c` is None."""
     arm = baseline if c is None else c.arm
-    own, reference = (runs[runs["arm"] == name] for name in (arm, baseline))
-    per_token = [float((x["flops"] / x["tokens"]).mean()) for x in (own, reference)]
+    own, reference = (rows(runs, arm=name) for name in (arm, baseline))
+    mean = {name: mean_of(own, name) for name in ("loss", "params", "flops", "tokens")}
+    base = {name: mean_of(reference, name) for name in ("params", "flops", "tokens")}
     row: dict[str, object] = {
         "scale": scale,
         "arm": arm,
         "seeds": len(own),
-        "loss": float(own["loss"].mean()),
-        "lr": ", ".join(f"{lr:g}" for lr in sorted(own["lr"].unique())),
-        "params": float(own["params"].mean()),
-        "params_off": float(own["params"].mean() / reference["params"].mean() - 1),
-        "flops_off": per_token[0] / per_token[1] - 1,
+        "loss": mean["loss"],
+        "lr": ", ".join(f"{lr:g}" for lr in sorted(set(own["lr"]))),
+        "params": mean["params"],
+        "params_off": mean["params"] / base["params"] - 1,
+        "flops_off": (mean["flops"] / mean["tokens"]) / (base["flops"] / base["tokens"]) - 1,
     }
     if c is None:
-        return row | {"noise": float(own["loss"].std(ddof=1))}
+        return row | {"noise": float(own["loss"].to_numpy().std(ddof=1))}
     row |= {"difference": c.difference, "low": c.interval[0], "high": c.interval[1]}
     row |= {"bootstrap_low": c.bootstrap[0], "bootstrap_high": c.bootstrap[1]}
     row |= {"noise": c.noise, "effect": c.effect, "p": c.p, "p_holm": c.p_holm, "verdict": c.verdict}
@@ -175,43 +177,43 @@ COLUMNS = {
 }
 
 
+WRITTEN = {
+    "loss": "{:.4f}",
+    "difference": "{:+.4f}",
+    "effect": "{:+.1f}",
+    "p_holm": "{:.2g}",
+    "params": "{:,.0f}",
+    "params_off": "{:+.1%}",
+    "flops_off": "{:+.1%}",
+    "seeds_to_decide": "{:.0f}",
+    "seeds_for_precision": "{:.0f}",
+}
+
+
 def arms_table(report: AblationReport) -> pd.DataFrame:
     """As people read it: intervals in one column, and no column of scale where there is one only."""
-    table = report.arms.copy()
-    for name, ends in {"interval": ("low", "high"), "bootstrap": ("bootstrap_low", "bootstrap_high")}.items():
-        table[name] = [
-            "" if np.isnan(a) else f"{a:+.4f} to {b:+.4f}"
-            for a, b in zip(table[ends[0]], table[ends[1]], strict=True)
-        ]
-    written = {
-        "loss": "{:.4f}",
-        "difference": "{:+.4f}",
-        "effect": "{:+.1f}",
-        "p_holm": "{:.2g}",
-        "params": "{:,.0f}",
-    }
-    written |= {
-        "params_off": "{:+.1%}",
-        "flops_off": "{:+.1%}",
-        "seeds_to_decide": "{:.0f}",
-        "seeds_for_precision": "{:.0f}",
-    }
-    for name, text in written.items():
-        table[name] = ["" if pd.isna(x) else text.format(x) for x in table[name]]
-    table["verdict"] = table["verdict"].fillna("baseline")
-    shown = [name for name in COLUMNS if name in table and (name != "scale" or table["scale"].nunique() > 1)]
-    return table[shown].rename(columns=COLUMNS)
+    lines = []
+    for line in report.arms.to_dict("records"):
+        for name, low, high in (
+            ("interval", "low", "high"),
+            ("bootstrap", "bootstrap_low", "bootstrap_high"),
+        ):
+            line[name] = "" if np.isnan(line[low]) else f"{line[low]:+.4f} to {line[high]:+.4f}"
+        for name, text in WRITTEN.items():
+            line[name] = "" if np.isnan(line.get(name, np.nan)) else text.format(line[name])
+        line["verdict"] = line["verdict"] if isinstance(line["verdict"], str) else "baseline"
+        lines.append({title: line[name] for name, title in COLUMNS.items()})
+    table = pd.DataFrame(lines).rename(columns={"loss": report.metric})
+    return table if len(set(report.arms["scale"])) > 1 else table.drop(columns="scale")
 
 
 def headline(report: AblationReport) -> str:
     """In one sentence, what is decided."""
-    decided = report.arms[report.arms["verdict"].isin(["better", "worse"])]
-    counts = {verdict: int((decided["verdict"] == verdict).sum()) for verdict in ("better", "worse")}
-    n = int(report.arms["verdict"].notna().sum())
+    verdicts = [verdict for verdict in report.arms["verdict"] if isinstance(verdict, str)]
     return (
-        f"{report.study}: of {n} comparisons with {report.baseline}, {counts['better']} better, {counts['worse']} worse, "
-        f"{n - sum(counts.values())} undecided at {report.level:.0%} (paired seeds, Holm over the arms of a scale; "
-        f"{report.metric}, noise {report.arms['noise'].iloc[0]:.4f} between seeds)"
+        f"{report.study}: of {len(verdicts)} comparisons with {report.baseline}, {verdicts.count('better')} better, "
+        f"{verdicts.count('worse')} worse, {verdicts.count('undecided')} undecided at {report.level:.0%} (paired seeds, Holm "
+        f"over the arms of a scale; {report.metric}, noise {report.arms['noise'].iloc[0]:.4f} between seeds)"
     )
 
 
@@ -219,7 +221,9 @@ def tables(report: AblationReport) -> dict[str, pd.DataFrame]:
     """By title, those that there are."""
     found = {f"Arms against {report.baseline}, {report.level:.0%} intervals": arms_table(report)}
     if report.gains is not None:
-        found["Compute-equivalent gain by the baseline's law"] = report.gains[["scale", "arm", "FLOPs", ""]]
+        found["Compute-equivalent gain by the baseline's law"] = report.gains.drop(
+            columns=["gain", "low", "high"]
+        )
     return found
 
 

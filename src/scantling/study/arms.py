@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from scantling.study.store import load_runs
@@ -46,7 +47,20 @@ class StudyRuns:
     @property
     def scales(self) -> list[str]:
         """From little compute to much."""
-        return list(self.runs.groupby("scale")["flops"].mean().sort_values().index)
+        flops = {scale: mean_of(rows(self.runs, scale=scale), "flops") for scale in set(self.runs["scale"])}
+        return sorted(flops, key=lambda scale: flops[scale])
+
+
+def rows(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
+    """Those whose columns hold these values."""
+    chosen = np.ones(len(frame), dtype=bool)
+    for column, value in equal.items():
+        chosen &= (frame[column] == value).to_numpy(dtype=bool)
+    return frame.iloc[np.flatnonzero(chosen)]
+
+
+def mean_of(frame: pd.DataFrame, column: str) -> float:
+    return float(frame[column].to_numpy(dtype=float).mean())
 
 
 def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")) -> StudyRuns:
@@ -56,18 +70,21 @@ def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")
         raise ValueError(f"{directory} holds no run")
     cautions = [f"left out: {name}, {why}" for name, why in frame.attrs["left_out"].items()]
     frame = frame.set_index("run", drop=False)
-    open_ones = frame[frame["status"] != "finished"]
-    if len(open_ones):
-        cautions.append(f"left out, not finished: {', '.join(open_ones.index)}")
-    runs = frame[frame["status"] == "finished"].copy()
+    unfinished = [
+        str(name) for name, status in zip(frame["run"], frame["status"], strict=True) if status != "finished"
+    ]
+    if unfinished:
+        cautions.append(f"left out, not finished: {', '.join(unfinished)}")
+    runs = rows(frame, status="finished").copy()
     if not len(runs):
         raise ValueError(
             f"{directory} holds no finished run: the same python src/train.py -m command goes on"
         )
     for name in same:
-        most, *others = runs[name].value_counts(dropna=False).index
-        if others:
-            wrong = runs.index[runs[name] != most]
+        values = [str(value) for value in runs[name]]
+        most = max(set(values), key=values.count)
+        wrong = [str(run) for run, value in zip(runs["run"], values, strict=True) if value != most]
+        if wrong:
             raise ValueError(
                 f"runs of {directory.name} differ in their {name}, and losses on different {name} are not comparable: "
                 f"{', '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''} against the others"
@@ -76,7 +93,7 @@ def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")
     varied = varied_keys(settings)
     grows = [key for key in varied if is_size(key)]
     others = [key for key in varied if key not in grows and key not in FOLLOWS_SIZE]
-    if (runs["choice.schedule"] == "constant").any():
+    if "constant" in set(runs["choice.schedule"]):
         cautions.append(
             "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to their length"
         )

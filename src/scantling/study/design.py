@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 
 from scantling.study.allocation import FLOPS_PER_PARAMETER_AND_TOKEN, optimal_loss, optimal_parameters
 from scantling.study.forms import HOFFMANN
@@ -244,8 +243,8 @@ def forecast(
     )
 
 
-def alternatives(grid: Grid, law: Law, flops: float, **settings) -> pd.DataFrame:
-    """Other grids of the same cost beside `grid`, with ideal sizes: what each is forecast to say; `settings` of `forecast`."""
+def alternatives(grid: Grid, law: Law, flops: float, **settings) -> list[tuple[Grid, Forecast]]:
+    """`grid` and others of the same cost, with ideal sizes, and what each is forecast to say; `settings` of `forecast`."""
     tried = [
         grid,
         *(replace(grid, budgets=grid.budgets + more) for more in (-2, 2)),
@@ -254,10 +253,5 @@ def alternatives(grid: Grid, law: Law, flops: float, **settings) -> pd.DataFrame
         *(replace(grid, spread=grid.spread**power) for power in (0.5, 1.5)),
         replace(grid, seeds=grid.seeds + 1),
     ]
-    rows = []
-    for each in tried:
-        if each.budgets < 2 or each.sizes < 4:
-            continue
-        found = forecast(law, *each.ideal(law, flops), **settings)
-        rows.append({**vars(each), "runs": each.runs, **vars(found)})
-    return pd.DataFrame(rows)
+    fittable = [each for each in tried if each.budgets >= 2 and each.sizes >= 4]
+    return [(each, forecast(law, *each.ideal(law, flops), **settings)) for each in fittable]

@@ -15,6 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import ScalarFormatter
 
 from scantling.study.allocation import optimum_table
+from scantling.study.arms import rows
 from scantling.study.huber import Array
 from scantling.study.scaling import Fit
 
@@ -156,33 +157,34 @@ def draw_arms(
 ) -> None:
     """Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard errors. Right:
     every arm's difference from the baseline with its paired t interval."""
-    largest = arms["scale"].iloc[-1]
-    shown = arms[(arms["scale"] == largest)]
-    colours = {arm: TRAIN if arm == baseline else f"C{i % 10}" for i, arm in enumerate(shown["arm"])}
-    compared = arms[arms["arm"] != baseline].iloc[::-1]
+    table = arms.to_dict("records")
+    largest = table[-1]["scale"]
+    here = [row for row in table if row["scale"] == largest]
+    colours = {row["arm"]: TRAIN if row["arm"] == baseline else f"C{i % 10}" for i, row in enumerate(here)}
+    compared = [row for row in table if row["arm"] != baseline][::-1]
     height = max(4.0, 0.3 * len(compared) + 1.5)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, height), layout="constrained", width_ratios=(3, 2)
     )
     validated = curves.dropna(subset=[f"val/{metric}"])
     for arm, colour in colours.items():
-        names = runs.loc[(runs["arm"] == arm) & (runs["scale"] == largest), "run"]
-        by_step = validated[validated["run"].isin(names)].groupby("step")
+        names = rows(runs, arm=arm, scale=largest)["run"]
+        by_step = validated.iloc[np.flatnonzero(validated["run"].isin(names))].groupby("step")
         mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean()
         error = by_step[f"val/{metric}"].sem().fillna(0)
         left.plot(tokens, mean, color=colour, lw=1.5, label=arm)
         left.fill_between(tokens, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
     unit = {"loss": "nats per token", "bpb": "bits per byte"}[metric]
     left.set(xlabel="training tokens", ylabel=f"validation, {unit}", title=largest)
-    ends = arms.loc[arms["scale"] == largest, "loss"]
-    left.set_ylim(ends.min() - 0.1 * ends.min() * 0.2, ends.max() * 1.15)
-    several = arms["scale"].nunique() > 1
-    for i, row in enumerate(compared.itertuples(index=False)):
-        colour = colours.get(row.arm, TRAIN)
-        right.plot([row.low, row.high], [i, i], color=colour, lw=2)
-        right.plot(row.difference, i, "o", color=colour, ms=5)
+    ends = [row["loss"] for row in here]
+    left.set_ylim(0.98 * min(ends), 1.15 * max(ends))
+    several = len({row["scale"] for row in table}) > 1
+    for i, row in enumerate(compared):
+        colour = colours[row["arm"]]
+        right.plot([row["low"], row["high"]], [i, i], color=colour, lw=2)
+        right.plot(row["difference"], i, "o", color=colour, ms=5)
     right.axvline(0, color="0.6", lw=1)
-    labels = [f"{row.arm} {row.scale}" if several else row.arm for row in compared.itertuples(index=False)]
+    labels = [f"{row['arm']} {row['scale']}" if several else row["arm"] for row in compared]
     right.set_yticks(range(len(compared)), labels, fontsize=8)
     right.set(xlabel=f"difference from {baseline}, {unit}; left is better")
     for axes in (left, right):
