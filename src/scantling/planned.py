@@ -32,20 +32,23 @@ from scantling.plan import (
     short,
     training_table,
 )
+from scantling.planned_study import plan_study
 from scantling.training.budget import steps_for
 
-PRINTED_WIDTH = 100
+PRINTED_WIDTH = 120
 """Of lines that go to a file or a pipe."""
 
 
 def plan(config: DictConfig) -> None:
-    """Print what the model is and takes. Reads no data and allocates no weights.
+    """Print what the model is and takes, or plan a study of many. Reads no data and allocates no weights.
 
     Raises Mistake for what the user can put right.
     """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
     with mistakes():
         check(config)
+        if config.isoflop.flops is not None or config.isoflop.device_hours is not None:
+            return plan_study(config, console)
         decoder = build_decoder(config, config.model.vocab_size, "meta")
         context = config.context or decoder.seq_len
         limit = None if config.memory is None else number_of_bytes(str(config.memory))

@@ -383,7 +383,11 @@ def environment(run: Run) -> dict[str, Any]:
         "precision": run.precision,
         "world_size": run.plan.world_size,
         "steps": run.plan.steps,
-        "corpus": {"fingerprint": run.corpus.fingerprint, "description": run.corpus.description},
+        "corpus": {
+            "fingerprint": run.corpus.fingerprint,
+            "description": run.corpus.description,
+            "train_tokens": len(run.corpus.train.tokens),
+        },
         "tokenizer": run.corpus.tokenizer.fingerprint,
     }
 

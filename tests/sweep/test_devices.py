@@ -70,3 +70,9 @@ def test_a_label_says_what_differs():
     ]
     arms = [[*common, "arm=plain"], [*common, "norm=none", "arm=bare"], [*common, "pos=alibi", "arm=alibi"]]
     assert labels(arms) == ["arm=plain", "arm=bare", "arm=alibi"]
+    cells = [
+        ["lr=1", "arm=small", "d=1", "l=1"],
+        ["lr=2", "arm=small", "d=1", "l=1"],
+        ["lr=1", "arm=large", "d=2", "l=1"],
+    ]
+    assert labels(cells) == ["lr=1 arm=small", "lr=2 arm=small", "lr=1 arm=large"]

@@ -90,6 +90,7 @@ def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
         found=fit.found,
         delta=fit.delta,
         resampled_SP=None if fit.resampled_SP is None else along(fit.resampled_SP),
+        spread_degrees=fit.spread_degrees,
         level=fit.level,
         warnings=fit.warnings,
         verdict=fit.verdict,

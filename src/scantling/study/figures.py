@@ -10,10 +10,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import ScalarFormatter
 
 from scantling.study.allocation import optimum_table
+from scantling.study.arms import rows
 from scantling.study.huber import Array
 from scantling.study.scaling import Fit
 
@@ -111,5 +113,83 @@ def draw_law(
     law.legend(frameon=False, fontsize=8)
     if caution is not None:
         figure.suptitle(caution, color="#b91c1c", fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, *, title: str) -> None:
+    """A planned IsoFLOP study. Left: the loss that `law` forecasts for each run against its size, a curve a budget, its
+    optimum ringed. Right: parameters against compute, and the optima. Runs have parameters, budget, tokens."""
+    figure, (curves, plane) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    budgets = sorted({cell["budget"] for cell in cells})
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(budgets)))
+    optima = []
+    for budget, shade in zip(budgets, shades, strict=True):
+        here = [cell for cell in cells if cell["budget"] == budget]
+        n, d = (np.array([cell[name] for cell in here], dtype=float) for name in ("parameters", "tokens"))
+        fine = np.geomspace(n.min(), n.max(), 200)
+        loss = hoffmann(law, fine, np.exp(np.interp(np.log(fine), np.log(n), np.log(d))))
+        best = loss.argmin()
+        optima.append(fine[best])
+        curves.plot(fine, loss, color=shade, lw=1, alpha=0.6)
+        curves.plot(n, hoffmann(law, n, d), "o", ms=4, color=shade, label=f"{budget:.2g} FLOPs")
+        curves.plot(fine[best], loss[best], "o", ms=9, mfc="none", color=VALIDATION)
+        plane.plot(np.full(len(n), budget), n, "o", ms=4, color=shade)
+    plane.plot(
+        budgets, optima, "o-", ms=9, mfc="none", color=VALIDATION, lw=1.5, label="optimum by the forecast"
+    )
+    curves.set(xscale="log", xlabel="parameters", ylabel="forecast loss, nats per token", title=title)
+    plane.set(xscale="log", yscale="log", xlabel="training FLOPs of a run", ylabel="parameters")
+    for axes in (curves, plane):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def hoffmann(law: dict[str, float], n: Array, d: Array) -> Array:
+    return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
+
+
+def draw_arms(
+    curves: pd.DataFrame, runs: pd.DataFrame, arms: pd.DataFrame, path: Path, *, metric: str, baseline: str
+) -> None:
+    """Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard errors. Right:
+    every arm's difference from the baseline with its paired t interval."""
+    table = arms.to_dict("records")
+    largest = table[-1]["scale"]
+    here = [row for row in table if row["scale"] == largest]
+    colours = {row["arm"]: TRAIN if row["arm"] == baseline else f"C{i % 10}" for i, row in enumerate(here)}
+    compared = [row for row in table if row["arm"] != baseline][::-1]
+    height = max(4.0, 0.3 * len(compared) + 1.5)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, height), layout="constrained", width_ratios=(3, 2)
+    )
+    validated = curves.dropna(subset=[f"val/{metric}"])
+    for arm, colour in colours.items():
+        names = rows(runs, arm=arm, scale=largest)["run"]
+        by_step = validated.iloc[np.flatnonzero(validated["run"].isin(names))].groupby("step")
+        mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean()
+        error = by_step[f"val/{metric}"].sem().fillna(0)
+        left.plot(tokens, mean, color=colour, lw=1.5, label=arm)
+        left.fill_between(tokens, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
+    unit = {"loss": "nats per token", "bpb": "bits per byte"}[metric]
+    left.set(xlabel="training tokens", ylabel=f"validation, {unit}", title=largest)
+    ends = [row["loss"] for row in here]
+    left.set_ylim(0.98 * min(ends), 1.15 * max(ends))
+    several = len({row["scale"] for row in table}) > 1
+    for i, row in enumerate(compared):
+        colour = colours[row["arm"]]
+        right.plot([row["low"], row["high"]], [i, i], color=colour, lw=2)
+        right.plot(row["difference"], i, "o", color=colour, ms=5)
+    right.axvline(0, color="0.6", lw=1)
+    labels = [f"{row['arm']} {row['scale']}" if several else row["arm"] for row in compared]
+    right.set_yticks(range(len(compared)), labels, fontsize=8)
+    right.set(xlabel=f"difference from {baseline}, {unit}; left is better")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    left.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

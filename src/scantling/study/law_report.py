@@ -52,12 +52,16 @@ def report_law(
     tolerance: float,
     budgets: Sequence[float] | None,
 ) -> LawReport:
-    """`held_out`: the share of runs, of the largest budgets, that the gate predicts; 0: no gate. `budgets`: FLOPs to give
+    """The bootstrap draws runs, of a planned grid of budgets noise, for its budgets must all stay.
+
+    `held_out`: the share of runs, of the largest budgets, that the gate predicts; 0: no gate. `budgets`: FLOPs to give
     the optimum of; None: the largest of the runs, 10 and 100 times as much. Raises ValueError for what cannot be fitted."""
     runs = observations.runs
     n, d, c, loss = (runs[name].to_numpy() for name in ("N", "D", "C", "loss"))
     names = runs["run"].to_numpy()
+    is_grid = isoflop_budgets(runs)
     settings = {"resamples": resamples, "level": level, "seed": seed, "runs": names}
+    settings["resampling"] = "noise" if is_grid else "runs"
     fit = fit_hoffmann(n, d, loss, **settings).with_warnings(*observations.warnings)
     gate = None
     if held_out:
@@ -80,7 +84,7 @@ def report_law(
     if len(observations.counts) > 1:
         conventions = convention_table(observations.counts, d, loss, **settings)
     rows = [approach_3(fit)] if has_optimum else []
-    if isoflop_budgets(runs):
+    if is_grid:
         for minimum in ("parabola", "akima"):
             law = fit_isoflop(n, c, loss, minimum=minimum, resamples=resamples, level=level, seed=seed)
             rows.append(approach(f"2, {minimum} of each budget", law))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,9 @@ class Observations:
     counts: dict[str, Array]
     left_out: str | None
     warnings: tuple[str, ...]
+
+    def with_warnings(self, *warnings: str) -> Observations:
+        return replace(self, warnings=(*self.warnings, *warnings))
 
 
 def read_table(path: Path) -> pd.DataFrame:

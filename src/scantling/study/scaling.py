@@ -12,12 +12,22 @@ from scipy.stats import chi2
 
 from scantling.study.forms import HOFFMANN, Form, Sizes
 from scantling.study.huber import Array, huber, minimise
-from scantling.study.resampling import drawn_residuals, expanded_percentiles, run_weights
+from scantling.study.resampling import (
+    density_degrees_of_freedom,
+    drawn_residuals,
+    expanded_percentiles,
+    run_weights,
+)
 
 Interval = tuple[float, float]
 
 HUBER_DELTA = 1e-3
 """Of log loss, as in Hoffmann et al. 2022, approach 3."""
+
+WIDE_BOOTSTRAP = (
+    "wide intervals: Huber's delta is below most residuals, which makes the fit much like a median, whose bootstrap over runs "
+    "held the truth in 94 to 99 % of simulated studies where 95 % was meant"
+)
 
 SAME_OPTIMUM = 1e-6
 """Objectives that differ by less than this share are one optimum."""
@@ -31,7 +41,8 @@ class Fit:
     """A fitted law.
 
     `parameters`: as published. `objective`: sum of Huber's function over runs. `found`: share of starts that ended there.
-    `resampled_SP`: θ of every resample, none without a bootstrap. `warnings`: reasons to distrust it; `verdict`: what the
+    `resampled_SP`: θ of every resample, none without a bootstrap; `spread_degrees`: the degrees of freedom with which their
+    spread is known, None: those of the residuals. `warnings`: reasons to distrust it; `verdict`: what the
     held-out gate said. Both travel with the fit to whatever prints it.
     """
 
@@ -43,6 +54,7 @@ class Fit:
     found: float
     delta: float
     resampled_SP: Array | None = None
+    spread_degrees: float | None = None
     level: float = 0.95
     warnings: tuple[str, ...] = ()
     verdict: str | None = None
@@ -86,10 +98,13 @@ class Fit:
 
     def interval_of(self, estimates_S: Array) -> Interval:
         """Of any number computed from each resample's parameters."""
-        low, high = expanded_percentiles(
-            estimates_S, level=self.level, degrees_of_freedom=self.degrees_of_freedom
-        )
+        low, high = self.bounds(estimates_S)
         return float(low), float(high)
+
+    def bounds(self, estimates: Array) -> tuple[Array, Array]:
+        """Of estimates (S, …) at `level`."""
+        degrees = self.degrees_of_freedom if self.spread_degrees is None else self.spread_degrees
+        return expanded_percentiles(estimates, level=self.level, degrees_of_freedom=degrees)
 
     def predict(self, **sizes: ArrayLike) -> Array:
         """Loss at the sizes that the form takes, (N,)."""
@@ -99,11 +114,8 @@ class Fit:
         """Bounds (N,) that a new run's loss should fall between: the law's uncertainty and a run's own noise."""
         rng = np.random.default_rng(seed)
         logs_SN = self.form.predictor(vectors(sizes))(self.resamples())[0]
-        spread = np.sqrt(len(self.loss) / max(self.degrees_of_freedom, 1))
-        noise_SN = rng.choice(self.residuals * spread, size=logs_SN.shape)
-        return expanded_percentiles(
-            np.exp(logs_SN + noise_SN), level=self.level, degrees_of_freedom=self.degrees_of_freedom
-        )
+        noise_SN = drawn_residuals(self.residuals, len(self.theta_P), logs_SN.shape, rng)
+        return self.bounds(np.exp(logs_SN + noise_SN))
 
     def with_warnings(self, *warnings: str) -> Fit:
         return replace(self, warnings=(*self.warnings, *warnings))
@@ -152,10 +164,13 @@ def fit(
         groups = np.arange(len(losses)) if runs is None else runs
         weights_SN = run_weights(groups, resamples, rng)
         drawn = minimise(predictor, target, starts_SP, delta=delta, weights_SN=weights_SN)
-    else:
-        noise_SN = drawn_residuals(fitted.residuals, len(theta_P), resamples, rng)
-        drawn = minimise(predictor, target - fitted.residuals + noise_SN, starts_SP, delta=delta)
-    return replace(fitted, resampled_SP=drawn.theta_SP)
+        if np.median(np.abs(fitted.residuals)) > delta:
+            fitted = fitted.with_warnings(WIDE_BOOTSTRAP)
+        return replace(fitted, resampled_SP=drawn.theta_SP)
+    noise_SN = drawn_residuals(fitted.residuals, len(theta_P), (resamples, len(losses)), rng)
+    drawn = minimise(predictor, target - fitted.residuals + noise_SN, starts_SP, delta=delta)
+    degrees = min(density_degrees_of_freedom(len(losses)), fitted.degrees_of_freedom)
+    return replace(fitted, resampled_SP=drawn.theta_SP, spread_degrees=degrees)
 
 
 def fit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:

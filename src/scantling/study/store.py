@@ -13,7 +13,7 @@ loss, bpb                validation at the last step: nats per token, bits per b
 best_loss, best_bpb, best_step
 seconds, tokens_per_second, mfu, device, precision, world_size
 scantling, commit, torch the versions it ran with
-corpus, tokenizer        fingerprints
+corpus, tokenizer        fingerprints; unique_tokens, how many the training text has
 matched_by, matched_off  `match=`: the quantity, and how far from its reference, as a fraction of it
 
 `load_curves` gives run, step and every number of `metrics.jsonl`, a row a step. Both keep a Parquet file beside the runs,
@@ -34,7 +34,7 @@ import yaml
 
 from scantling.run_directory import RunDirectory, read_rows
 
-FORMAT = 1
+FORMAT = 2
 """Of the Parquet files; another one is read anew."""
 
 FILES = ("summary.json", "metrics.jsonl", "config.yaml", "env.json", "failed.json")
@@ -119,7 +119,10 @@ def run_row(directory: RunDirectory) -> dict[str, Any]:
         key: environment.get(key)
         for key in ("device", "precision", "world_size", "scantling", "commit", "torch", "tokenizer")
     }
-    row |= {"corpus": environment["corpus"]["fingerprint"]}
+    row |= {
+        "corpus": environment["corpus"]["fingerprint"],
+        "unique_tokens": environment["corpus"].get("train_tokens"),
+    }
     return row | {"matched_by": matched.get("by"), "matched_off": matched.get("off")}
 
 

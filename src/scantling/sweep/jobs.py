@@ -65,6 +65,10 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
         for key in dict.fromkeys(k for s in settings for k in s)
         if len({s.get(key) for s in settings}) > 1
     ]
-    if "arm" in varied:  # it stands for what it changes
-        varied = [key for key in varied if key in ("arm", "seed") or all(key in s for s in settings)]
+    if (
+        "arm" in varied
+    ):  # it stands for what it changes: what not every job sets, or what the sweeper puts after it
+        changes = {key for s in settings for key in list(s)[list(s).index("arm") + 1 :]}
+        grid = {key for key in varied if all(key in s for s in settings) and key not in changes}
+        varied = [key for key in varied if key in {"arm", "seed"} | grid]
     return [" ".join(f"{key}={s[key]}" for key in varied if key in s) or "the only job" for s in settings]

@@ -1,0 +1,248 @@
+"""What a study of arms says: each against the baseline at every scale, as tables, Markdown, CSV and a figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from scantling.study.ablation import (
+    Comparison,
+    Gain,
+    compare,
+    compute_equivalent_gain,
+    gain_trend,
+    paired_losses,
+    seeds_for_precision,
+    seeds_needed,
+)
+from scantling.study.arms import StudyRuns, mean_of, rows
+from scantling.study.figures import draw_arms
+from scantling.study.forms import saturating
+from scantling.study.law_report import figures_of
+from scantling.study.scaling import Fit, fit
+
+FILES = ("report.md", "arms.csv", "arms.png")
+
+OWN_LAW = 4
+"""Scales from which the baseline's own runs give its law."""
+
+
+@dataclass(frozen=True)
+class AblationReport:
+    """`arms`: a row an arm and scale, the baseline first; `gains`: compute-equivalent gains where a law is at hand;
+    `trends`: a line an arm, of its gain over scale."""
+
+    study: str
+    metric: str
+    baseline: str
+    level: float
+    arms: pd.DataFrame
+    gains: pd.DataFrame | None
+    trends: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+def report_arms(
+    study: StudyRuns,
+    *,
+    baseline: str,
+    metric: str,
+    precision: float,
+    law: Fit | None,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> AblationReport:
+    """`metric`: loss or bpb. `precision`: the half-width that `seeds_for_precision` is asked for, in its unit. `law`: the
+    baseline's loss against compute; None: from the study itself, where that has enough scales.
+
+    Raises ValueError, naming runs, for what cannot be compared.
+    """
+    cautions = list(study.cautions)
+    if law is None and metric == "loss" and len(study.scales) >= OWN_LAW:
+        own = study.runs[study.runs["arm"] == baseline]
+        law = fit(
+            saturating("C"), {"C": own["flops"]}, own["loss"], resamples=resamples, level=level, seed=seed
+        )
+        cautions += [f"law of the baseline: {text}" for text in law.warnings]
+    lines, gain_rows, gains = [], [], {}
+    for scale in study.scales:
+        runs = rows(study.runs, scale=scale)
+        runs = runs.assign(loss=runs[metric])
+        losses = paired_losses(runs, baseline)
+        compared = compare(runs, baseline, level=level, resamples=resamples, seed=seed)
+        shown = [None, *sorted(compared, key=lambda c: c.difference)]
+        lines += [arm_row(scale, baseline, runs, c, precision, len(compared)) for c in shown]
+        if law is None:
+            continue
+        compute = mean_of(rows(runs, arm=baseline), "flops")
+        for c in shown[1:]:
+            assert c is not None
+            gain = gain_of(law, compute, (losses[c.arm] - losses[baseline]).to_numpy(), seed)
+            row = {"scale": scale, "arm": c.arm, "FLOPs": compute}
+            if isinstance(gain, str):
+                gain_rows.append(row | {"gain": np.nan, "low": np.nan, "high": np.nan, "": gain})
+            else:
+                low, high = gain.interval
+                gain_rows.append(row | {"gain": gain.multiplier, "low": low, "high": high, "": str(gain)})
+                gains.setdefault(c.arm, []).append(gain)
+    return AblationReport(
+        study=study.name,
+        metric=metric,
+        baseline=baseline,
+        level=level,
+        arms=pd.DataFrame(lines),
+        gains=pd.DataFrame(gain_rows) if gain_rows else None,
+        trends=tuple(trend_of(arm, of_arm, level) for arm, of_arm in gains.items() if len(of_arm) > 1),
+        cautions=tuple(cautions),
+    )
+
+
+def arm_row(
+    scale: str, baseline: str, runs: pd.DataFrame, c: Comparison | None, precision: float, arms: int
+) -> dict[str, object]:
+    """One line of the table; the baseline's own where `c` is None."""
+    arm = baseline if c is None else c.arm
+    own, reference = (rows(runs, arm=name) for name in (arm, baseline))
+    mean = {name: mean_of(own, name) for name in ("loss", "params", "flops", "tokens")}
+    base = {name: mean_of(reference, name) for name in ("params", "flops", "tokens")}
+    row: dict[str, object] = {
+        "scale": scale,
+        "arm": arm,
+        "seeds": len(own),
+        "loss": mean["loss"],
+        "lr": ", ".join(f"{lr:g}" for lr in sorted(set(own["lr"]))),
+        "params": mean["params"],
+        "params_off": mean["params"] / base["params"] - 1,
+        "flops_off": (mean["flops"] / mean["tokens"]) / (base["flops"] / base["tokens"]) - 1,
+    }
+    if c is None:
+        return row | {"noise": float(own["loss"].to_numpy().std(ddof=1))}
+    row |= {"difference": c.difference, "low": c.interval[0], "high": c.interval[1]}
+    row |= {"bootstrap_low": c.bootstrap[0], "bootstrap_high": c.bootstrap[1]}
+    row |= {"noise": c.noise, "effect": c.effect, "p": c.p, "p_holm": c.p_holm, "verdict": c.verdict}
+    if c.spread > 0:
+        row["seeds_to_decide"] = seeds_or_none(
+            lambda: seeds_needed(c.spread, c.difference, level=c.level, arms=arms)
+        )
+        row["seeds_for_precision"] = seeds_or_none(
+            lambda: seeds_for_precision(c.spread, precision, level=c.level)
+        )
+    return row
+
+
+def seeds_or_none(count) -> float:
+    """NaN where it is more than anyone will run."""
+    try:
+        return float(count())
+    except ValueError:
+        return np.nan
+
+
+def gain_of(law: Fit, compute: float, difference: np.ndarray, seed: int) -> Gain | str:
+    try:
+        return compute_equivalent_gain(law, compute, difference, seed=seed)
+    except ValueError as error:
+        return str(error)
+
+
+def trend_of(arm: str, gains: list[Gain], level: float) -> str:
+    trend = gain_trend(gains, level=level)
+    low, high = (np.exp(end) for end in trend.interval)
+    return f"{arm}: {trend.verdict}, × {np.exp(trend.per_decade):.3g} per decade of compute ({low:.3g} to {high:.3g})"
+
+
+# --- pages ---
+
+COLUMNS = {
+    "scale": "scale",
+    "arm": "arm",
+    "seeds": "seeds",
+    "loss": "loss",
+    "difference": "difference",
+    "interval": "paired t",
+    "bootstrap": "bootstrap",
+    "effect": "in noise",
+    "p_holm": "Holm p",
+    "verdict": "verdict",
+    "seeds_to_decide": "seeds to decide",
+    "seeds_for_precision": "seeds for precision",
+    "lr": "lr",
+    "params": "params",
+    "params_off": "off",
+    "flops_off": "FLOPs off",
+}
+
+
+WRITTEN = {
+    "loss": "{:.4f}",
+    "difference": "{:+.4f}",
+    "effect": "{:+.1f}",
+    "p_holm": "{:.2g}",
+    "params": "{:,.0f}",
+    "params_off": "{:+.1%}",
+    "flops_off": "{:+.1%}",
+    "seeds_to_decide": "{:.0f}",
+    "seeds_for_precision": "{:.0f}",
+}
+
+
+def arms_table(report: AblationReport) -> pd.DataFrame:
+    """As people read it: intervals in one column, and no column of scale where there is one only."""
+    lines = []
+    for line in report.arms.to_dict("records"):
+        for name, low, high in (
+            ("interval", "low", "high"),
+            ("bootstrap", "bootstrap_low", "bootstrap_high"),
+        ):
+            line[name] = "" if np.isnan(line[low]) else f"{line[low]:+.4f} to {line[high]:+.4f}"
+        for name, text in WRITTEN.items():
+            line[name] = "" if np.isnan(line.get(name, np.nan)) else text.format(line[name])
+        line["verdict"] = line["verdict"] if isinstance(line["verdict"], str) else "baseline"
+        lines.append({title: line[name] for name, title in COLUMNS.items()})
+    table = pd.DataFrame(lines).rename(columns={"loss": report.metric})
+    return table if len(set(report.arms["scale"])) > 1 else table.drop(columns="scale")
+
+
+def headline(report: AblationReport) -> str:
+    """In one sentence, what is decided."""
+    verdicts = [verdict for verdict in report.arms["verdict"] if isinstance(verdict, str)]
+    return (
+        f"{report.study}: of {len(verdicts)} comparisons with {report.baseline}, {verdicts.count('better')} better, "
+        f"{verdicts.count('worse')} worse, {verdicts.count('undecided')} undecided at {report.level:.0%} (paired seeds, Holm "
+        f"over the arms of a scale; {report.metric}, noise {report.arms['noise'].iloc[0]:.4f} between seeds)"
+    )
+
+
+def tables(report: AblationReport) -> dict[str, pd.DataFrame]:
+    """By title, those that there are."""
+    found = {f"Arms against {report.baseline}, {report.level:.0%} intervals": arms_table(report)}
+    if report.gains is not None:
+        found["Compute-equivalent gain by the baseline's law"] = report.gains.drop(
+            columns=["gain", "low", "high"]
+        )
+    return found
+
+
+def notes(report: AblationReport) -> list[str]:
+    """Cautions, and gains over scale."""
+    return [*(f"warning: {text}" for text in report.cautions), *report.trends]
+
+
+def write(report: AblationReport, study: StudyRuns, curves: pd.DataFrame, directory: Path) -> list[Path]:
+    """The files of the report in `directory`; they replace those of an earlier report."""
+    directory.mkdir(parents=True, exist_ok=True)
+    page, table, figure = (directory / name for name in FILES)
+    lines = [f"# {report.study}", "", headline(report), "", *(f"- {note}" for note in notes(report)), ""]
+    lines += ["![Curves of the arms, and their differences](arms.png)", ""]
+    for title, frame in tables(report).items():
+        lines += [f"## {title}", "", "| " + " | ".join(frame) + " |", "|" + "---|" * len(frame.columns)]
+        lines += ["| " + " | ".join(map(figures_of, row)) + " |" for row in frame.itertuples(index=False)]
+        lines += [""]
+    page.write_text("\n".join(lines))
+    report.arms.to_csv(table, index=False)
+    draw_arms(curves, study.runs, report.arms, figure, metric=report.metric, baseline=report.baseline)
+    return [page, table, figure]

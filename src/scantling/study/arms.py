@@ -1,0 +1,167 @@
+"""The finished runs of a study, sorted: which arm, which scale, which seed; and whether they make a law or a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from scantling.study.store import load_runs
+
+SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
+FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
+"""Settings that a study of sizes changes with them."""
+
+NOT_AN_ARM = (
+    "seed",
+    "arm",
+    "match",
+    "matched",
+    "study",
+    "paths",
+    "logger",
+    "trainer",
+    "sample",
+    "hydra",
+    "resume",
+)
+"""Settings that are no part of what an arm is."""
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the setting of its size.
+
+    `baseline`: the arm that others are compared with. `is_law`: the runs differ in size, length and learning rate alone.
+    `cautions`: what was left out, or makes the study doubtful.
+    """
+
+    name: str
+    runs: pd.DataFrame
+    is_law: bool
+    cautions: tuple[str, ...]
+
+    @property
+    def scales(self) -> list[str]:
+        """From little compute to much."""
+        flops = {scale: mean_of(rows(self.runs, scale=scale), "flops") for scale in set(self.runs["scale"])}
+        return sorted(flops, key=lambda scale: flops[scale])
+
+
+def rows(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
+    """Those whose columns hold these values."""
+    chosen = np.ones(len(frame), dtype=bool)
+    for column, value in equal.items():
+        chosen &= (frame[column] == value).to_numpy(dtype=bool)
+    return frame.iloc[np.flatnonzero(chosen)]
+
+
+def mean_of(frame: pd.DataFrame, column: str) -> float:
+    return float(frame[column].to_numpy(dtype=float).mean())
+
+
+def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")) -> StudyRuns:
+    """Raises ValueError where there is nothing finished, and for runs on different text, naming them."""
+    frame = load_runs(directory)
+    if not len(frame):
+        raise ValueError(f"{directory} holds no run")
+    cautions = [f"left out: {name}, {why}" for name, why in frame.attrs["left_out"].items()]
+    frame = frame.set_index("run", drop=False)
+    unfinished = [
+        str(name) for name, status in zip(frame["run"], frame["status"], strict=True) if status != "finished"
+    ]
+    if unfinished:
+        cautions.append(f"left out, not finished: {', '.join(unfinished)}")
+    runs = rows(frame, status="finished").copy()
+    if not len(runs):
+        raise ValueError(
+            f"{directory} holds no finished run: the same python src/train.py -m command goes on"
+        )
+    for name in same:
+        values = [str(value) for value in runs[name]]
+        most = max(set(values), key=values.count)
+        wrong = [str(run) for run, value in zip(runs["run"], values, strict=True) if value != most]
+        if wrong:
+            raise ValueError(
+                f"runs of {directory.name} differ in their {name}, and losses on different {name} are not comparable: "
+                f"{', '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''} against the others"
+            )
+    settings = [settings_of(text) for text in runs["overrides"]]
+    varied = varied_keys(settings)
+    grows = [key for key in varied if is_size(key)]
+    others = [key for key in varied if key not in grows and key not in FOLLOWS_SIZE]
+    if "constant" in set(runs["choice.schedule"]):
+        cautions.append(
+            "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to their length"
+        )
+    is_law = bool(grows) and not others
+    if is_law:
+        return StudyRuns(directory.name, runs.assign(scale=runs["arm"]), True, tuple(cautions))
+    changes = arms_changes(settings)
+    scale_keys = [key for key in grows if key not in changes]
+    runs["scale"] = [joined(setting, scale_keys) for setting in settings]
+    if not all("arm" in setting for setting in settings):
+        rest = [key for key in varied if key not in scale_keys]
+        runs["arm"] = [joined(setting, rest) or "default" for setting in settings]
+    return StudyRuns(directory.name, runs, False, tuple(cautions))
+
+
+def is_size(key: str) -> bool:
+    """Whether a setting makes a run larger or longer."""
+    group, _, name = key.partition(".")
+    return group == "budget" or key == "model" or (group == "model" and name in SHAPE)
+
+
+def joined(setting: dict[str, str], keys: Sequence[str]) -> str:
+    return " ".join(f"{key}={setting[key]}" for key in keys if key in setting)
+
+
+def settings_of(overrides: str) -> dict[str, str]:
+    return {key: value for key, _, value in (line.partition("=") for line in overrides.splitlines())}
+
+
+def varied_keys(settings: Sequence[dict[str, str]]) -> list[str]:
+    """Settings that are not alike in all runs, in the order in which they were typed."""
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    return [
+        key
+        for key in keys
+        if key.partition(".")[0] not in NOT_AN_ARM and len({setting.get(key) for setting in settings}) > 1
+    ]
+
+
+def arms_changes(settings: Sequence[dict[str, str]]) -> set[str]:
+    """What named arms change: the sweeper puts it after the arm's name, and `match=` adds d_ff."""
+    found = set()
+    for setting in settings:
+        keys = list(setting)
+        if "arm" in keys:
+            found |= set(keys[keys.index("arm") + 1 :])
+        if "matched" in keys:
+            found.add("model.d_ff")
+    return found
+
+
+def first_arm(sweep: dict | None, arms: Sequence[str]) -> str:
+    """The baseline where none is named: of a yaml of `sweeps/` its first arm, else the one whose values stand first.
+
+    Raises ValueError where that cannot be told.
+    """
+    sweeper = ((sweep or {}).get("hydra") or {}).get("sweeper") or {}
+    named = list(sweeper.get("arms") or {})
+    if named and named[0] in arms:
+        return named[0]
+    values = {key: str(value).split(",")[0].strip() for key, value in (sweeper.get("params") or {}).items()}
+    first = [
+        arm
+        for arm in arms
+        if arm.split() and all(values.get(s.partition("=")[0]) == s.partition("=")[2] for s in arm.split())
+    ]
+    if len(first) == 1:
+        return first[0]
+    raise ValueError(
+        f"name the arm that others are compared with: baseline= one of {', '.join(sorted(arms))}"
+    )
