@@ -92,7 +92,7 @@ def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, s
     assert [of[number].is_finished for number in waiting] == [False, True, True]
     for number in others:
         assert (of[number].path / "log.txt").read_text().count("directory  ") == 1
-    assert json.loads((of[cancelled].path / "failed.json").read_text())["reason"] == "SLURM says CANCELLED"
+    assert json.loads((of[cancelled].path / "failed.json").read_text())["reason"] == "SLURM's job is no more"
 
 
 def test_two_tasks_are_one_run_that_goes_on_when_its_time_is_up(shop, alone, slurm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ OVER = (
     *("PREEMPTED", "REVOKED", "TIMEOUT"),
 )
 """SLURM's words for a job that will not run again."""
+FORGOTTEN = "no more"
+"""Of a job some minutes after its end, and at once of one cancelled before it began."""
 
 # A run that was told to stop says 130 once its checkpoint is written. `scancel` ends this shell too.
 GO_ON = ["code=$?", '[ $code -eq 130 ] && scontrol requeue "$SLURM_JOB_ID"', "exit $code"]
@@ -103,7 +106,7 @@ class Queue:
         before = json.loads(note_of(job).read_text())["job"] if note_of(job).exists() else None
         if job.directory.is_finished:
             self.change(job, "done elsewhere")
-        elif states.get(before, "COMPLETED") not in OVER:
+        elif before is not None and states.get(before, FORGOTTEN) not in (*OVER, FORGOTTEN):
             self.numbers[job.number] = before
         else:
             return lease
@@ -136,7 +139,8 @@ class Queue:
                 job.begin_log()
             logs = [str(job.log.absolute()) for job in jobs]
             commands = [[*job.overrides, f"trainer.devices={job.devices}"] for job in jobs]
-            return [submitted.job_id for submitted in executor.map_array(become_a_run, logs, commands)]
+            with contextlib.redirect_stderr(None):  # where submitit repeats what the exception says
+                return [submitted.job_id for submitted in executor.map_array(become_a_run, logs, commands)]
         except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
             said = [line for line in str(error).splitlines() if line.strip()]
             raise Mistake(
@@ -150,22 +154,22 @@ class Queue:
             if job.state in ENDED or job.number not in self.numbers:
                 continue
             number = self.numbers[job.number]
-            state = states.get(number, "COMPLETED")  # SLURM forgets it after some minutes
+            state = states.get(number, FORGOTTEN)
             if (row := last_row(job.directory.path / "metrics.jsonl")) is not None:
                 job.seen = row
-            if state in OVER:
-                self.judge(job, number, state)
+            if state in (*OVER, FORGOTTEN):
+                self.judge(job, state)
             else:
                 waits = state == "PENDING"
                 self.change(job, "queued" if waits else "running", f"SLURM's job {number}")
 
-    def judge(self, job: Job, number: str, state: str) -> None:
+    def judge(self, job: Job, state: str) -> None:
         os.listdir(job.directory.path)  # a network's file system then looks for what was written elsewhere
         if job.directory.is_finished:
             self.change(job, "done", "")
         else:
-            why = job.first_line_of_why() if state in ("COMPLETED", "FAILED") else f"SLURM says {state}"
-            job.note_failure(why, None)
+            by_itself = state in ("COMPLETED", "FAILED", FORGOTTEN) and job.log_lines()
+            job.note_failure(job.first_line_of_why() if by_itself else f"SLURM's job is {state}", None)
             self.screen.tell(job)
 
     def change(self, job: Job, state: str, reason: str = "") -> None:
