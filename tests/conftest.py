@@ -72,6 +72,19 @@ def command(tmp_path, book, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    from shop import Shop
+
+    return Shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="session")
+def alone(shop):
+    """20 steps of one process, which several processes repeat."""
+    return shop.run("trainer=cpu", runs="alone")
+
+
+@pytest.fixture(scope="session")
 def composed() -> Callable[..., DictConfig]:
     """`composed("model=nano", "attn=gqa")` is what `train.py model=nano attn=gqa` runs with."""
 

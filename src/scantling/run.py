@@ -57,7 +57,13 @@ from scantling.training.callbacks import (
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
 from scantling.training.guard import BadStep, Guard, GuardSettings
 from scantling.training.loggers import Wandb
-from scantling.training.strategies import WholeCheckpoints, check_launch, devices_per_node
+from scantling.training.ranks import EndTogether, die_with_the_first
+from scantling.training.strategies import (
+    WholeCheckpoints,
+    check_launch,
+    cluster_environment,
+    devices_per_node,
+)
 from scantling.training.task import LanguageModelTask
 
 NOT_IDENTITY = (
@@ -110,11 +116,15 @@ def train(config: DictConfig) -> RunDirectory:
         quiet=rank_zero_only.rank != 0, highlight=False, width=None if sys.stdout.isatty() else 120
     )
     hardware.keep_freed_memory()
+    die_with_the_first()
     with mistakes():
         config, directory = located(config)
         if directory.is_finished:
             console.print(already_finished(directory))
             return directory
+        if not config.dry_run:
+            device = hardware.device_of(config.trainer.accelerator)
+            check_launch(devices_per_node(config.trainer.devices, device), config.trainer.nodes)
         run = assemble(config, directory)
         console.print(run.plan.table(description(run), len(run.corpus.train.tokens)))
         if config.dry_run:
@@ -133,7 +143,7 @@ def out_of_disk(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full_disk(error):
             raise
         print(
             f"error: {error.filename or directory.path} cannot be written ({error.strerror}); finished checkpoints stand: "
@@ -141,6 +151,10 @@ def out_of_disk(directory: RunDirectory) -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # --- where a run lives ---
@@ -273,9 +287,9 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
     budget: dict[str, Any] = dict(config.budget)
     flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
     nodes = config.trainer.nodes
-    devices = devices_per_node(config.trainer.devices, device)
-    check_launch(devices, nodes)
-    world_size = devices * nodes
+    if nodes < 1:
+        raise ValueError(f"trainer.nodes={nodes} must be positive")
+    world_size = devices_per_node(config.trainer.devices, device) * nodes
     micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
     check_batch_size(config.batch_size, micro_batch_size, world_size)
     return Plan.of(
@@ -437,6 +451,16 @@ def fit(run: Run, console: Console) -> None:
             sys.exit(1)
 
 
+def is_agreed(error: BaseException) -> bool:
+    """Whether all processes raise it after the same step."""
+    return isinstance(error, BadStep | Interrupted)
+
+
+def is_explained(error: BaseException) -> bool:
+    """Whether what follows says it in one line."""
+    return hardware.ran_out_of_memory(error) or is_full_disk(error)
+
+
 def what_would_fit(run: Run) -> str:
     """Out of memory: what was forecast, and the cheapest settings that are forecast to take half of it at most."""
     config, plan = run.config, run.plan
@@ -473,6 +497,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     warnings.filterwarnings(
         "ignore", module="lightning"
     )  # its advice on loaders and loggers does not hold here
+    warnings.filterwarnings("ignore", "The `srun` command is available")
     L.seed_everything(config.seed, verbose=False)
     decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "cpu")
     decoder.initialise(config.seed)
@@ -533,9 +558,10 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
                 checkpoints,
                 CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
                 ProgressBar(console, metrics),
+                EndTogether(console, is_agreed=is_agreed, is_explained=is_explained),
             ]
         ),
-        plugins=[files],
+        plugins=[files, *cluster_environment()],
         logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -10,7 +10,8 @@ curves.png
 guards.jsonl     every step that went wrong: the reason, what was done, its samples
 summary.json     final numbers, written last: its presence means finished
 
-A sweep's launcher adds log.txt, what the run printed; lease-N.json while it runs; failed.json, why it failed.
+A sweep's launcher adds log.txt, what the run printed; lease-N.json while it runs; slurm.json, its job there; failed.json,
+why it failed.
 """
 
 from __future__ import annotations

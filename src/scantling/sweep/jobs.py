@@ -15,13 +15,14 @@ FAILED = ("failed", "failed elsewhere")
 
 @dataclass
 class Job:
-    """`devices` are the processes it takes, on GPUs or CPUs; `steps` those of its budget."""
+    """`devices` are the processes it takes on each of its `nodes`, on GPUs or CPUs; `steps` those of its budget."""
 
     number: int
     overrides: list[str]
     label: str
     directory: RunDirectory
     devices: int
+    nodes: int
     on_gpu: bool
     steps: int
     state: str = "queued"
@@ -50,11 +51,19 @@ class Job:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
 
     def first_line_of_why(self) -> str:
-        """Of the log's end: the line that an entry prints for a mistake, else an exception's own."""
+        """The first that an entry, or the first of several processes that failed, prints for it, else the log's last."""
+        lines = self.log_lines()
+        return self.own_word() or (lines[-1] if lines else "it left no word")
+
+    def own_word(self) -> str | None:
+        """What this attempt itself said it failed of."""
+        named = [line.removeprefix("error: ") for line in self.log_lines() if line.startswith("error: ")]
+        return named[0] if named else None
+
+    def log_lines(self) -> list[str]:
+        """Of this attempt."""
         text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return (named or lines or ["it left no word"])[-1]
+        return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:

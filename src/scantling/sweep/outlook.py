@@ -33,6 +33,8 @@ class Outlook:
     overrides: list[str]
     directory: str
     devices: int
+    """Processes on each node."""
+    nodes: int
     on_gpu: bool
     gpus: int
     """Of this machine."""
@@ -50,9 +52,15 @@ Compose = Callable[[Sequence[str]], DictConfig]
 
 
 def look_ahead(
-    compose: Compose, jobs: Sequence[Sequence[str]], labels: Sequence[str], cores: int, n_jobs: int | None
+    compose: Compose,
+    jobs: Sequence[Sequence[str]],
+    labels: Sequence[str],
+    cores: int,
+    n_jobs: int | None,
+    *,
+    elsewhere: bool,
 ) -> list[dict[str, Any]]:
-    """An `Outlook` of each job, as a dictionary.
+    """An `Outlook` of each job, as a dictionary; `elsewhere` it runs on other machines, so that this one may have no GPU.
 
     Raises Mistake, which names the job, for what cannot be composed or built, for arms that cannot be matched, and for
     two jobs that are one run.
@@ -63,7 +71,7 @@ def look_ahead(
     for i, overrides in enumerate(jobs):
         try:
             with mistakes():
-                outlook = looked_at(compose, list(overrides), matching, speeds)
+                outlook = looked_at(compose, list(overrides), matching, speeds, elsewhere)
         except (Mistake, HydraException, OmegaConfBaseException) as error:
             raise Mistake(f"job {i + 1} of {len(jobs)}, {labels[i]}: {one_line(error, 'train')}") from error
         first = places.setdefault(outlook.directory, i)
@@ -76,7 +84,9 @@ def look_ahead(
     return [asdict(outlook) for outlook in found]
 
 
-def looked_at(compose: Compose, overrides: list[str], matching: Matching, speeds: Speeds) -> Outlook:
+def looked_at(
+    compose: Compose, overrides: list[str], matching: Matching, speeds: Speeds, elsewhere: bool
+) -> Outlook:
     config = task_config(compose(overrides))
     if config.resume != "auto":
         raise ValueError(
@@ -87,6 +97,12 @@ def looked_at(compose: Compose, overrides: list[str], matching: Matching, speeds
         overrides = [*overrides, *more]
         config = task_config(compose(overrides))
     check_numbers(config, "train")
+    path = Path(config.paths.runs) / config.study / run.run_id(config)
+    on_gpu = config.trainer.accelerator == "gpu"
+    if elsewhere:
+        config.trainer.accelerator = "cpu"
+        if config.trainer.precision == "fp16":
+            config.trainer.precision = "fp32"
     device, precision, decoder = run.checked(config)
     if device.type == "cuda" and config.trainer.devices == "auto":
         config.trainer.devices = 1  # a job of a sweep sees the GPUs that it is given
@@ -94,12 +110,13 @@ def looked_at(compose: Compose, overrides: list[str], matching: Matching, speeds
     if config.dry_run:  # with the tokenizer's own vocabulary
         config, directory = run.located(config)
         plan = run.assemble(config, directory).plan
-    directory = RunDirectory(Path(config.paths.runs) / config.study / run.run_id(config))
+    directory = RunDirectory(path)
     return Outlook(
         overrides=overrides,
         directory=str(directory.path),
         devices=devices_per_node(config.trainer.devices, device),
-        on_gpu=device.type == "cuda",
+        nodes=config.trainer.nodes,
+        on_gpu=on_gpu if elsewhere else device.type == "cuda",
         gpus=torch.cuda.device_count() if device.type == "cuda" else 0,
         steps=plan.steps,
         parameters=plan.parameters,

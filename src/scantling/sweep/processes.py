@@ -77,13 +77,18 @@ def become_a_job(parent: int, log: Path, environment: dict[str, str]) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+    write_to(log)
+    # Whatever stood in their place, a test's or a terminal's.
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    os.environ.update(environment)
+
+
+def write_to(log: Path) -> None:
+    """Standard output and error of this process and of those it starts go to the end of a file, and input is empty."""
     source = os.open(os.devnull, os.O_RDONLY)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for ours, standard in ((source, 0), (target, 1), (target, 2)):
         os.dup2(ours, standard)
-    # Whatever stood in their place, a test's or a terminal's.
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
-    os.environ.update(environment)
 
 
 def run_afresh(overrides: Sequence[str]) -> NoReturn:

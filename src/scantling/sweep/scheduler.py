@@ -194,7 +194,7 @@ class Scheduler:
             self.fail(job, f"ran beyond its limit of {self.limits.timeout_seconds / 60:g} minutes", code)
         elif self.asked:
             self.change(job, "interrupted")
-        elif code < 0 or code == 130:
+        elif (code < 0 or code == 130) and job.own_word() is None:
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else "interrupted by a signal"
             if job.attempts <= self.limits.retries:
                 self.change(job, "queued", f"again, {reason}")

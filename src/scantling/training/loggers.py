@@ -29,6 +29,8 @@ class Wandb(WandbLogger):
         self.mode, self.reason = mode_and_reason()
         self.mirrored: set[int] = set()
         """Steps that earlier segments hold."""
+        self.is_lost = False
+        """Whether W&B's own process has gone. A scheduler's SIGTERM ends it too, while the run writes its checkpoint."""
         super().__init__(
             project=project,
             tags=list(tags),
@@ -79,9 +81,19 @@ class Wandb(WandbLogger):
                 self.log_sample(texts[row["step"]], row["step"])
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
-        if step not in self.mirrored:
-            # Lightning makes trainer/global_step the axis of every chart.
-            self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+        if step not in self.mirrored and not self.is_lost:
+            try:
+                # Lightning makes trainer/global_step the axis of every chart.
+                self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+            except OSError as error:
+                self.lose(error)
+
+    def lose(self, error: OSError) -> None:
+        self.is_lost = True
+        print(
+            f"warning: W&B ended ({error}): metrics.jsonl goes on, and a resumed run mirrors what is missing",
+            file=sys.stderr,
+        )
 
     def log_sample(self, text: str, step: int) -> None:
         import wandb
@@ -93,7 +105,10 @@ class Wandb(WandbLogger):
         """Close the run; without this the next run of the process would write into it."""
         import wandb
 
-        wandb.finish(exit_code=0 if succeeded else 1)
+        try:
+            wandb.finish(exit_code=0 if succeeded else 1)
+        except OSError as error:
+            self.lose(error)
 
 
 def steps_in_segments(present: Path) -> set[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -293,21 +294,38 @@ def devices_per_node(devices: int | str, device: torch.device) -> int:
 
 
 def check_launch(devices: int, nodes: int) -> None:
-    """Raise ValueError where torchrun or SLURM started another number of processes than the run is for."""
-    if nodes < 1:
-        raise ValueError(f"trainer.nodes={nodes} must be positive")
-    for launcher, environment, variable in (
-        ("torchrun", TorchElasticEnvironment, "WORLD_SIZE"),
-        ("SLURM", SLURMEnvironment, "SLURM_NTASKS"),
-    ):
-        if environment.detect():
-            started = int(os.environ[variable])
-            if started != devices * nodes:
-                raise ValueError(
-                    f"{launcher} started {started} process(es), but trainer.devices={devices} × trainer.nodes={nodes} "
-                    f"is {devices * nodes}: let the two agree"
-                )
-            return
+    """Raise ValueError where torchrun or SLURM started others than the processes the run is for, or nothing started them."""
+    wanted = f"trainer.devices={devices} × trainer.nodes={nodes}"
+    if TorchElasticEnvironment.detect():
+        launcher, started, on_node = "torchrun", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+    elif under_srun():
+        launcher, started, on_node = "SLURM", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"
+    elif nodes > 1 and "NODE_RANK" not in os.environ:
+        raise ValueError(
+            f"{wanted}, but nothing started this on other hosts: use torchrun or srun, docs/cluster.md"
+        )
+    else:
+        return
+    if os.environ[started] != "1" and on_node not in os.environ:  # Lightning asks for it
+        raise ValueError(
+            f"{launcher} was told how many tasks, but not how many a node: say --ntasks-per-node={devices}"
+        )
+    total, local = int(os.environ[started]), int(os.environ.get(on_node, 1))
+    if (total, local) != (devices * nodes, devices):
+        raise ValueError(
+            f"{launcher} started {total} process(es), {local} a node, but {wanted} is {devices * nodes}: "
+            "let the two agree"
+        )
+
+
+def under_srun() -> bool:
+    """As Lightning sees it, which also warns everybody who has an srun and does not use it."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def cluster_environment() -> list[ClusterEnvironment]:
+    """SLURM's without Lightning's own way to requeue, a checkpoint of another kind: `CleanStop` minds its signals."""
+    return [SLURMEnvironment(auto_requeue=False)] if under_srun() else []
 
 
 class AnyRank:

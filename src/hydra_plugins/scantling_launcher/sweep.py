@@ -1,15 +1,14 @@
-"""`hydra/launcher=processes`, the one that `-m` takes: each job of a sweep is a process of its own."""
+"""What the launchers of this project share: every job is looked at first, and a run's own record says how it ended."""
 
 import json
 import os
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
@@ -17,59 +16,31 @@ from rich.console import Console
 
 from scantling.command_line import Failed, Mistake
 from scantling.run_directory import RunDirectory, replace_text
-from scantling.sweep.devices import Devices, Share, own_cores, visible_gpus
+from scantling.sweep.devices import Devices, visible_gpus
 from scantling.sweep.forecast import forecast
 from scantling.sweep.jobs import FAILED, Job, labels
-from scantling.sweep.processes import Process, answer_of_a_child, fork, run_afresh
-from scantling.sweep.scheduler import Limits, Scheduler
-from scantling.sweep.screen import Screen, outcome
+from scantling.sweep.processes import answer_of_a_child
+from scantling.sweep.screen import outcome
 
 
-@dataclass
-class ProcessesConf:
-    _target_: str = "hydra_plugins.scantling_launcher.launcher.ProcessLauncher"
-    n_jobs: int | None = None
-    """Jobs at once; None: as many as have a GPU each, or a CPU core for each of their processes."""
-    cores: int | None = None
-    """That this launcher may use; None: all that this process may."""
-    retries: int = 1
-    """Of a job that somebody else killed, an out-of-memory killer say; a job that failed by itself is not tried again."""
-    timeout_minutes: float | None = None
-    """For one attempt at a job; None: no limit."""
-    lease_seconds: float = 60
-    """After so long without a sign of life a job of another launcher is taken over."""
-    stop_seconds: float = 60
-    """Between asking a job to stop and killing it."""
+class SweepLauncher(Launcher):
+    """Looks at all jobs, has `carry_out` bring each to its end, and reports what became of them."""
 
-
-ConfigStore.instance().store(
-    group="hydra/launcher", name="processes", node=ProcessesConf, provider="scantling"
-)
-
-
-class ProcessLauncher(Launcher):
-    """Starts each job as a single run, so that the processes that a job starts itself never see the sweep.
-
-    A job of one process is forked from this one, which has imported PyTorch and Lightning but never touched a GPU; one
-    of several is `python src/train.py` with its overrides. Finished runs are left alone, interrupted ones go on.
-    """
-
-    def __init__(
-        self,
-        n_jobs: int | None,
-        cores: int | None,
-        retries: int,
-        timeout_minutes: float | None,
-        lease_seconds: float,
-        stop_seconds: float,
-    ):
-        self.n_jobs, self.cores = n_jobs, own_cores() if cores is None else cores
-        self.limits = Limits(
-            retries, None if timeout_minutes is None else 60 * timeout_minutes, lease_seconds, stop_seconds
-        )
+    cores: int
+    n_jobs: int | None
+    elsewhere: bool
+    """Whether jobs run on other machines, of which this one knows nothing."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise Mistake for settings that cannot be."""
+
+    @abstractmethod
+    def carry_out(self, jobs: Sequence[Job], looks: Sequence[dict[str, Any]], console: Console) -> str | None:
+        """Bring jobs to their ends; what to say where a signal put an end to it before."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """One `JobReturn` a job, in their order; its value is the run's bits per byte.
@@ -77,14 +48,18 @@ class ProcessLauncher(Launcher):
         Raises Mistake, before any job starts, where one of them cannot run.
         """
         self.check()
-        from scantling.sweep.outlook import (
-            look_ahead,
-        )  # here, so that a mistyped sweep need not wait for PyTorch
+        os.environ.pop(
+            "SLURM_NTASKS", None
+        )  # inside of an allocation: srun did not start the jobs' processes
+        # Imported here, so that a mistyped sweep need not wait for PyTorch.
+        from scantling.sweep.outlook import look_ahead
 
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         named = labels(job_overrides)
         looks = answer_of_a_child(
-            lambda: look_ahead(self.compose, job_overrides, named, self.cores, self.n_jobs)
+            lambda: look_ahead(
+                self.compose, job_overrides, named, self.cores, self.n_jobs, elsewhere=self.elsewhere
+            )
         )
         if self.config.dry_run:
             console.print(forecast(named, looks, self.devices(looks)))
@@ -96,6 +71,7 @@ class ProcessLauncher(Launcher):
                 label=label,
                 directory=RunDirectory(look["directory"]),
                 devices=look["devices"],
+                nodes=look["nodes"],
                 on_gpu=look["on_gpu"],
                 steps=look["steps"],
                 state="finished before" if look["finished"] else "queued",
@@ -105,24 +81,13 @@ class ProcessLauncher(Launcher):
         folder = jobs[0].directory.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         self.claim_study(folder)
-        with Screen(jobs, console) as screen:
-            scheduler = Scheduler(jobs, self.devices(looks), self.limits, self.start, screen, folder)
-            scheduler.run()
+        interrupted = self.carry_out(jobs, looks, console)
         console.print(outcome(jobs))
-        if scheduler.asked:
-            console.print("interrupted; the same command goes on from there")
+        if interrupted is not None:
+            console.print(interrupted, soft_wrap=True)
             sys.exit(130)
         failed = [job for job in jobs if job.state in FAILED]
         return [ended(job.overrides, job, f"{len(failed)} of {len(jobs)} jobs failed") for job in jobs]
-
-    def check(self) -> None:
-        """Raise Mistake for a number that is none."""
-        limits = self.limits
-        positive = {"n_jobs": self.n_jobs, "cores": self.cores, "timeout_minutes": limits.timeout_seconds}
-        positive |= {"lease_seconds": limits.lease_seconds, "stop_seconds": limits.stop_seconds}
-        for name, value in positive.items():
-            if value is not None and value <= 0:
-                raise Mistake(f"hydra.launcher.{name} must be positive")
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """As if the overrides had been typed for a single run."""
@@ -148,30 +113,6 @@ class ProcessLauncher(Launcher):
             raise Mistake(
                 f"{folder} holds the runs of sweeps={before}: give those of sweeps={sweep} a place with study=NAME"
             )
-
-    def start(self, job: Job, share: Share) -> Process:
-        if job.devices > 1:
-            task = lambda: run_afresh(job.overrides)  # noqa: E731
-        else:
-            task = lambda: self.run_here(job, share)  # noqa: E731
-        return fork(task, job.log, {**share.environment, "HYDRA_FULL_ERROR": "0"})
-
-    def run_here(self, job: Job, share: Share) -> int:
-        """In the child."""
-        import torch
-
-        torch.set_num_threads(share.threads)
-        returned = run_job(
-            task_function=self.task_function,
-            config=self.compose(job.overrides),
-            job_dir_key="hydra.run.dir",
-            job_subdir_key=None,
-            hydra_context=self.hydra_context,
-            configure_logging=False,
-        )
-        if returned.status is JobStatus.FAILED:
-            raise returned._return_value
-        return os.EX_OK
 
 
 class Ended(JobReturn):

@@ -1,0 +1,207 @@
+"""Jobs of a sweep as jobs of SLURM: handed in through submitit, watched through squeue."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scantling.command_line import ROOT, Mistake
+from scantling.run_directory import replace_text
+from scantling.sweep.jobs import ENDED, Job
+from scantling.sweep.leases import Lease
+from scantling.sweep.processes import run_afresh, write_to
+from scantling.sweep.scheduler import last_row
+from scantling.sweep.screen import Screen
+
+OVER = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "REVOKED", "TIMEOUT"),
+)
+"""SLURM's words for a job that will not run again."""
+FORGOTTEN = "no more"
+"""Of a job some minutes after its end, and at once of one cancelled before it began."""
+
+# A run that was told to stop says 130 once its checkpoint is written. `scancel` ends this shell too.
+GO_ON = ["code=$?", '[ $code -eq 130 ] && scontrol requeue "$SLURM_JOB_ID"', "exit $code"]
+
+LEASE_SECONDS = 60
+"""Within which a job is handed in."""
+
+
+class Queue:
+    """The jobs of a sweep that SLURM has, and those that it is yet to get.
+
+    A run's directory holds the number of its job, `slurm.json`: whoever comes later finds it in SLURM's queue and watches
+    it instead of handing it in again. `settings(job)` are for submitit's executor.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        folder: str,
+        settings: Callable[[Job], dict[str, Any]],
+        screen: Screen,
+        poll_seconds: float,
+    ):
+        self.jobs, self.folder, self.settings = jobs, folder, settings
+        self.screen, self.poll_seconds = screen, poll_seconds
+        self.numbers: dict[int, str] = {}
+        """SLURM's number of each job that it has."""
+
+    def run(self) -> None:
+        """Until every job has ended. Raises Mistake where SLURM does not take them."""
+        while True:
+            states = queue_states()
+            if states is not None:
+                self.look(states)
+                self.hand_in(states)
+            self.screen.draw()
+            if all(job.state in ENDED for job in self.jobs):
+                return
+            time.sleep(self.poll_seconds)
+
+    def unfinished(self) -> list[str]:
+        return [
+            self.numbers[job.number]
+            for job in self.jobs
+            if job.state not in ENDED and job.number in self.numbers
+        ]
+
+    # --- handing in ---
+
+    def hand_in(self, states: dict[str, str]) -> None:
+        """What nobody has handed in, as one array for each kind of job."""
+        leases: dict[int, Lease] = {}
+        kinds: dict[str, list[Job]] = {}
+        try:
+            for job in self.jobs:
+                if (
+                    job.state not in ENDED
+                    and job.number not in self.numbers
+                    and (lease := self.claim(job, states))
+                ):
+                    leases[job.number] = lease
+                    kinds.setdefault(json.dumps(self.settings(job), sort_keys=True), []).append(job)
+            for alike in kinds.values():
+                for job, number in zip(alike, self.submit(alike), strict=True):
+                    self.numbers[job.number] = number
+                    replace_text(note_of(job), json.dumps({"job": number}) + "\n")
+                    self.change(job, "queued", f"SLURM's job {number}")
+        finally:
+            for lease in leases.values():
+                lease.release()
+
+    def claim(self, job: Job, states: dict[str, str]) -> Lease | None:
+        """The right to hand it in; None where another launcher has it, or SLURM has."""
+        lease = Lease.take(job.directory.path, LEASE_SECONDS)
+        if lease is None:
+            self.change(job, "elsewhere")
+            return None
+        before = json.loads(note_of(job).read_text())["job"] if note_of(job).exists() else None
+        if job.directory.is_finished:
+            self.change(job, "done elsewhere")
+        elif before is not None and states.get(before, FORGOTTEN) not in (*OVER, FORGOTTEN):
+            self.numbers[job.number] = before
+        else:
+            return lease
+        lease.release()
+        return None
+
+    def submit(self, jobs: Sequence[Job]) -> list[str]:
+        """SLURM's numbers of the jobs."""
+        import submitit
+
+        settings = self.settings(jobs[0])
+        settings |= {
+            # Python on the nodes finds this project as the one here does.
+            "setup": [f'export PYTHONPATH="{ROOT / "src"}:$PYTHONPATH"', *settings["setup"]],
+            "teardown": GO_ON,
+            "srun_args": ["--kill-on-bad-exit=1", *of_each_task(settings["cpus_per_task"])],
+            "additional_parameters": {
+                "signal": f"USR1@{settings['signal_delay_s']}",
+                "requeue": True,
+                **settings["additional_parameters"],
+            },
+        }
+        try:
+            executor = submitit.AutoExecutor(self.folder, cluster="slurm", slurm_max_num_timeout=0)
+            executor.update_parameters(**{f"slurm_{name}": value for name, value in settings.items()})
+            for job in jobs:
+                job.directory.path.mkdir(parents=True, exist_ok=True)
+                job.failure.unlink(missing_ok=True)
+                job.log.touch()
+                job.begin_log()
+            logs = [str(job.log.absolute()) for job in jobs]
+            commands = [[*job.overrides, f"trainer.devices={job.devices}"] for job in jobs]
+            with contextlib.redirect_stderr(None):  # where submitit repeats what the exception says
+                return [submitted.job_id for submitted in executor.map_array(become_a_run, logs, commands)]
+        except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
+            said = [line for line in str(error).splitlines() if line.strip()]
+            raise Mistake(
+                f"SLURM does not take the jobs: {said[-1] if said else type(error).__name__}"
+            ) from error
+
+    # --- watching ---
+
+    def look(self, states: dict[str, str]) -> None:
+        for job in self.jobs:
+            if job.state in ENDED or job.number not in self.numbers:
+                continue
+            number = self.numbers[job.number]
+            state = states.get(number, FORGOTTEN)
+            if (row := last_row(job.directory.path / "metrics.jsonl")) is not None:
+                job.seen = row
+            if state in (*OVER, FORGOTTEN):
+                self.judge(job, state)
+            else:
+                waits = state == "PENDING"
+                self.change(job, "queued" if waits else "running", f"SLURM's job {number}")
+
+    def judge(self, job: Job, state: str) -> None:
+        os.listdir(job.directory.path)  # a network's file system then looks for what was written elsewhere
+        if job.directory.is_finished:
+            self.change(job, "done", "")
+        else:
+            by_itself = state in ("COMPLETED", "FAILED", FORGOTTEN) and job.log_lines()
+            job.note_failure(job.first_line_of_why() if by_itself else f"SLURM's job is {state}", None)
+            self.screen.tell(job)
+
+    def change(self, job: Job, state: str, reason: str = "") -> None:
+        if (state, reason) != (job.state, job.reason):
+            job.state, job.reason = state, reason
+            self.screen.tell(job)
+
+
+def note_of(job: Job) -> Path:
+    return job.directory.path / "slurm.json"
+
+
+def of_each_task(cpus: int | None) -> list[str]:
+    return [] if cpus is None else [f"--cpus-per-task={cpus}"]  # srun does not ask sbatch
+
+
+def queue_states() -> dict[str, str] | None:
+    """SLURM's word for each of this user's jobs, by number, ARRAY_INDEX in arrays; None while SLURM does not answer."""
+    command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i %T"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        raise Mistake(
+            "hydra/launcher=submitit_slurm needs SLURM's commands, and there is no squeue here"
+        ) from None
+    except subprocess.TimeoutExpired:
+        return None
+    return dict(line.split() for line in asked.stdout.splitlines()) if asked.returncode == 0 else None
+
+
+def become_a_run(log: str, overrides: Sequence[str]) -> None:
+    """In each task of a job: `python src/train.py`, which writes its own record and minds SLURM's signals itself."""
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    write_to(Path(log))
+    run_afresh(overrides)

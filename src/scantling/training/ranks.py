@@ -1,0 +1,124 @@
+"""When one process of a run dies all end, and what it died of is the first thing that is read."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+
+from scantling.training.loggers import Wandb
+
+PR_SET_PDEATHSIG = 1
+FIRST_PROCESS = "SCANTLING_FIRST_PROCESS"
+"""In the environment of those that it starts."""
+NEVER = timedelta(days=20)
+"""Gloo counts milliseconds in 31 bits."""
+SECONDS_TO_END = 20.0
+"""That a process has for its last words once it has failed, or has lost another."""
+SECONDS_TO_NOTICE = 0.5
+"""Within which the death of another process is known here when it is the reason of an error."""
+
+
+class EndTogether(Callback):
+    """Each process listens to the next, in a ring over gloo. Silence that ends is a death, and ends the listener too.
+
+    So it does when it waits for a GPU which itself waits for the dead. `is_agreed` knows exceptions that are raised in all
+    processes after the same step, and those that are explained later; any other is printed here and ends the process.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        is_agreed: Callable[[BaseException], bool],
+        is_explained: Callable[[BaseException], bool],
+    ):
+        self.console, self.is_agreed, self.is_explained = console, is_agreed, is_explained
+        self.listener: threading.Thread | None = None
+        self.lost = threading.Event()
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        self.trainer = trainer
+        if trainer.world_size > 1:
+            self.ring = dist.new_group(backend="gloo", timeout=NEVER)
+            self.listener = threading.Thread(target=self.listen, daemon=True)
+            self.listener.start()
+
+    def listen(self) -> None:
+        following = (self.trainer.global_rank + 1) % self.trainer.world_size
+        try:
+            dist.recv(torch.zeros(1), src=following, group=self.ring)
+        except RuntimeError:
+            self.lost.set()
+            end_soon()
+            time.sleep(
+                2 * SECONDS_TO_NOTICE
+            )  # the main thread may have failed first, and be about to say of what
+            self.end("another process of this run died")
+
+    def part(self) -> None:
+        """Where all processes end: the one before may go, and the next one goes."""
+        if self.listener is not None:
+            before = (self.trainer.global_rank - 1) % self.trainer.world_size
+            with contextlib.suppress(RuntimeError):
+                dist.send(torch.zeros(1), dst=before, group=self.ring)
+            self.listener.join(SECONDS_TO_END)
+            self.listener = None
+
+    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+        self.part()
+
+    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
+        self.trainer = trainer
+        if trainer.world_size == 1:
+            return
+        if self.is_agreed(exception):
+            if trainer.global_rank > 0:
+                # Where the first says with its exit code that it was interrupted, srun would kill the slower ones.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            return self.part()
+        end_soon()
+        if self.is_explained(exception):
+            return
+        if self.lost.wait(SECONDS_TO_NOTICE):
+            self.end("another process of this run died")
+        traceback.print_exception(exception)
+        self.end(traceback.format_exception_only(exception)[-1].strip())
+
+    def end(self, word: str) -> None:
+        self.console.show_cursor()  # a bar hides it
+        who = f"process {self.trainer.global_rank} of {self.trainer.world_size}"
+        print(f"error: {who}: {word}", file=sys.stderr, flush=True)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, Wandb):
+                logger.finish(succeeded=False)
+        os._exit(1)
+
+
+def end_soon() -> None:
+    """Whatever this process still waits for."""
+    timer = threading.Timer(SECONDS_TO_END, os._exit, [1])
+    timer.daemon = True
+    timer.start()
+
+
+def die_with_the_first() -> None:
+    """A process that Lightning started from the first ends when that does, on Linux."""
+    if os.environ.get(FIRST_PROCESS) != str(os.getppid()):
+        os.environ[FIRST_PROCESS] = str(os.getpid())
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
