@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,8 +72,8 @@ class Shop:
             text=True,
         )
 
-    def run(self, *overrides: str, runs: str, launcher: tuple[str, ...] = ()) -> RunDirectory:
-        process = self.start(*overrides, runs=runs, launcher=launcher)
+    def run(self, *overrides: str, runs: str, **started: Any) -> RunDirectory:
+        process = self.start(*overrides, runs=runs, **started)
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, out + err
         return self.directory(runs)
@@ -169,6 +170,25 @@ def test_processes_agree_on_a_bad_step(shop, engine, action):
 def test_torchrun_starts_the_processes(shop, alone):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     run = shop.run("trainer=ddp", "trainer.devices=2", runs="torchrun", launcher=torchrun)
+    assert_same_training(run, alone)
+
+
+def test_loss_in_chunks(shop, alone):
+    """As of a large vocabulary: 100 of the 512 tokens of a process at once."""
+    script = shop.path / "in_chunks.py"
+    script.write_text(
+        "import runpy, sys; from scantling.model import cross_entropy as c; c.CHUNK = 100 * 257; "
+        "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    source = {"PYTHONPATH": str(TRAIN.parent)}
+    run = shop.run(
+        *ENGINES["fsdp"],
+        "trainer.devices=2",
+        runs="chunks",
+        launcher=torchrun,
+        environment=source,
+    )
     assert_same_training(run, alone)
 
 

@@ -224,7 +224,12 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
         raise ValueError(
             f"checkpoint.every_minutes={config.checkpoint.every_minutes} must be positive, or null"
         )
-    return device, precision, build_decoder(config, config.model.vocab_size, "meta")
+    decoder = build_decoder(config, config.model.vocab_size, "meta")
+    if config.z_loss is not None and not (decoder.head.takes_z_loss and config.z_loss >= 0):
+        raise ValueError(
+            f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"
+        )
+    return device, precision, decoder
 
 
 def assemble(config: DictConfig, directory: RunDirectory) -> Run:
@@ -473,6 +478,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "cpu")
     decoder.initialise(config.seed)
     decoder.checkpoint_activations = config.trainer.checkpoint_activations
+    decoder.head.z_loss = config.z_loss or 0.0
     peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
     console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     for line in run.damaged:

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from scantling.model.head import IGNORED, negative_log_likelihood
+from scantling.model.cross_entropy import IGNORED, negative_log_likelihood
 from scantling.training.optim import sgd
 from scantling.training.task import LanguageModelTask, TextLoss
 

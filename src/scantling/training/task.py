@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from scantling.model.decoder import Decoder
-from scantling.model.head import IGNORED
+from scantling.model.cross_entropy import IGNORED
 
 
 class TextLoss:
