@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from scantling import memory
-from scantling.model import cross_entropy
 from scantling.memory import ENGINES, Choice, Sizes, choices_of_memory, number_of_bytes, training_memory
+from scantling.model import cross_entropy
 from scantling.training.optim import adamw, lion, muon, sgd
 
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

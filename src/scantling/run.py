@@ -57,6 +57,7 @@ from scantling.training.callbacks import (
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
 from scantling.training.guard import BadStep, Guard, GuardSettings
 from scantling.training.loggers import Wandb
+from scantling.training.optim import follow_width
 from scantling.training.strategies import WholeCheckpoints, check_launch, devices_per_node
 from scantling.training.task import LanguageModelTask
 
@@ -229,7 +230,14 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
         raise ValueError(
             f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"
         )
+    optimizer = optimizer_of_one_matrix(config)
+    follow_width(optimizer, dict.fromkeys(optimizer.param_groups[0]["params"], decoder.param.hidden_rate))
     return device, precision, decoder
+
+
+def optimizer_of_one_matrix(config: DictConfig) -> torch.optim.Optimizer:
+    """Of the chosen kind, to ask what it is."""
+    return instantiate(config.optim, _convert_="all")([("weight", torch.nn.Parameter(torch.zeros(2, 2)))])
 
 
 def assemble(config: DictConfig, directory: RunDirectory) -> Run:
@@ -258,8 +266,7 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
             "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
         )
     if isinstance(strategy, WholeCheckpoints):
-        one_matrix = [("weight", torch.nn.Parameter(torch.zeros(2, 2)))]
-        strategy.check(instantiate(config.optim, _convert_="all")(one_matrix))
+        strategy.check(optimizer_of_one_matrix(config))
     training_batches(run, rank=0)
     run.checkpoint, run.damaged = newest_whole(directory)
     if run.checkpoint is not None:

@@ -25,8 +25,8 @@ from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import laid_out_for_decoding
-from scantling.model.decoder import Decoder
 from scantling.model.cross_entropy import IGNORED
+from scantling.model.decoder import Decoder
 from scantling.run_directory import RunDirectory
 from scantling.sampling import Settings
 from scantling.study.lengths import FILES, write_lengths

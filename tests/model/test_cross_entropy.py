@@ -45,7 +45,7 @@ def head_of(scale, softcap, z_loss) -> Full:
 
 
 def gradients(loss, x, embed):
-    used = [p for p in embed.parameters()]
+    used = list(embed.parameters())
     return torch.autograd.grad(loss, [x, *used], allow_unused=True)
 
 

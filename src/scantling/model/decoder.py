@@ -21,6 +21,7 @@ from scantling.model.embed import Embedding
 from scantling.model.head import Head
 from scantling.model.moe import Router
 from scantling.model.norm import NormFactory
+from scantling.model.param import Parametrisation
 from scantling.model.pos import Position
 from scantling.model.scores import Scores
 
@@ -54,6 +55,7 @@ class Decoder(nn.Module):
         block: Callable[..., Block],
         embed: Callable[..., Embedding],
         head: Callable[..., Head],
+        param: Callable[[int, int], Parametrisation],
     ):
         super().__init__()
         if d_head is None:
@@ -94,9 +96,33 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(d_model) if blocks[-1].final_norm else nn.Identity()
         self.routers = tuple(module for module in self.modules() if isinstance(module, Router))
+        self.param = param(d_model, d_head)
+        if not self.param.is_standard:
+            self.rescale(d_model)
         self.checkpoint_activations = False
         """In training keep only each block's input, and compute the block again in the backward pass. Chen et al. 2016,
         arXiv:1604.06174, §4.1."""
+
+    def rescale(self, d_model: int) -> None:
+        """Scores and logits as `param` has them. Raises ValueError for parts that no rule of it is known for."""
+        if self.routers or self.embed.output.shape[1] != d_model:
+            raise ValueError(
+                "param=mup is for matrices whose both sides grow with the width: no ffn=moe, no embed=factorised"
+            )
+        self.head.rescale(self.param.logits)
+        for block in self.blocks:
+            block.attn.rescale(self.param.scores)
+
+    @property
+    def hidden_matrices(self) -> set[str]:
+        """Names of the weights of the linear layers inside of blocks."""
+        modules = self.blocks.named_modules(prefix="blocks")
+        return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """Of each parameter's learning rate, as `param` has them."""
+        hidden = self.hidden_matrices
+        return {p: self.param.hidden_rate if name in hidden else 1.0 for name, p in self.named_parameters()}
 
     @property
     def layers(self) -> list[Block]:
@@ -159,14 +185,17 @@ class Decoder(nn.Module):
         Matrices and tables: normal, standard deviation 0.02; those that write to the residual stream (a part's
         last layer, named `out`) scaled as the block says, by 1/√(2·n_layers) for most. Radford et al. 2019 (GPT-2),
         §2.3. Biases 0; other vectors keep what their part gave them. Each tensor draws from a generator of its own,
-        seeded by its name, so that two models share the initial weights of every tensor they have in common.
+        seeded by its name, so that two models share the initial weights of every tensor they have in common. `param` has
+        a factor for hidden matrices.
         """
-        out_scale = self.layers[0].out_scale(len(self.layers))
+        hidden, out_scale = self.hidden_matrices, self.layers[0].out_scale(len(self.layers))
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.ndim >= 2:
                 std = 0.02 * out_scale if ".out." in name else 0.02
+                if name in hidden:
+                    std *= self.param.hidden_std
                 parameter.copy_(drawn(parameter.shape, f"{seed}/{name}") * std)
 
 

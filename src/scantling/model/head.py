@@ -46,6 +46,10 @@ class Head(nn.Module, ABC):
             nats = nats + z_gradient(logits_BTV, targets_BT, self.z_loss)
         return nats
 
+    def rescale(self, factor: float) -> None:
+        """Logits times `factor`. Raises ValueError for a head that has more than one softmax."""
+        raise ValueError("param=mup is not defined for this head: use head=full")
+
     @abstractmethod
     def flops(self, embed: Embedding) -> int:
         """Forward FLOPs per token."""
@@ -81,6 +85,9 @@ class Full(Head):
             softcap=self.softcap,
             z_loss=self.z_loss,
         )
+
+    def rescale(self, factor: float) -> None:
+        self.scale = factor * (1.0 if self.scale is None else self.scale)
 
     def shaped(self, logits: Tensor) -> Tensor:
         if self.scale is not None:
