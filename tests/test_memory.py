@@ -20,6 +20,7 @@ def forecast(decoder, **settings) -> memory.Memory:
         "engine": ENGINES["ddp"],
         "devices": 1,
         "accumulates": False,
+        "averages": False,
     }
     return training_memory(Sizes.of(decoder, lambda named: adamw(named, **ADAMW)), **usual | settings)
 
@@ -130,7 +131,7 @@ def test_shares_of_the_engines(composed):
 
     def per_device(engine: str) -> float:
         settings = {"sequences": 1, "seq_len": 1, "half_precision": False, "checkpoint_activations": False}
-        m = training_memory(sizes, engine=ENGINES[engine], devices=64, accumulates=False, **settings)
+        m = training_memory(sizes, engine=ENGINES[engine], devices=64, accumulates=False, averages=False, **settings)
         return (m.weights + m.gradients + m.optimizer) / 1e9
 
     expected = {

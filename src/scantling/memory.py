@@ -65,7 +65,7 @@ class Memory:
     activations: int
     logits: int
     workspace: int
-    """Gathered weights, copies of them in half precision, buckets."""
+    """Gathered weights, copies of them in half precision, their average, buckets."""
     states: int
     """Weights and the optimiser's numbers whole, as in a checkpoint; no part of the sum."""
     overlap: int
@@ -156,6 +156,7 @@ def training_memory(
     engine: Engine,
     devices: int,
     accumulates: bool,
+    averages: bool,
 ) -> Memory:
     """Float32 weights and gradients, the optimiser's numbers, and what the backward pass needs of the forward pass.
 
@@ -163,7 +164,7 @@ def training_memory(
     gradient among them, as if every head took the whole vocabulary; where they come in chunks, those of one chunk do,
     and the head's gradient waits beside the others. In half precision autocast keeps a copy of each matrix until the
     backward pass is over. Gradients come while activations go, where not all of them stand from the
-    start. Scores are left out, as kernels for long contexts do.
+    start. An average of the weights is as large as they are. Scores are left out, as kernels for long contexts do.
     """
     n, tokens, width = sizes.parameters, sequences * seq_len, 2 if half_precision else FLOAT32
     kept = [tokens * (width * p + FLOAT32 * m) for p, m in zip(sizes.products, sizes.norms, strict=True)]
@@ -189,8 +190,8 @@ def training_memory(
         optimizer=0 if engine.offloads else optimizer,
         activations=activations,
         logits=logits,
-        workspace=copies + gathered + engine.buckets,
-        states=FLOAT32 * (n + sizes.optimizer),
+        workspace=copies + gathered + engine.buckets + (weights if averages else 0),
+        states=FLOAT32 * (n + sizes.optimizer + (n if averages else 0)),
         overlap=activations + logits + gradients - max(at_the_head, at_the_end),
     )
 

@@ -95,6 +95,7 @@ def forecaster(config: DictConfig, decoder: Decoder) -> Callable[[Choice], Memor
         engine=ENGINES[choice.engine],
         devices=config.devices,
         accumulates=choice.micro_batch_size * config.devices < config.batch_size,
+        averages=config.ema.decay is not None,
     )
 
 

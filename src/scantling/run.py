@@ -44,7 +44,8 @@ from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
-from scantling.training import hardware
+from scantling.training import average, hardware
+from scantling.training.average import WeightAverage
 from scantling.training.budget import steps_for
 from scantling.training.callbacks import (
     CleanStop,
@@ -261,6 +262,7 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     )
     strategy = run.new_strategy()
     guard.check(strategy, precision)
+    average.check(config.ema.decay, strategy)
     if config.trainer.checkpoint_activations and not ENGINES[config.trainer.engine].recomputes:
         raise ValueError(
             "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
@@ -334,6 +336,7 @@ def forecast(
         engine=engine,
         devices=devices,
         accumulates=micro_batch_size * devices < config.batch_size,
+        averages=config.ema.decay is not None,
     )
 
 
@@ -539,6 +542,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
                 metrics,
                 guard,
                 Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
+                *([] if config.ema.decay is None else [WeightAverage(config.ema.decay)]),
                 checkpoints,
                 CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
                 ProgressBar(console, metrics),

@@ -120,14 +120,27 @@ class TrainedRun:
 
 
 def stored_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
-    """The decoder's state dict, as it is on disk. Raises ValueError where there is no such checkpoint."""
-    file = {"best": directory.best, "last": directory.last}.get(checkpoint)
+    """The decoder's state dict, as it is on disk; of `best_average` and `last_average` with the averaged weights in it.
+
+    Raises ValueError where there is no such checkpoint.
+    """
+    averaged = checkpoint.endswith("_average")
+    file = {"best": directory.best, "last": directory.last}.get(checkpoint.removesuffix("_average"))
     if file is None:
-        raise ValueError(f"checkpoint={checkpoint} is unknown: use best or last")
+        raise ValueError(
+            f"checkpoint={checkpoint} is unknown: use best or last, or best_average or last_average"
+        )
     if not file.exists():
         raise ValueError(f"{directory.path} has no {checkpoint} checkpoint yet: {file} is missing")
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    return {key.removeprefix("decoder."): value for key, value in state.items()}
+    stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    weights = {key.removeprefix("decoder."): value for key, value in stored["state_dict"].items()}
+    if not averaged:
+        return weights
+    if "WeightAverage" not in stored["callbacks"]:
+        raise ValueError(
+            f"{directory.path} kept no average of its weights, which ema.decay asks for: use checkpoint=best"
+        )
+    return weights | stored["callbacks"]["WeightAverage"]["weights"]
 
 
 def check_targets(config: Any, source: Path) -> None:

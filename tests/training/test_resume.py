@@ -12,7 +12,7 @@ import torch
 from scantling.run_directory import RunDirectory
 from scantling.training import checkpoints, task
 
-LONG = ("budget.steps=60", "val_every=20", "model.dropout=0.1", "micro_batch_size=2")
+LONG = ("budget.steps=60", "val_every=20", "model.dropout=0.1", "micro_batch_size=2", "ema.decay=0.9")
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
 
@@ -38,6 +38,8 @@ def assert_equal_runs(ours: RunDirectory, theirs: RunDirectory) -> None:
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_equal_trees(a[part], b[part])
+    averages = [s["callbacks"]["WeightAverage"]["weights"] for s in (a, b)]
+    assert_equal_trees(*averages)
     random_states = [s["callbacks"]["Checkpoints"]["random_states"] for s in (a, b)]
     assert_equal_trees(*random_states)
 

@@ -66,6 +66,7 @@ class StepCallbacks(Callback):
     setup = of_each("setup")
     on_train_start = of_each("on_train_start")
     on_train_batch_start = of_each("on_train_batch_start")
+    on_validation_start = of_each("on_validation_start")
     on_validation_end = of_each("on_validation_end")
     on_train_end = of_each("on_train_end")
     on_fit_end = of_each("on_fit_end")
