@@ -99,6 +99,7 @@ def main() -> None:
             )
         ]
         less = min(bytes_ for bytes_, _ in peers)
+        console.print(f"{family}: {peak / less:.2f} of {less / 1e9:.2f} GB", style="dim")
         table.add_row(
             family,
             "bf16" if half else "fp32",
