@@ -131,7 +131,9 @@ def test_shares_of_the_engines(composed):
 
     def per_device(engine: str) -> float:
         settings = {"sequences": 1, "seq_len": 1, "half_precision": False, "checkpoint_activations": False}
-        m = training_memory(sizes, engine=ENGINES[engine], devices=64, accumulates=False, averages=False, **settings)
+        m = training_memory(
+            sizes, engine=ENGINES[engine], devices=64, accumulates=False, averages=False, **settings
+        )
         return (m.weights + m.gradients + m.optimizer) / 1e9
 
     expected = {

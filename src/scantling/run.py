@@ -44,7 +44,7 @@ from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
-from scantling.training import average, hardware
+from scantling.training import average, hardware, noise
 from scantling.training.average import WeightAverage
 from scantling.training.budget import steps_for
 from scantling.training.callbacks import (
@@ -58,7 +58,9 @@ from scantling.training.callbacks import (
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
 from scantling.training.guard import BadStep, Guard, GuardSettings
 from scantling.training.loggers import Wandb
+from scantling.training.noise import NoiseScale
 from scantling.training.optim import follow_width
+from scantling.training.profiling import LabelledBatches, Profile, check_length
 from scantling.training.strategies import WholeCheckpoints, check_launch, devices_per_node
 from scantling.training.task import LanguageModelTask
 
@@ -73,6 +75,8 @@ NOT_IDENTITY = (
     "sample",
     "checkpoint",
     "guard",
+    "noise_scale",
+    "profile",
     "paths",
     "logger",
     "trainer",
@@ -263,6 +267,8 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     strategy = run.new_strategy()
     guard.check(strategy, precision)
     average.check(config.ema.decay, strategy)
+    if config.noise_scale:
+        noise.check(strategy, precision, plan.micro_batches)
     if config.trainer.checkpoint_activations and not ENGINES[config.trainer.engine].recomputes:
         raise ValueError(
             "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
@@ -279,6 +285,8 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
                 f"{corpus.fingerprint[:12]}): bring that text back, or start anew with resume=never"
             )
         run.first_step = directory.step_of(run.checkpoint)
+    if config.profile:
+        check_length(plan.steps - run.first_step)
     return run
 
 
@@ -512,6 +520,11 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         gradients_may_overflow=run.precision == "fp16",
     )
     share = config.val_every
+    noise_scale = NoiseScale(
+        micro_batches=plan.micro_batches,
+        tokens_per_micro_batch=plan.micro_batch_size * plan.seq_len,
+        tokens_per_step=plan.tokens_per_step,
+    )
     metrics = Metrics(
         directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
         guard,
@@ -521,9 +534,26 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         tokens_per_step=plan.tokens_per_step,
         flops_per_token=plan.flops_per_token,
         peak_flops=peak,
+        columns=noise_scale.columns if config.noise_scale else dict,
     )
     files = CheckpointFiles()
     checkpoints = Checkpoints(directory, files, keep=config.checkpoint.keep)
+    callbacks = StepCallbacks(
+        [
+            *([noise_scale] if config.noise_scale else []),
+            metrics,
+            guard,
+            Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
+            *([] if config.ema.decay is None else [WeightAverage(config.ema.decay)]),
+            checkpoints,
+            CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
+            ProgressBar(console, metrics),
+        ]
+    )
+    if config.profile:
+        callbacks.callbacks.append(
+            Profile(directory.profile, console, first_step=run.first_step, callbacks=callbacks)
+        )
     loggers = loggers_of(run, console, taken_up)
     trainer = L.Trainer(
         accelerator="gpu" if run.device.type == "cuda" else "cpu",
@@ -537,17 +567,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         val_check_interval=metrics.val_every * plan.micro_batches,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=StepCallbacks(
-            [
-                metrics,
-                guard,
-                Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
-                *([] if config.ema.decay is None else [WeightAverage(config.ema.decay)]),
-                checkpoints,
-                CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
-                ProgressBar(console, metrics),
-            ]
-        ),
+        callbacks=callbacks,
         plugins=[files],
         logger=loggers,
         enable_checkpointing=False,
@@ -562,13 +582,14 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         config.val_windows,
         4 * plan.micro_batch_size,  # without gradients there is room for it
     )
+    batches = training_batches(run, rank=trainer.global_rank)
     succeeded = False
     gc.collect()  # what an earlier run of a sweep left behind
     gc.freeze()  # what stands now stays to the end; looking through it again and again costs steps
     try:
         trainer.fit(
             task,
-            training_batches(run, rank=trainer.global_rank),
+            LabelledBatches(batches) if config.profile else batches,
             DataLoader(held_out, batch_size=None),  # type: ignore[arg-type]
             ckpt_path=run.checkpoint,
             weights_only=True,

@@ -85,7 +85,9 @@ def test_factors_are_those_of_the_table(nano):
         assert_close(p, q * (0.5 if hidden else 1.0))
     x = torch.randn(1, 3, 128)
     assert_close(4 * ours.head.logits(x, theirs.embed), theirs.head.logits(x, theirs.embed))
-    assert ours.blocks[0].attn.scale == pytest.approx(8**0.5 / 32)  # d_head 32: 1/E, and 1/√8 at the base of 8
+    assert ours.blocks[0].attn.scale == pytest.approx(
+        8**0.5 / 32
+    )  # d_head 32: 1/E, and 1/√8 at the base of 8
 
 
 def test_rates_of_a_group_follow_and_rate_times_decay_stays(nano):

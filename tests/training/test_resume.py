@@ -12,7 +12,14 @@ import torch
 from scantling.run_directory import RunDirectory
 from scantling.training import checkpoints, task
 
-LONG = ("budget.steps=60", "val_every=20", "model.dropout=0.1", "micro_batch_size=2", "ema.decay=0.9")
+LONG = (
+    "budget.steps=60",
+    "val_every=20",
+    "model.dropout=0.1",
+    "micro_batch_size=2",
+    "ema.decay=0.9",
+    "noise_scale=true",
+)
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
 

@@ -100,7 +100,10 @@ class Metrics(StepCallback):
         tokens_per_step: int,
         flops_per_token: float,
         peak_flops: float,
+        columns: Callable[[], dict[str, float]] = dict,
     ):
+        """`columns` gives more of a row."""
+        self.columns = columns
         self.file, self.guard = file, guard
         self.log_every, self.val_every, self.total_steps = log_every, val_every, total_steps
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
@@ -141,6 +144,7 @@ class Metrics(StepCallback):
             "grad_norm": task.grad_norm.item(),
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self.flops_per_token / trainer.world_size / self.peak_flops, 4),
+            **self.columns(),
         }
         self.clock, self.clock_step = None if validates else now, step
         try:

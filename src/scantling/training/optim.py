@@ -30,7 +30,9 @@ def follow_width(optimizer: torch.optim.Optimizer, factors: Mapping[torch.nn.Par
     if set(factors.values()) == {1.0}:
         return
     if not isinstance(optimizer, torch.optim.AdamW | Lion):
-        raise ValueError("param=mup sets rates for optim=adamw and lion: choose one of them, or param=standard")
+        raise ValueError(
+            "param=mup sets rates for optim=adamw and lion: choose one of them, or param=standard"
+        )
     split = []
     for group in optimizer.param_groups:
         for factor in sorted({factors[p] for p in group["params"]}, key=lambda factor: factor != 1):

@@ -36,6 +36,14 @@ WARM_UP, STEPS = 5, 5
 """Steps before the profile, and in it."""
 
 
+def check_length(steps: int) -> None:
+    """Raise ValueError for a run that has fewer steps left than a profile takes."""
+    if steps < WARM_UP + STEPS:
+        raise ValueError(
+            f"profile=true takes {WARM_UP + STEPS} steps, and this run has {steps} left: raise the budget"
+        )
+
+
 class Profile(StepCallback):
     """Profiles `STEPS` steps after `WARM_UP`: `trace.json.gz` for chrome://tracing or Perfetto, and a table, printed too.
 
