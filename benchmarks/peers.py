@@ -1,16 +1,29 @@
-"""The shapes that benchmarks measure, and models of others in them."""
+"""What benchmarks share: shapes, the models of others in them, and the loop that trains those."""
 
 from __future__ import annotations
 
 import os
+import random
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
 import torch
 import transformers
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from scantling.command_line import CONF
+from scantling.run import Run, training_batches
 
 
 @dataclass(frozen=True)
@@ -120,3 +133,109 @@ class PlainBlock(nn.Module):
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(o.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+# --- training ---
+
+
+class Enough(Exception):
+    """The last round is over."""
+
+
+def configuration(shape: Shape, family: str, scratch: Path, *overrides: str) -> DictConfig:
+    """A run of ours over random characters, of which there are as many as the vocabulary has entries."""
+    text = scratch / f"{shape.vocab_size}.txt"
+    if not text.exists():
+        first = ord("0") if shape.vocab_size < 100 else 0x10000
+        characters = [chr(first + i) for i in range(shape.vocab_size - 2)]  # the tokenizer adds two
+        drawn = random.Random(0).choices(characters, k=1_000_000)
+        text.write_text("".join([*characters, *drawn]))
+    common = [
+        *FAMILIES[family],
+        *shape.overrides,
+        "data=text",
+        f"data.files={text}",
+        "tokenizer=char",
+        "budget=steps",
+        "budget.steps=1000000",
+        "logger=none",
+        f"paths.cache={scratch / 'cache'}",
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=[*common, *overrides])
+
+
+def bare_loop(model: nn.Module, logits_of: Callable[[Tensor], Tensor], run: Run) -> Iterator[Tensor]:
+    """Training as one would write it by hand; each `next` is one optimiser step, and gives its loss."""
+    optimizer = instantiate(run.config.optim)(model.named_parameters())
+    factor = instantiate(run.config.schedule)
+    # Past the partial that Hydra makes, whose every call costs a check.
+    schedule = LambdaLR(optimizer, lambda step: factor.func(step, run.plan.steps, **factor.keywords))
+    for batch in training_batches(run, rank=0):
+        inputs, targets = (batch[key].to(run.device, non_blocking=True) for key in ("inputs", "targets"))
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            loss = F.cross_entropy(logits_of(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), run.config.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield loss.detach()
+
+
+@torch.no_grad()
+def take_weights(peer: nn.Module, ours: dict[str, Tensor]) -> None:
+    """The peer starts from our decoder's weights, biases that we do not have from 0."""
+    theirs = dict(peer.named_parameters())
+    names = PLAIN if isinstance(peer, PlainGPT) else LLAMA if "model.norm.weight" in theirs else GPT2
+    taken = set()
+    for name, weight in ours.items():
+        i, _, part = (
+            name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
+        )
+        target = [theirs[pattern.format(i)] for pattern in names[part].split()]
+        parts = weight.chunk(len(target)) if len(target) > 1 else [weight]
+        for p, value in zip(target, parts, strict=True):
+            p.copy_(value.T if names is GPT2 and p.ndim == 2 and part not in TABLES else value)
+            taken.add(id(p))
+    for p in theirs.values():
+        if id(p) not in taken:
+            p.zero_()
+
+
+TABLES = ("embed.tokens.weight", "pos.weight")
+PLAIN = {
+    "embed.tokens.weight": "tokens.weight",
+    "pos.weight": "positions.weight",
+    "attn.qkv.weight": "blocks.{}.qkv.weight",
+    "attn.out.weight": "blocks.{}.out.weight",
+    "ffn.up.weight": "blocks.{}.up.weight",
+    "ffn.out.weight": "blocks.{}.down.weight",
+    "attn_norm.weight": "blocks.{}.norm_1.weight",
+    "ffn_norm.weight": "blocks.{}.norm_2.weight",
+    "norm.weight": "norm.weight",
+}
+GPT2 = {
+    "embed.tokens.weight": "transformer.wte.weight",
+    "pos.weight": "transformer.wpe.weight",
+    "attn.qkv.weight": "transformer.h.{}.attn.c_attn.weight",
+    "attn.out.weight": "transformer.h.{}.attn.c_proj.weight",
+    "ffn.up.weight": "transformer.h.{}.mlp.c_fc.weight",
+    "ffn.out.weight": "transformer.h.{}.mlp.c_proj.weight",
+    "attn_norm.weight": "transformer.h.{}.ln_1.weight",
+    "ffn_norm.weight": "transformer.h.{}.ln_2.weight",
+    "norm.weight": "transformer.ln_f.weight",
+}
+LLAMA = {
+    "embed.tokens.weight": "model.embed_tokens.weight",
+    "attn.qkv.weight": "model.layers.{0}.self_attn.q_proj.weight model.layers.{0}.self_attn.k_proj.weight "
+    "model.layers.{0}.self_attn.v_proj.weight",
+    "attn.out.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "ffn.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "ffn.up.weight": "model.layers.{}.mlp.up_proj.weight",
+    "ffn.out.weight": "model.layers.{}.mlp.down_proj.weight",
+    "attn_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+}
+"""Our names -> theirs; GPT-2's matrices are transposed."""

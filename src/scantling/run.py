@@ -37,7 +37,13 @@ from scantling.accounting import convention, parameter_counts
 from scantling.command_line import SWEEPS, mistakes
 from scantling.composition import PARTS, build_decoder, choices, plain
 from scantling.continuation import continuation
-from scantling.data.loading import TrainBatches, check_batch_size, place_in_order, validation_batches
+from scantling.data.loading import (
+    BatchSizes,
+    TrainBatches,
+    check_batch_size,
+    place_in_order,
+    validation_batches,
+)
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
 from scantling.model.decoder import Decoder
@@ -265,7 +271,7 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
         damaged=[],
     )
     strategy = run.new_strategy()
-    guard.check(strategy, precision)
+    guard.check(strategy, precision, plan.sizes)
     average.check(config.ema.decay, strategy)
     if config.noise_scale:
         noise.check(strategy, precision, plan.micro_batches)
@@ -299,17 +305,20 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
     check_launch(devices, nodes)
     world_size = devices * nodes
     micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
-    check_batch_size(config.batch_size, micro_batch_size, world_size)
+    sizes = BatchSizes(config.batch_size, **config.batch_warmup)
+    check_batch_size(sizes, micro_batch_size, world_size)
+    # As if all were as small as the first; their sizes are multiples of it.
+    steps = steps_for(
+        tokens_per_step=sizes.first * decoder.seq_len,
+        n_params=sum(counts.values()),
+        flops_per_token=flops_per_token,
+        **budget,
+    )
     return Plan.of(
         decoder,
         counts=counts,
-        steps=steps_for(
-            tokens_per_step=config.batch_size * decoder.seq_len,
-            n_params=sum(counts.values()),
-            flops_per_token=flops_per_token,
-            **budget,
-        ),
-        batch_size=config.batch_size,
+        steps=steps if "steps" in budget else sizes.steps_within(steps * sizes.first),
+        sizes=sizes,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         memory=forecast(
@@ -353,7 +362,7 @@ def training_batches(run: Run, rank: int) -> TrainBatches:
     return TrainBatches(
         tokens=run.corpus.train.tokens,
         seq_len=run.plan.seq_len,
-        batch_size=run.plan.batch_size,
+        sizes=run.plan.sizes,
         micro_batch_size=run.plan.micro_batch_size,
         rank=rank,
         world_size=run.plan.world_size,
@@ -522,8 +531,8 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     share = config.val_every
     noise_scale = NoiseScale(
         micro_batches=plan.micro_batches,
-        tokens_per_micro_batch=plan.micro_batch_size * plan.seq_len,
-        tokens_per_step=plan.tokens_per_step,
+        processes=plan.world_size,
+        tokens_before=plan.tokens_before,
     )
     metrics = Metrics(
         directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
@@ -531,7 +540,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         log_every=config.log_every,
         val_every=max(1, round(share * plan.steps) if share < 1 else round(share)),
         total_steps=plan.steps,
-        tokens_per_step=plan.tokens_per_step,
+        tokens_before=plan.tokens_before,
         flops_per_token=plan.flops_per_token,
         peak_flops=peak,
         columns=noise_scale.columns if config.noise_scale else dict,
@@ -623,14 +632,15 @@ def guarded(run: Run, step: int) -> int:
 def left_out(run: Run) -> list[int]:
     """The places in the order of data that rollbacks passed over."""
     ranges = [row["samples"] for row in run.directory.guarded() if row["action"] == "rollback"]
-    return [place for a, b in ranges for place in range(a // run.plan.batch_size, b // run.plan.batch_size)]
+    full = run.plan.sizes.full  # which every step is, where something is left out
+    return [place for a, b in ranges for place in range(a // full, b // full)]
 
 
 def samples_of(run: Run, first: int, last: int) -> list[int]:
     """The half-open range of samples of these steps, counted from 1."""
     places = left_out(run)
     begin, end = (place_in_order(step - 1, places) for step in (max(1, first), last))
-    return [begin * run.plan.batch_size, (end + 1) * run.plan.batch_size]
+    return [run.plan.sizes.before(begin), run.plan.sizes.before(end + 1)]
 
 
 @rank_zero_only

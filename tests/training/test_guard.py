@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_resume import LONG, assert_equal_runs, assert_equal_trees, in_child, only_run, state
 
-from scantling.data.loading import TrainBatches
+from scantling.data.loading import BatchSizes, TrainBatches
 from scantling.training import task
 from scantling.training.guard import GuardSettings, robust_z
 
@@ -69,7 +69,7 @@ def test_robust_z_equals_the_formula():
 
 
 def test_order_without_some_places():
-    settings = {"tokens": np.arange(1000), "seq_len": 4, "batch_size": 4, "micro_batch_size": 2}
+    settings = {"tokens": np.arange(1000), "seq_len": 4, "sizes": BatchSizes(4), "micro_batch_size": 2}
     settings |= {"rank": 0, "world_size": 2, "seed": 0}
 
     def first(count: int, **more) -> list:

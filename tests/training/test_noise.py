@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from test_task import B, T, batches, fit, task_of
 
 from scantling.training.noise import NoiseScale, estimates
-from test_task import B, T, batches, fit, task_of
 
 DIMENSIONS = 50
 
@@ -28,7 +28,7 @@ def test_a_known_noise_scale_comes_out():
     """Averages over steps give tr Σ/|G|² in the unit that batches are counted in."""
     torch.manual_seed(0)
     g, sigma = torch.full((DIMENSIONS,), 0.5), 2.0
-    noise = NoiseScale(micro_batches=4, tokens_per_micro_batch=8, tokens_per_step=32)
+    noise = NoiseScale(micro_batches=4, processes=1, tokens_before=lambda step: 32 * step)
     noise.DECAY = 0.999
 
     class Task:
@@ -58,7 +58,7 @@ def test_norms_are_those_of_the_mean_gradients(nano):
         gradients = torch.autograd.grad(loss, list(decoder.parameters()))
         norms.append(torch.cat([g.flatten() for g in gradients]).square().sum())
     task = task_of(decoder)
-    noise = NoiseScale(micro_batches=B // 2, tokens_per_micro_batch=2 * T, tokens_per_step=B * T)
+    noise = NoiseScale(micro_batches=B // 2, processes=1, tokens_before=lambda step: B * T * step)
     fit(task, batches(inputs, targets, 2), accumulate=B // 2, callbacks=[noise])
     torch.testing.assert_close(noise.small, norms[0], rtol=1e-4, atol=0)
     torch.testing.assert_close(task.grad_norm.square(), norms[1], rtol=1e-4, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
@@ -31,9 +32,9 @@ class NoiseScale(StepCallback):
 
     DECAY = 0.99
 
-    def __init__(self, *, micro_batches: int, tokens_per_micro_batch: int, tokens_per_step: int):
-        self.micro_batches = micro_batches
-        self.b_small, self.b_big = tokens_per_micro_batch, tokens_per_step
+    def __init__(self, *, micro_batches: int, processes: int, tokens_before: Callable[[int], int]):
+        """`micro_batches` of each process in a step, and the tokens of the steps before one."""
+        self.micro_batches, self.processes, self.tokens_before = micro_batches, processes, tokens_before
         self.averages = torch.zeros(2)
         """Of |G|² and tr Σ, both short of the same factor."""
 
@@ -45,7 +46,9 @@ class NoiseScale(StepCallback):
             self.small = small if trainer.world_size == 1 else task.over_ranks(small) / trainer.world_size
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
-        found = torch.stack(estimates(self.small, task.grad_norm.square(), self.b_small, self.b_big))
+        big = self.tokens_before(step) - self.tokens_before(step - 1)
+        small = big // (self.micro_batches * self.processes)
+        found = torch.stack(estimates(self.small, task.grad_norm.square(), small, big))
         self.averages = torch.lerp(found, self.averages.to(found.device), self.DECAY)
 
     def columns(self) -> dict[str, float]:
