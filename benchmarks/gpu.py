@@ -46,6 +46,7 @@ SHAPES = {
     "gpt2": Shape("124M", 12, 12, 768, 1024, 32, vocab_size=50257),
     "llama": Shape("1.3B", 24, 32, 2048, 2048, 8, vocab_size=32000),
 }
+TINY = Shape("tiny", 2, 2, 64, 64, 2, vocab_size=500)
 WARM_UP = 10
 """Steps before the clock runs; the compiler works in the first."""
 
@@ -192,12 +193,8 @@ def main() -> None:
         for family, full in SHAPES.items():
             if arguments.only not in (None, family):
                 continue
-            shape = (
-                replace(full, name="tiny", n_layers=2, n_heads=2, d_model=64, seq_len=64)
-                if arguments.tiny
-                else full
-            )
-            shape = replace(shape, batch_size=arguments.batch or (2 if arguments.tiny else full.batch_size))
+            shape = TINY if arguments.tiny else full
+            shape = replace(shape, batch_size=arguments.batch or shape.batch_size)
             rows = []
             for name, run, measured in contestants(
                 shape, family, arguments.device, arguments.steps, Path(scratch)

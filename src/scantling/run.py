@@ -242,7 +242,8 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
             f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"
         )
     optimizer = optimizer_of_one_matrix(config)
-    follow_width(optimizer, dict.fromkeys(optimizer.param_groups[0]["params"], decoder.param.hidden_rate))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    follow_width(optimizer, dict.fromkeys(parameters, decoder.param.hidden_rate))
     return device, precision, decoder
 
 

@@ -222,7 +222,9 @@ def test_engines_that_cannot_skip_say_so():
     zero = Zero(torch.device("cpu"), "fp32", zero_optimization={"stage": 2})
     settings = {"spike": None, "window": 100, "batches": 1, "most": 1}
     with pytest.raises(ValueError, match="DeepSpeed's engine takes every step"):
-        GuardSettings(action="skip", **settings).check(zero, "fp32")
+        GuardSettings(action="skip", **settings).check(zero, "fp32", BatchSizes(4))
     with pytest.raises(ValueError, match="the loss scale leaves steps out itself"):
-        GuardSettings(action="skip", **settings).check(None, "fp16")
-    GuardSettings(action="rollback", **settings).check(zero, "fp16")
+        GuardSettings(action="skip", **settings).check(None, "fp16", BatchSizes(4))
+    GuardSettings(action="rollback", **settings).check(zero, "fp16", BatchSizes(4))
+    with pytest.raises(ValueError, match="use stop or skip with batch_warmup"):
+        GuardSettings(action="rollback", **settings).check(None, "fp32", BatchSizes(4, 2, 10))

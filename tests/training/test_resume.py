@@ -210,7 +210,8 @@ def test_run_of_an_older_version_is_not_started_over(command, tmp_path):
 @pytest.mark.parametrize("step", [27, 40])
 def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole, which, step):
     """Between two validations, and at the step before one; the signal comes in the middle of an optimiser step."""
-    uninterrupted = whole()
+    growing = ("batch_warmup.start=2", "batch_warmup.steps=35")
+    uninterrupted = whole(*growing)
 
     def preempt():
         step_of_task = task.LanguageModelTask.training_step
@@ -222,13 +223,14 @@ def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole,
 
         task.LanguageModelTask.training_step = training_step
 
-    assert in_child(command, *LONG, before=preempt) == 130
+    assert in_child(command, *LONG, *growing, before=preempt) == 130
     run = only_run(tmp_path / "runs")
     assert run.step_of(run.step_checkpoints()[0]) == step
-    code, out, _ = command(*LONG)
+    code, out, _ = command(*LONG, *growing)
     assert code == 0
     assert f"resuming after step {step}" in out
     assert_equal_runs(run, uninterrupted)
+    assert run.metrics()[-1]["tokens"] == 64 * (2 * 35 + 4 * 25)
 
 
 def test_checkpoints_come_by_the_clock_too(command, tmp_path, whole):
