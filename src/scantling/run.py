@@ -241,6 +241,8 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
         raise ValueError(
             f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"
         )
+    if config.document_mask:
+        decoder.separate_documents(0)
     optimizer = optimizer_of_one_matrix(config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     follow_width(optimizer, dict.fromkeys(parameters, decoder.param.hidden_rate))
@@ -507,6 +509,8 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     decoder.initialise(config.seed)
     decoder.checkpoint_activations = config.trainer.checkpoint_activations
     decoder.head.z_loss = config.z_loss or 0.0
+    if config.document_mask:
+        decoder.separate_documents(run.corpus.tokenizer.end_of_text)
     peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
     console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     for line in run.damaged:

@@ -68,6 +68,8 @@ class TrainedRun:
         )  # an imported table may have more than the tokenizer has entries
         decoder: Decoder = instantiate(config.decoder, vocab_size=rows)
         decoder.load_state_dict(weights)
+        if config.document_mask:
+            decoder.separate_documents(tokenizer.end_of_text)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(directory, config, decoder.eval().to(device), tokenizer)
 
@@ -136,11 +138,12 @@ def stored_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor
     weights = {key.removeprefix("decoder."): value for key, value in stored["state_dict"].items()}
     if not averaged:
         return weights
-    if "WeightAverage" not in stored["callbacks"]:
+    callbacks = stored.get("callbacks", {})  # an imported model has none
+    if "WeightAverage" not in callbacks:
         raise ValueError(
             f"{directory.path} kept no average of its weights, which ema.decay asks for: use checkpoint=best"
         )
-    return weights | stored["callbacks"]["WeightAverage"]["weights"]
+    return weights | callbacks["WeightAverage"]["weights"]
 
 
 def check_targets(config: Any, source: Path) -> None:

@@ -99,6 +99,8 @@ class Decoder(nn.Module):
         self.param = param(d_model, d_head)
         if not self.param.is_standard:
             self.rescale(d_model)
+        self.first_of_document: int | None = None
+        """The token that opens a document, where documents do not see each other."""
         self.checkpoint_activations = False
         """In training keep only each block's input, and compute the block again in the backward pass. Chen et al. 2016,
         arXiv:1604.06174, §4.1."""
@@ -124,6 +126,17 @@ class Decoder(nn.Module):
         hidden = self.hidden_matrices
         return {p: self.param.hidden_rate if name in hidden else 1.0 for name, p in self.named_parameters()}
 
+    def separate_documents(self, first_of_document: int) -> None:
+        """From here on no token of a whole sequence sees another document; over a cache, which holds one, nothing changes.
+
+        Raises ValueError for a mixer that forms no scores to mask.
+        """
+        if not all(block.attn.takes_bias for block in self.blocks):
+            raise ValueError(
+                "document_mask=true hides scores, and this attention forms none: use another attn="
+            )
+        self.first_of_document = first_of_document
+
     @property
     def layers(self) -> list[Block]:
         """The block of each layer; one that serves several stands there as often."""
@@ -142,7 +155,11 @@ class Decoder(nn.Module):
         With a cache `tokens_BT` follow those already in it; `lengths_B` then says how many of each row's tokens
         are real, where rows are padded on the right.
         """
-        step = Step.whole(tokens_BT) if cache is None else cache.advance(tokens_BT, lengths_B)
+        step = (
+            Step.whole(tokens_BT, self.first_of_document)
+            if cache is None
+            else cache.advance(tokens_BT, lengths_B)
+        )
         layers = self.layers
         for router in self.routers:
             router.loss = None
