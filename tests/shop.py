@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,8 +55,8 @@ class Shop:
         options = [*(o for o in USUAL if o.partition("=")[0] not in given), *overrides]
         return sorted(options, key=lambda option: option != "-m")
 
-    def run(self, *overrides: str, runs: str, launcher: tuple[str, ...] = ()) -> RunDirectory:
-        process = self.start(*overrides, runs=runs, launcher=launcher)
+    def run(self, *overrides: str, runs: str, **started: Any) -> RunDirectory:
+        process = self.start(*overrides, runs=runs, **started)
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, out + err
         return self.directory(runs)

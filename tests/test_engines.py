@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from shop import assert_same_training
+from shop import TRAIN, assert_same_training
 
 from scantling.run_directory import RunDirectory
 from scantling.trained import stored_weights
@@ -75,6 +75,25 @@ def test_processes_agree_on_a_bad_step(shop, engine, action):
 def test_torchrun_starts_the_processes(shop, alone):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     run = shop.run("trainer=ddp", "trainer.devices=2", runs="torchrun", launcher=torchrun)
+    assert_same_training(run, alone)
+
+
+def test_loss_in_chunks(shop, alone):
+    """As of a large vocabulary: 100 of the 512 tokens of a process at once."""
+    script = shop.path / "in_chunks.py"
+    script.write_text(
+        "import runpy, sys; from scantling.model import cross_entropy as c; c.CHUNK = 100 * 257; "
+        "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    source = {"PYTHONPATH": str(TRAIN.parent)}
+    run = shop.run(
+        *ENGINES["fsdp"],
+        "trainer.devices=2",
+        runs="chunks",
+        launcher=torchrun,
+        environment=source,
+    )
     assert_same_training(run, alone)
 
 

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from scantling import trained
-from scantling.data.loading import TrainBatches
+from scantling.data.loading import BatchSizes, TrainBatches
 from scantling.run_directory import RunDirectory
 from scantling.training.optim import adamw
 from scantling.training.schedule import linear
@@ -50,7 +50,7 @@ def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
         TrainBatches(
             tokens=corpus.train.tokens,
             seq_len=64,
-            batch_size=4,
+            sizes=BatchSizes(4),
             micro_batch_size=4,
             rank=0,
             world_size=1,

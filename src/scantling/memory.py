@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from scantling.accounting import passed
+from scantling.model import cross_entropy
 from scantling.model.decoder import Decoder
 
 FLOAT32 = 4
@@ -64,7 +65,7 @@ class Memory:
     activations: int
     logits: int
     workspace: int
-    """Gathered weights, copies of them in half precision, buckets."""
+    """Gathered weights, copies of them in half precision, their average, buckets."""
     states: int
     """Weights and the optimiser's numbers whole, as in a checkpoint; no part of the sum."""
     overlap: int
@@ -155,18 +156,22 @@ def training_memory(
     engine: Engine,
     devices: int,
     accumulates: bool,
+    averages: bool,
 ) -> Memory:
     """Float32 weights and gradients, the optimiser's numbers, and what the backward pass needs of the forward pass.
 
     With checkpoints every block keeps its input, and one all the rest. The logits stand three times in float32, their
-    gradient among them, as if every head took the whole vocabulary. In half precision autocast keeps a copy of each
-    matrix until the backward pass is over. Gradients come while activations go, where not all of them stand from the
-    start. Scores are left out, as kernels for long contexts do.
+    gradient among them, as if every head took the whole vocabulary; where they come in chunks, those of one chunk do,
+    and the head's gradient waits beside the others. In half precision autocast keeps a copy of each matrix until the
+    backward pass is over. Gradients come while activations go, where not all of them stand from the
+    start. An average of the weights is as large as they are. Scores are left out, as kernels for long contexts do.
     """
     n, tokens, width = sizes.parameters, sequences * seq_len, 2 if half_precision else FLOAT32
     kept = [tokens * (width * p + FLOAT32 * m) for p, m in zip(sizes.products, sizes.norms, strict=True)]
     inputs = tokens * FLOAT32 * sizes.d_model * len(kept)
-    logits = tokens * FLOAT32 * 3 * sizes.vocab_size
+    whole = tokens * sizes.vocab_size <= cross_entropy.CHUNK
+    formed = tokens if whole else cross_entropy.chunk_rows(sizes.vocab_size)
+    logits = formed * FLOAT32 * 3 * sizes.vocab_size
     copies = width * sizes.matrices if half_precision else 0
     outside = n - sum(sizes.blocks)
     gathered = FLOAT32 * (max(sizes.blocks) + outside) if engine.weights and devices > 1 else 0
@@ -176,7 +181,8 @@ def training_memory(
     activations = inputs + max(kept) if checkpoint_activations else sum(kept)
     all_stand = accumulates or devices > 1
     at_the_head = (inputs if checkpoint_activations else sum(kept)) + logits
-    at_the_head += gradients if all_stand else min(gradients, FLOAT32 * sizes.head)
+    of_the_head = min(gradients, FLOAT32 * sizes.head)
+    at_the_head += (0 if whole else of_the_head) + gradients if all_stand else of_the_head
     at_the_end = (inputs if checkpoint_activations else 0) + max(kept) + gradients
     return Memory(
         weights=0 if engine.offloads else weights,
@@ -184,8 +190,8 @@ def training_memory(
         optimizer=0 if engine.offloads else optimizer,
         activations=activations,
         logits=logits,
-        workspace=copies + gathered + engine.buckets,
-        states=FLOAT32 * (n + sizes.optimizer),
+        workspace=copies + gathered + engine.buckets + (weights if averages else 0),
+        states=FLOAT32 * (n + sizes.optimizer + (n if averages else 0)),
         overlap=activations + logits + gradients - max(at_the_head, at_the_end),
     )
 

@@ -21,6 +21,7 @@ from scantling.accounting import (
     non_embedding,
     parameter_counts,
 )
+from scantling.data.loading import BatchSizes
 from scantling.memory import ENGINES, Choice, Memory
 from scantling.model.decoder import Decoder
 
@@ -32,7 +33,7 @@ class Plan:
     counts: dict[str, int]
     steps: int
     seq_len: int
-    batch_size: int
+    sizes: BatchSizes
     micro_batch_size: int
     world_size: int
     flops_per_token: float
@@ -46,7 +47,7 @@ class Plan:
         *,
         counts: dict[str, int],
         steps: int,
-        batch_size: int,
+        sizes: BatchSizes,
         micro_batch_size: int,
         world_size: int,
         memory: Memory,
@@ -55,7 +56,7 @@ class Plan:
             counts=counts,
             steps=steps,
             seq_len=decoder.seq_len,
-            batch_size=batch_size,
+            sizes=sizes,
             micro_batch_size=micro_batch_size,
             world_size=world_size,
             flops_per_token=exact(decoder, decoder.seq_len),
@@ -69,15 +70,15 @@ class Plan:
     @property
     def micro_batches(self) -> int:
         """Forward passes per optimiser step on each device."""
-        return self.batch_size // (self.micro_batch_size * self.world_size)
+        return self.sizes.full // (self.micro_batch_size * self.world_size)
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.seq_len
+    def tokens_before(self, step: int) -> int:
+        """In the first `step` steps."""
+        return self.sizes.before(step) * self.seq_len
 
     @property
     def tokens(self) -> int:
-        return self.steps * self.tokens_per_step
+        return self.tokens_before(self.steps)
 
     @property
     def flops(self) -> float:
@@ -93,9 +94,11 @@ class Plan:
             "[bold]parameters[/bold]",
             f"{self.parameters:,} ({non_embedding(self.counts):,} without embeddings): {groups}",
         )
-        batch = f"{self.batch_size} sequences × {self.seq_len} tokens"
+        batch = f"{self.sizes.full} sequences × {self.seq_len} tokens"
         if self.micro_batches > 1 or self.world_size > 1:
             batch += f", as {self.micro_batches} × {self.micro_batch_size} on {self.world_size} device(s)"
+        if self.sizes.steps:
+            batch += f"; the first {self.sizes.steps:,} grow from {self.sizes.first} sequences"
         lines.add_row("[bold]steps[/bold]", f"{self.steps:,} of {batch}")
         lines.add_row(
             "[bold]tokens[/bold]",

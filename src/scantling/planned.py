@@ -13,6 +13,7 @@ from rich.console import Console
 from scantling.accounting import active_parameters, convention
 from scantling.command_line import mistakes
 from scantling.composition import PARTS, build_decoder, choices
+from scantling.data.loading import BatchSizes
 from scantling.memory import (
     ENGINES,
     Choice,
@@ -98,6 +99,7 @@ def forecaster(config: DictConfig, decoder: Decoder) -> Callable[[Choice], Memor
         engine=ENGINES[choice.engine],
         devices=config.devices,
         accumulates=choice.micro_batch_size * config.devices < config.batch_size,
+        averages=config.ema.decay is not None,
     )
 
 
@@ -140,6 +142,6 @@ def trainings(config: DictConfig, decoder: Decoder) -> list[Training]:
         **budget,
     )
     if "steps" in budget:
-        tokens *= config.batch_size * decoder.seq_len
+        tokens = BatchSizes(config.batch_size, **config.batch_warmup).before(tokens) * decoder.seq_len
     optimal = "20 tokens a parameter" if n == active else "20 an active parameter"
     return [Training(name, tokens), Training(optimal, 20 * active)]

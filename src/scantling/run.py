@@ -37,14 +37,21 @@ from scantling.accounting import convention, parameter_counts
 from scantling.command_line import SWEEPS, mistakes
 from scantling.composition import PARTS, build_decoder, choices, plain
 from scantling.continuation import continuation
-from scantling.data.loading import TrainBatches, check_batch_size, place_in_order, validation_batches
+from scantling.data.loading import (
+    BatchSizes,
+    TrainBatches,
+    check_batch_size,
+    place_in_order,
+    validation_batches,
+)
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
 from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
-from scantling.training import hardware
+from scantling.training import average, hardware, noise
+from scantling.training.average import WeightAverage
 from scantling.training.budget import steps_for
 from scantling.training.callbacks import (
     CleanStop,
@@ -57,6 +64,9 @@ from scantling.training.callbacks import (
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
 from scantling.training.guard import BadStep, Guard, GuardSettings
 from scantling.training.loggers import Wandb
+from scantling.training.noise import NoiseScale
+from scantling.training.optim import follow_width
+from scantling.training.profiling import LabelledBatches, Profile, check_length
 from scantling.training.ranks import EndTogether, die_with_the_first
 from scantling.training.strategies import (
     WholeCheckpoints,
@@ -77,6 +87,8 @@ NOT_IDENTITY = (
     "sample",
     "checkpoint",
     "guard",
+    "noise_scale",
+    "profile",
     "paths",
     "logger",
     "trainer",
@@ -238,7 +250,22 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
         raise ValueError(
             f"checkpoint.every_minutes={config.checkpoint.every_minutes} must be positive, or null"
         )
-    return device, precision, build_decoder(config, config.model.vocab_size, "meta")
+    decoder = build_decoder(config, config.model.vocab_size, "meta")
+    if config.z_loss is not None and not (decoder.head.takes_z_loss and config.z_loss >= 0):
+        raise ValueError(
+            f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"
+        )
+    if config.document_mask:
+        decoder.separate_documents(0)
+    optimizer = optimizer_of_one_matrix(config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    follow_width(optimizer, dict.fromkeys(parameters, decoder.param.hidden_rate))
+    return device, precision, decoder
+
+
+def optimizer_of_one_matrix(config: DictConfig) -> torch.optim.Optimizer:
+    """Of the chosen kind, to ask what it is."""
+    return instantiate(config.optim, _convert_="all")([("weight", torch.nn.Parameter(torch.zeros(2, 2)))])
 
 
 def assemble(config: DictConfig, directory: RunDirectory) -> Run:
@@ -261,14 +288,16 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
         damaged=[],
     )
     strategy = run.new_strategy()
-    guard.check(strategy, precision)
+    guard.check(strategy, precision, plan.sizes)
+    average.check(config.ema.decay, strategy)
+    if config.noise_scale:
+        noise.check(strategy, precision, plan.micro_batches)
     if config.trainer.checkpoint_activations and not ENGINES[config.trainer.engine].recomputes:
         raise ValueError(
             "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
         )
     if isinstance(strategy, WholeCheckpoints):
-        one_matrix = [("weight", torch.nn.Parameter(torch.zeros(2, 2)))]
-        strategy.check(instantiate(config.optim, _convert_="all")(one_matrix))
+        strategy.check(optimizer_of_one_matrix(config))
     training_batches(run, rank=0)
     run.checkpoint, run.damaged = newest_whole(directory)
     if run.checkpoint is not None:
@@ -279,6 +308,8 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
                 f"{corpus.fingerprint[:12]}): bring that text back, or start anew with resume=never"
             )
         run.first_step = directory.step_of(run.checkpoint)
+    if config.profile:
+        check_length(plan.steps - run.first_step)
     return run
 
 
@@ -291,17 +322,20 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
         raise ValueError(f"trainer.nodes={nodes} must be positive")
     world_size = devices_per_node(config.trainer.devices, device) * nodes
     micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
-    check_batch_size(config.batch_size, micro_batch_size, world_size)
+    sizes = BatchSizes(config.batch_size, **config.batch_warmup)
+    check_batch_size(sizes, micro_batch_size, world_size)
+    # As if all were as small as the first; their sizes are multiples of it.
+    steps = steps_for(
+        tokens_per_step=sizes.first * decoder.seq_len,
+        n_params=sum(counts.values()),
+        flops_per_token=flops_per_token,
+        **budget,
+    )
     return Plan.of(
         decoder,
         counts=counts,
-        steps=steps_for(
-            tokens_per_step=config.batch_size * decoder.seq_len,
-            n_params=sum(counts.values()),
-            flops_per_token=flops_per_token,
-            **budget,
-        ),
-        batch_size=config.batch_size,
+        steps=steps if "steps" in budget else sizes.steps_within(steps * sizes.first),
+        sizes=sizes,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         memory=forecast(
@@ -336,6 +370,7 @@ def forecast(
         engine=engine,
         devices=devices,
         accumulates=micro_batch_size * devices < config.batch_size,
+        averages=config.ema.decay is not None,
     )
 
 
@@ -344,7 +379,7 @@ def training_batches(run: Run, rank: int) -> TrainBatches:
     return TrainBatches(
         tokens=run.corpus.train.tokens,
         seq_len=run.plan.seq_len,
-        batch_size=run.plan.batch_size,
+        sizes=run.plan.sizes,
         micro_batch_size=run.plan.micro_batch_size,
         rank=rank,
         world_size=run.plan.world_size,
@@ -502,6 +537,9 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "cpu")
     decoder.initialise(config.seed)
     decoder.checkpoint_activations = config.trainer.checkpoint_activations
+    decoder.head.z_loss = config.z_loss or 0.0
+    if config.document_mask:
+        decoder.separate_documents(run.corpus.tokenizer.end_of_text)
     peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
     console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     for line in run.damaged:
@@ -525,18 +563,41 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         gradients_may_overflow=run.precision == "fp16",
     )
     share = config.val_every
+    noise_scale = NoiseScale(
+        micro_batches=plan.micro_batches,
+        processes=plan.world_size,
+        tokens_before=plan.tokens_before,
+    )
     metrics = Metrics(
         directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
         guard,
         log_every=config.log_every,
         val_every=max(1, round(share * plan.steps) if share < 1 else round(share)),
         total_steps=plan.steps,
-        tokens_per_step=plan.tokens_per_step,
+        tokens_before=plan.tokens_before,
         flops_per_token=plan.flops_per_token,
         peak_flops=peak,
+        columns=noise_scale.columns if config.noise_scale else dict,
     )
     files = CheckpointFiles()
     checkpoints = Checkpoints(directory, files, keep=config.checkpoint.keep)
+    callbacks = StepCallbacks(
+        [
+            *([noise_scale] if config.noise_scale else []),
+            metrics,
+            guard,
+            Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
+            *([] if config.ema.decay is None else [WeightAverage(config.ema.decay)]),
+            checkpoints,
+            CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
+            ProgressBar(console, metrics),
+            EndTogether(console, is_agreed=is_agreed, is_explained=is_explained),
+        ]
+    )
+    if config.profile:
+        callbacks.callbacks.append(
+            Profile(directory.profile, console, first_step=run.first_step, callbacks=callbacks)
+        )
     loggers = loggers_of(run, console, taken_up)
     trainer = L.Trainer(
         accelerator="gpu" if run.device.type == "cuda" else "cpu",
@@ -550,17 +611,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         val_check_interval=metrics.val_every * plan.micro_batches,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=StepCallbacks(
-            [
-                metrics,
-                guard,
-                Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
-                checkpoints,
-                CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
-                ProgressBar(console, metrics),
-                EndTogether(console, is_agreed=is_agreed, is_explained=is_explained),
-            ]
-        ),
+        callbacks=callbacks,
         plugins=[files, *cluster_environment()],
         logger=loggers,
         enable_checkpointing=False,
@@ -575,13 +626,14 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         config.val_windows,
         4 * plan.micro_batch_size,  # without gradients there is room for it
     )
+    batches = training_batches(run, rank=trainer.global_rank)
     succeeded = False
     gc.collect()  # what an earlier run of a sweep left behind
     gc.freeze()  # what stands now stays to the end; looking through it again and again costs steps
     try:
         trainer.fit(
             task,
-            training_batches(run, rank=trainer.global_rank),
+            LabelledBatches(batches) if config.profile else batches,
             DataLoader(held_out, batch_size=None),  # type: ignore[arg-type]
             ckpt_path=run.checkpoint,
             weights_only=True,
@@ -615,14 +667,15 @@ def guarded(run: Run, step: int) -> int:
 def left_out(run: Run) -> list[int]:
     """The places in the order of data that rollbacks passed over."""
     ranges = [row["samples"] for row in run.directory.guarded() if row["action"] == "rollback"]
-    return [place for a, b in ranges for place in range(a // run.plan.batch_size, b // run.plan.batch_size)]
+    full = run.plan.sizes.full  # which every step is, where something is left out
+    return [place for a, b in ranges for place in range(a // full, b // full)]
 
 
 def samples_of(run: Run, first: int, last: int) -> list[int]:
     """The half-open range of samples of these steps, counted from 1."""
     places = left_out(run)
     begin, end = (place_in_order(step - 1, places) for step in (max(1, first), last))
-    return [begin * run.plan.batch_size, (end + 1) * run.plan.batch_size]
+    return [run.plan.sizes.before(begin), run.plan.sizes.before(end + 1)]
 
 
 @rank_zero_only

@@ -7,6 +7,7 @@ metrics.jsonl    one object per logged step
 samples.jsonl    a continuation of the prompt at every validation
 checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256; last.ckpt and best.ckpt name two of them
 curves.png
+profile/         with profile=true: a trace, and where the time of a step goes
 guards.jsonl     every step that went wrong: the reason, what was done, its samples
 summary.json     final numbers, written last: its presence means finished
 
@@ -34,6 +35,7 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer.json"
         self.samples = self.path / "samples.jsonl"
         self.guards = self.path / "guards.jsonl"
+        self.profile = self.path / "profile"
         self.curves = self.path / "curves.png"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"

@@ -25,8 +25,8 @@ from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.generation import laid_out_for_decoding
+from scantling.model.cross_entropy import IGNORED
 from scantling.model.decoder import Decoder
-from scantling.model.head import IGNORED
 from scantling.run_directory import RunDirectory
 from scantling.sampling import Settings
 from scantling.study.lengths import FILES, write_lengths
@@ -68,6 +68,8 @@ class TrainedRun:
         )  # an imported table may have more than the tokenizer has entries
         decoder: Decoder = instantiate(config.decoder, vocab_size=rows)
         decoder.load_state_dict(weights)
+        if config.document_mask:
+            decoder.separate_documents(tokenizer.end_of_text)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(directory, config, decoder.eval().to(device), tokenizer)
 
@@ -120,14 +122,28 @@ class TrainedRun:
 
 
 def stored_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
-    """The decoder's state dict, as it is on disk. Raises ValueError where there is no such checkpoint."""
-    file = {"best": directory.best, "last": directory.last}.get(checkpoint)
+    """The decoder's state dict, as it is on disk; of `best_average` and `last_average` with the averaged weights in it.
+
+    Raises ValueError where there is no such checkpoint.
+    """
+    averaged = checkpoint.endswith("_average")
+    file = {"best": directory.best, "last": directory.last}.get(checkpoint.removesuffix("_average"))
     if file is None:
-        raise ValueError(f"checkpoint={checkpoint} is unknown: use best or last")
+        raise ValueError(
+            f"checkpoint={checkpoint} is unknown: use best or last, or best_average or last_average"
+        )
     if not file.exists():
         raise ValueError(f"{directory.path} has no {checkpoint} checkpoint yet: {file} is missing")
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    return {key.removeprefix("decoder."): value for key, value in state.items()}
+    stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    weights = {key.removeprefix("decoder."): value for key, value in stored["state_dict"].items()}
+    if not averaged:
+        return weights
+    callbacks = stored.get("callbacks", {})  # an imported model has none
+    if "WeightAverage" not in callbacks:
+        raise ValueError(
+            f"{directory.path} kept no average of its weights, which ema.decay asks for: use checkpoint=best"
+        )
+    return weights | callbacks["WeightAverage"]["weights"]
 
 
 def check_targets(config: Any, source: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scantling.data.loading import TrainBatches, WindowOrder, validation_batches
+from scantling.data.loading import BatchSizes, TrainBatches, WindowOrder, validation_batches
 
 TOKENS = np.arange(1000, dtype=np.uint16)  # a token is its own offset
 
@@ -24,7 +24,8 @@ def train_batches(**settings) -> TrainBatches:
         "seed": 3,
         "first_step": 0,
     }
-    return TrainBatches(**{**everything, **settings})
+    everything |= settings
+    return TrainBatches(sizes=BatchSizes(everything.pop("batch_size")), **everything)
 
 
 def steps(n: int, **settings) -> list[torch.Tensor]:
@@ -151,3 +152,58 @@ def test_validation_on_some_is_evenly_spaced(n_windows):
     assert starts[0] == 0
     assert gaps.min() >= 8  # none overlaps
     assert gaps.max() - gaps.min() <= 8
+
+
+@pytest.mark.parametrize(
+    ("full", "start", "steps"), [(16, 4, 9), (16, 2, 3), (12, 12, 5), (8, None, 0), (64, 8, 100)]
+)
+def test_sizes_of_growing_steps(full, start, steps):
+    """Counted one by one: from `start` to `full` by `start` at a time, never down, as many before as they add up to."""
+    sizes = BatchSizes(full, start, steps)
+    each = [sizes.of(step) for step in range(steps + 20)]
+    assert each[0] == (start or full)
+    assert each == sorted(each)
+    assert set(each[steps:]) == {full}
+    assert all(size % (start or full) == 0 for size in each)
+    if start and steps >= full // start:
+        assert set(each) == set(range(start, full + 1, start))
+    for step in range(steps + 20):
+        assert sizes.before(step) == sum(each[:step])
+        assert sizes.steps_within(sum(each[:step])) == step
+        if step:
+            assert sizes.steps_within(sum(each[:step]) - 1) == step - 1
+
+
+def test_growing_steps_take_up_the_order_without_a_gap():
+    """On two ranks with two micro-batches as on one; from any step on."""
+    sizes, whole = BatchSizes(8, 4, 6), WindowOrder(len(TOKENS), 8, 3)
+    settings = {"tokens": TOKENS, "seq_len": 8, "sizes": sizes, "seed": 3}
+    for first_step in (0, 3, 7):
+        ranks = [
+            iter(TrainBatches(**settings, micro_batch_size=2, rank=rank, world_size=2, first_step=first_step))
+            for rank in range(2)
+        ]
+        for step in range(first_step, 10):
+            batches = [next(rank) for rank in ranks for _ in range(2)]
+            found = torch.cat([batch["inputs"] for batch in batches])[:, 0].tolist()
+            places = np.arange(sizes.before(step), sizes.before(step + 1))
+            assert found == whole.starts(places).tolist()
+            assert {batch["step_targets"] for batch in batches} == {sizes.of(step) * 8}
+
+
+def test_batch_warmup_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="start=3 must divide batch_size=8"):
+        BatchSizes(8, 3, 10)
+    with pytest.raises(ValueError, match="batch_warmup needs both"):
+        BatchSizes(8, 4, 0)
+    with pytest.raises(ValueError, match="start=2 is no multiple of the 4 micro-batches"):
+        TrainBatches(
+            tokens=TOKENS,
+            seq_len=8,
+            sizes=BatchSizes(8, 2, 9),
+            micro_batch_size=2,
+            rank=0,
+            world_size=1,
+            seed=0,
+            first_step=0,
+        )

@@ -35,7 +35,13 @@ def shape(composed) -> dict:
 @pytest.mark.parametrize("options", product(*PARTS.values()), ids="-".join)
 def test_five_steps_on_one_batch_lower_the_loss(part, shape, options):
     parts = {group: part(group, option) for group, option in zip(PARTS, options, strict=True)}
-    decoder = Decoder(**shape, **parts, embed=part("embed", "tied"), head=part("head", "full"))
+    decoder = Decoder(
+        **shape,
+        **parts,
+        embed=part("embed", "tied"),
+        head=part("head", "full"),
+        param=part("param", "standard"),
+    )
     decoder.initialise(0)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3, fused=True)
     losses = []

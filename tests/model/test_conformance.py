@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.accounting import forward_flops_per_token
 from scantling.composition import PARTS
-from scantling.model.head import IGNORED, negative_log_likelihood
+from scantling.model.cross_entropy import IGNORED, negative_log_likelihood
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 T = 64

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from scantling.model.cross_entropy import IGNORED
 from scantling.model.embed import Tied, Untied
-from scantling.model.head import IGNORED, Adaptive, Full, Sampled
+from scantling.model.head import Adaptive, Full, Sampled
 
 B, T, D, V = 2, 50, 16, 300
 PLAIN = {"scale": 1.0, "width_exponent": 0.0, "norm": None}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_resume import LONG, assert_equal_runs, assert_equal_trees, in_child, only_run, state
 
-from scantling.data.loading import TrainBatches
+from scantling.data.loading import BatchSizes, TrainBatches
 from scantling.training import task
 from scantling.training.guard import GuardSettings, robust_z
 
@@ -69,7 +69,7 @@ def test_robust_z_equals_the_formula():
 
 
 def test_order_without_some_places():
-    settings = {"tokens": np.arange(1000), "seq_len": 4, "batch_size": 4, "micro_batch_size": 2}
+    settings = {"tokens": np.arange(1000), "seq_len": 4, "sizes": BatchSizes(4), "micro_batch_size": 2}
     settings |= {"rank": 0, "world_size": 2, "seed": 0}
 
     def first(count: int, **more) -> list:
@@ -222,7 +222,9 @@ def test_engines_that_cannot_skip_say_so():
     zero = Zero(torch.device("cpu"), "fp32", zero_optimization={"stage": 2})
     settings = {"spike": None, "window": 100, "batches": 1, "most": 1}
     with pytest.raises(ValueError, match="DeepSpeed's engine takes every step"):
-        GuardSettings(action="skip", **settings).check(zero, "fp32")
+        GuardSettings(action="skip", **settings).check(zero, "fp32", BatchSizes(4))
     with pytest.raises(ValueError, match="the loss scale leaves steps out itself"):
-        GuardSettings(action="skip", **settings).check(None, "fp16")
-    GuardSettings(action="rollback", **settings).check(zero, "fp16")
+        GuardSettings(action="skip", **settings).check(None, "fp16", BatchSizes(4))
+    GuardSettings(action="rollback", **settings).check(zero, "fp16", BatchSizes(4))
+    with pytest.raises(ValueError, match="use stop or skip with batch_warmup"):
+        GuardSettings(action="rollback", **settings).check(None, "fp32", BatchSizes(4, 2, 10))

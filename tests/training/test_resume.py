@@ -12,7 +12,14 @@ import torch
 from scantling.run_directory import RunDirectory
 from scantling.training import checkpoints, task
 
-LONG = ("budget.steps=60", "val_every=20", "model.dropout=0.1", "micro_batch_size=2")
+LONG = (
+    "budget.steps=60",
+    "val_every=20",
+    "model.dropout=0.1",
+    "micro_batch_size=2",
+    "ema.decay=0.9",
+    "noise_scale=true",
+)
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
 
@@ -38,6 +45,8 @@ def assert_equal_runs(ours: RunDirectory, theirs: RunDirectory) -> None:
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_equal_trees(a[part], b[part])
+    averages = [s["callbacks"]["WeightAverage"]["weights"] for s in (a, b)]
+    assert_equal_trees(*averages)
     random_states = [s["callbacks"]["Checkpoints"]["random_states"] for s in (a, b)]
     assert_equal_trees(*random_states)
 
@@ -201,7 +210,8 @@ def test_run_of_an_older_version_is_not_started_over(command, tmp_path):
 @pytest.mark.parametrize("step", [27, 40])
 def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole, which, step):
     """Between two validations, and at the step before one; the signal comes in the middle of an optimiser step."""
-    uninterrupted = whole()
+    growing = ("batch_warmup.start=2", "batch_warmup.steps=35")
+    uninterrupted = whole(*growing)
 
     def preempt():
         step_of_task = task.LanguageModelTask.training_step
@@ -213,13 +223,14 @@ def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole,
 
         task.LanguageModelTask.training_step = training_step
 
-    assert in_child(command, *LONG, before=preempt) == 130
+    assert in_child(command, *LONG, *growing, before=preempt) == 130
     run = only_run(tmp_path / "runs")
     assert run.step_of(run.step_checkpoints()[0]) == step
-    code, out, _ = command(*LONG)
+    code, out, _ = command(*LONG, *growing)
     assert code == 0
     assert f"resuming after step {step}" in out
     assert_equal_runs(run, uninterrupted)
+    assert run.metrics()[-1]["tokens"] == 64 * (2 * 35 + 4 * 25)
 
 
 def test_checkpoints_come_by_the_clock_too(command, tmp_path, whole):

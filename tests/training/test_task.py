@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from scantling.model.head import IGNORED, negative_log_likelihood
+from scantling.model.cross_entropy import IGNORED, negative_log_likelihood
 from scantling.training.optim import sgd
 from scantling.training.task import LanguageModelTask, TextLoss
 
@@ -50,7 +50,9 @@ def batches(inputs, targets, micro_batch_size: int) -> list[dict]:
     return [{"inputs": i, "targets": t, "step_targets": step_targets} for i, t in cut]
 
 
-def fit(task, rows: list[dict], *, accumulate: int, clip: float | None = None, validate=()) -> L.Trainer:
+def fit(
+    task, rows: list[dict], *, accumulate: int, clip: float | None = None, validate=(), callbacks=()
+) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -62,6 +64,7 @@ def fit(task, rows: list[dict], *, accumulate: int, clip: float | None = None, v
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        callbacks=list(callbacks),
     )
     loader = DataLoader(rows, batch_size=None)
     trainer.fit(task, loader, DataLoader(list(validate), batch_size=None) if validate else None)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 import numpy as np
@@ -85,18 +87,67 @@ class WindowOrder:
         return self._epoch_starts
 
 
+@dataclass(frozen=True)
+class BatchSizes:
+    """Sequences of each optimiser step: `full`, after `steps` steps that grow from `start` by as many at a time.
+
+    A function of the step alone, so that nothing need be remembered. As in GPT-3, Brown et al. 2020, arXiv:2005.14165,
+    §2.1, where it grows over the first tokens of training. `start` null is `full`.
+
+    Raises ValueError when `full` is no multiple of `start`.
+    """
+
+    full: int
+    start: int | None = None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.start is None) != (self.steps == 0):
+            raise ValueError(
+                "batch_warmup needs both: start, sequences of the first step, and steps, how many grow"
+            )
+        if self.steps < 0 or not 0 < self.first <= self.full or self.full % self.first:
+            raise ValueError(
+                f"batch_warmup.start={self.start} must divide batch_size={self.full}, and steps={self.steps} be 0 or more"
+            )
+
+    @property
+    def first(self) -> int:
+        return self.full if self.start is None else self.start
+
+    def of(self, step: int) -> int:
+        """Of the step after `step` others."""
+        return int(self._growing[step]) if step < self.steps else self.full
+
+    def before(self, step: int) -> int:
+        """Sequences of the first `step` steps."""
+        return int(self._growing[:step].sum()) + self.full * max(0, step - self.steps)
+
+    def steps_within(self, sequences: int) -> int:
+        """The most steps that take no more sequences."""
+        left = sequences - self.before(self.steps)
+        if left >= 0:
+            return self.steps + left // self.full
+        return int(np.searchsorted(self._growing.cumsum(), sequences, side="right"))
+
+    @cached_property
+    def _growing(self) -> np.ndarray:
+        multiples = 1 + np.arange(self.steps) * (self.full // self.first - 1) // max(1, self.steps)
+        return self.first * multiples
+
+
 class TrainBatches:
     """The training batches of one rank, without end; each iteration begins at `first_step`.
 
-    Step s takes samples s * batch_size to (s + 1) * batch_size of the global order. A rank takes
+    Step s takes samples `sizes.before(s)` to `sizes.before(s + 1)` of the global order. A rank takes
     a contiguous slice of them, a micro-batch a contiguous slice of that: each step yields
-    `batch_size / (micro_batch_size * world_size)` batches. To resume, start at the step to do.
+    `sizes.full / (micro_batch_size * world_size)` batches. To resume, start at the step to do.
 
-    `tokens`: integers [n_tokens]. `batch_size`: sequences per optimiser step over all ranks.
-    `micro_batch_size`: sequences per rank and forward pass. `pin`: page-locked memory, for
+    `tokens`: integers [n_tokens]. `sizes`: sequences of optimiser steps, over all ranks.
+    `micro_batch_size`: sequences per rank and forward pass, of a full step. `pin`: page-locked memory, for
     copies to a GPU. `left_out`: steps of that order that are passed over; those behind move up.
 
-    Raises ValueError when `batch_size` does not divide evenly, or the text is too short.
+    Raises ValueError when a step does not divide evenly, or the text is too short.
     """
 
     def __init__(
@@ -104,7 +155,7 @@ class TrainBatches:
         *,
         tokens: np.ndarray,
         seq_len: int,
-        batch_size: int,
+        sizes: BatchSizes,
         micro_batch_size: int,
         rank: int,
         world_size: int,
@@ -113,14 +164,13 @@ class TrainBatches:
         left_out: Collection[int] = (),
         pin: bool = False,
     ) -> None:
-        check_batch_size(batch_size, micro_batch_size, world_size)
+        check_batch_size(sizes, micro_batch_size, world_size)
         assert 0 <= rank < world_size, (rank, world_size)
         assert first_step >= 0, first_step
         self.order = WindowOrder(len(tokens), seq_len, seed)
         self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.micro_batches_per_step = batch_size // (micro_batch_size * world_size)
+        self.sizes = sizes
+        self.micro_batches_per_step = sizes.full // (micro_batch_size * world_size)
         self.rank = rank
         self.world_size = world_size
         self.first_step = first_step
@@ -129,19 +179,21 @@ class TrainBatches:
         self._tokens = np.asarray(tokens)  # a plain view: memmap's own indexing is slower
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        per_rank = self.batch_size // self.world_size
         for step in itertools.count(place_in_order(self.first_step, self.left_out)):
             if step in self.left_out:
                 continue
-            begin = step * self.batch_size + self.rank * per_rank
+            size = self.sizes.of(step)
+            per_rank = size // self.world_size
+            per_micro_batch = per_rank // self.micro_batches_per_step
+            begin = self.sizes.before(step) + self.rank * per_rank
             starts = self.order.starts(np.arange(begin, begin + per_rank))
             for micro in range(self.micro_batches_per_step):
-                of_micro = starts[micro * self.micro_batch_size :][: self.micro_batch_size]
+                of_micro = starts[micro * per_micro_batch :][:per_micro_batch]
                 batch = _gather(self._tokens, of_micro, self.seq_len)
                 yield {
                     "inputs": batch["inputs"].pin_memory() if self.pin else batch["inputs"],
                     "targets": batch["targets"].pin_memory() if self.pin else batch["targets"],
-                    "step_targets": self.batch_size * self.seq_len,
+                    "step_targets": size * self.seq_len,
                 }
 
 
@@ -175,8 +227,9 @@ def validation_batches(
     ]
 
 
-def check_batch_size(batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Raise ValueError unless a step is a whole number of micro-batches on every rank."""
+def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) -> None:
+    """Raise ValueError unless every step is a whole number of micro-batches on every rank, as many as a full one."""
+    batch_size = sizes.full
     for name, value in (
         ("batch_size", batch_size),
         ("micro_batch_size", micro_batch_size),
@@ -191,6 +244,12 @@ def check_batch_size(batch_size: int, micro_batch_size: int, world_size: int) ->
         raise ValueError(
             f"batch_size {batch_size} is no multiple of micro_batch_size {micro_batch_size} x "
             f"{world_size} ranks = {unit}; the nearest that fits is {nearest}"
+        )
+    micro_batches = batch_size // micro_batch_size
+    if sizes.first % micro_batches:
+        raise ValueError(
+            f"batch_warmup.start={sizes.first} is no multiple of the {micro_batches} micro-batches of a step, over all "
+            f"ranks: use one, or a larger micro_batch_size"
         )
 
 

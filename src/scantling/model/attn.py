@@ -39,6 +39,10 @@ class Mixer(nn.Module, ABC):
     ) -> Float[Tensor, "B T D"]:
         """`rotate` turns queries and keys, `scores` attends, `cache` holds what is kept of past tokens."""
 
+    def rescale(self, factor: float) -> None:
+        """Scores times `factor`. Raises ValueError for a mixer whose scores are not a scale times q·k."""
+        raise ValueError("param=mup is not defined for this attention: use attn=mha, gqa or mqa")
+
     @abstractmethod
     def mixing_flops(self, keys: float) -> float:
         """Forward FLOPs per token that sees `keys` keys, beyond those of the part's linear layers."""
@@ -175,6 +179,9 @@ class Attention(PatternedAttention):
             dropout=self.dropout if self.training else 0.0,
         )
         return self.out(o_BHTE.transpose(1, 2).flatten(2))
+
+    def rescale(self, factor: float) -> None:
+        self.scale *= factor
 
     def bias(self) -> Tensor | None:
         """Of q, k and v side by side; zero where a part has none."""

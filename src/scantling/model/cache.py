@@ -30,6 +30,8 @@ class Step:
     """One past the last position of the longest row."""
     valid_BT: Bool[Tensor, "B T"] | None = None
     """False for padding; None where there is none."""
+    documents_BT: Int[Tensor, "B T"] | None = None
+    """The document of each token, where none sees another's; None: all tokens of a row see each other."""
 
     @property
     def before(self) -> Tensor:
@@ -42,10 +44,11 @@ class Step:
         return self.before + new
 
     @classmethod
-    def whole(cls, tokens_BT: Tensor) -> Step:
-        """Tokens from position 0, with nothing before them."""
+    def whole(cls, tokens_BT: Tensor, first_of_document: int | None = None) -> Step:
+        """Tokens from position 0, with nothing before them. `first_of_document` begins a document that sees itself alone."""
         T = tokens_BT.shape[1]
-        return cls(torch.arange(T, device=tokens_BT.device)[None], 0, T)
+        documents = None if first_of_document is None else (tokens_BT == first_of_document).cumsum(1)
+        return cls(torch.arange(T, device=tokens_BT.device)[None], 0, T, documents_BT=documents)
 
 
 @dataclass

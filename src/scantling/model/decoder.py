@@ -21,6 +21,7 @@ from scantling.model.embed import Embedding
 from scantling.model.head import Head
 from scantling.model.moe import Router
 from scantling.model.norm import NormFactory
+from scantling.model.param import Parametrisation
 from scantling.model.pos import Position
 from scantling.model.scores import Scores
 
@@ -54,6 +55,7 @@ class Decoder(nn.Module):
         block: Callable[..., Block],
         embed: Callable[..., Embedding],
         head: Callable[..., Head],
+        param: Callable[[int, int], Parametrisation],
     ):
         super().__init__()
         if d_head is None:
@@ -94,9 +96,46 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(d_model) if blocks[-1].final_norm else nn.Identity()
         self.routers = tuple(module for module in self.modules() if isinstance(module, Router))
+        self.param = param(d_model, d_head)
+        if not self.param.is_standard:
+            self.rescale(d_model)
+        self.first_of_document: int | None = None
+        """The token that opens a document, where documents do not see each other."""
         self.checkpoint_activations = False
         """In training keep only each block's input, and compute the block again in the backward pass. Chen et al. 2016,
         arXiv:1604.06174, §4.1."""
+
+    def rescale(self, d_model: int) -> None:
+        """Scores and logits as `param` has them. Raises ValueError for parts that no rule of it is known for."""
+        if self.routers or self.embed.output.shape[1] != d_model:
+            raise ValueError(
+                "param=mup is for matrices whose both sides grow with the width: no ffn=moe, no embed=factorised"
+            )
+        self.head.rescale(self.param.logits)
+        for block in self.blocks:
+            block.attn.rescale(self.param.scores)
+
+    @property
+    def hidden_matrices(self) -> set[str]:
+        """Names of the weights of the linear layers inside of blocks."""
+        modules = self.blocks.named_modules(prefix="blocks")
+        return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """Of each parameter's learning rate, as `param` has them."""
+        hidden = self.hidden_matrices
+        return {p: self.param.hidden_rate if name in hidden else 1.0 for name, p in self.named_parameters()}
+
+    def separate_documents(self, first_of_document: int) -> None:
+        """From here on no token of a whole sequence sees another document; over a cache, which holds one, nothing changes.
+
+        Raises ValueError for a mixer that forms no scores to mask.
+        """
+        if not all(block.attn.takes_bias for block in self.blocks):
+            raise ValueError(
+                "document_mask=true hides scores, and this attention forms none: use another attn="
+            )
+        self.first_of_document = first_of_document
 
     @property
     def layers(self) -> list[Block]:
@@ -116,7 +155,11 @@ class Decoder(nn.Module):
         With a cache `tokens_BT` follow those already in it; `lengths_B` then says how many of each row's tokens
         are real, where rows are padded on the right.
         """
-        step = Step.whole(tokens_BT) if cache is None else cache.advance(tokens_BT, lengths_B)
+        step = (
+            Step.whole(tokens_BT, self.first_of_document)
+            if cache is None
+            else cache.advance(tokens_BT, lengths_B)
+        )
         layers = self.layers
         for router in self.routers:
             router.loss = None
@@ -159,14 +202,17 @@ class Decoder(nn.Module):
         Matrices and tables: normal, standard deviation 0.02; those that write to the residual stream (a part's
         last layer, named `out`) scaled as the block says, by 1/√(2·n_layers) for most. Radford et al. 2019 (GPT-2),
         §2.3. Biases 0; other vectors keep what their part gave them. Each tensor draws from a generator of its own,
-        seeded by its name, so that two models share the initial weights of every tensor they have in common.
+        seeded by its name, so that two models share the initial weights of every tensor they have in common. `param` has
+        a factor for hidden matrices.
         """
-        out_scale = self.layers[0].out_scale(len(self.layers))
+        hidden, out_scale = self.hidden_matrices, self.layers[0].out_scale(len(self.layers))
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.ndim >= 2:
                 std = 0.02 * out_scale if ".out." in name else 0.02
+                if name in hidden:
+                    std *= self.param.hidden_std
                 parameter.copy_(drawn(parameter.shape, f"{seed}/{name}") * std)
 
 

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from scantling.model import cross_entropy
+from scantling.model.cross_entropy import (
+    IGNORED,
+    chunked_negative_log_likelihood,
+    negative_log_likelihood,
+    z_gradient,
+)
 from scantling.model.embed import Embedding
 from scantling.model.linear import linear
-
-IGNORED = -100
-"""A target that is not to be predicted."""
-
-
-def negative_log_likelihood(
-    logits_BTV: Float[Tensor, "*B V"], targets_BT: Int[Tensor, "*B"]
-) -> Float[Tensor, ""]:
-    """Sum of -log p(target) in nats over targets that are not ignored, in float32."""
-    logits, targets = logits_BTV.flatten(0, -2).float(), targets_BT.flatten()
-    return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
 class Head(nn.Module, ABC):
     """Base of every option."""
 
+    takes_z_loss: ClassVar[bool] = False
+    """Whether the loss is of one softmax over the vocabulary, so that `z_loss` may be other than 0."""
+
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
+        self.z_loss = 0.0
+        """Weight in the gradient of ln²Z, which no loss that is returned holds; `cross_entropy.z_gradient`."""
 
     @abstractmethod
     def logits(self, x_BTD: Float[Tensor, "B T D"], embed: Embedding) -> Float[Tensor, "B T V"]:
@@ -38,7 +40,15 @@ class Head(nn.Module, ABC):
         self, x_BTD: Float[Tensor, "B T D"], embed: Embedding, targets_BT: Int[Tensor, "B T"]
     ) -> Float[Tensor, ""]:
         """Sum of -log p(target) over targets that are not ignored."""
-        return negative_log_likelihood(self.logits(x_BTD, embed), targets_BT)
+        logits_BTV = self.logits(x_BTD, embed)
+        nats = negative_log_likelihood(logits_BTV, targets_BT)
+        if self.z_loss and torch.is_grad_enabled():
+            nats = nats + z_gradient(logits_BTV, targets_BT, self.z_loss)
+        return nats
+
+    def rescale(self, factor: float) -> None:
+        """Logits times `factor`. Raises ValueError for a head that has more than one softmax."""
+        raise ValueError("param=mup is not defined for this head: use head=full")
 
     @abstractmethod
     def flops(self, embed: Embedding) -> int:
@@ -49,7 +59,10 @@ class Full(Head):
     """cap(scale · (x·Wᵀ)), a softmax over the whole vocabulary; cap(z) = c·tanh(z/c) with `softcap` c.
 
     `softcap`: Gemma 2, arXiv:2408.00118, §2. `scale` null is 1; Cohere's Command R and IBM's Granite have others.
+    The loss of many tokens over a large vocabulary is computed in chunks, and the logits are never whole in memory.
     """
+
+    takes_z_loss = True
 
     def __init__(self, vocab_size: int, d_model: int, *, scale: float | None, softcap: float | None):
         super().__init__(vocab_size, d_model)
@@ -57,6 +70,24 @@ class Full(Head):
 
     def logits(self, x_BTD: Float[Tensor, "B T D"], embed: Embedding) -> Float[Tensor, "B T V"]:
         return self.shaped(linear(embed.narrowed(x_BTD), embed.output, embed.output_bias))
+
+    def nats(
+        self, x_BTD: Float[Tensor, "B T D"], embed: Embedding, targets_BT: Int[Tensor, "B T"]
+    ) -> Float[Tensor, ""]:
+        if targets_BT.numel() * len(embed.output) <= cross_entropy.CHUNK:
+            return super().nats(x_BTD, embed, targets_BT)
+        return chunked_negative_log_likelihood(
+            embed.narrowed(x_BTD).flatten(0, 1),
+            embed.output,
+            embed.output_bias,
+            targets_BT.flatten(),
+            scale=1.0 if self.scale is None else self.scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+        )
+
+    def rescale(self, factor: float) -> None:
+        self.scale = factor * (1.0 if self.scale is None else self.scale)
 
     def shaped(self, logits: Tensor) -> Tensor:
         if self.scale is not None:
@@ -76,6 +107,8 @@ class Sampled(Full):
     exponentials is right on average, and a drawn entry that is the target itself is hidden. Loss and gradient are
     those of the full softmax as n grows. Bengio & Senécal 2003, §3; Jean et al. 2015, arXiv:1412.2007, §3.
     """
+
+    takes_z_loss = False
 
     def __init__(
         self, vocab_size: int, d_model: int, *, scale: float | None, softcap: float | None, n_samples: int

@@ -41,7 +41,7 @@ class Scores:
     ) -> Float[Tensor, "B H T C"]:
         """`keys` says where cached keys stand; None: the keys are those of the queries' own positions."""
         dtype, (_, _, T, E), S = q_BHTE.dtype, q_BHTE.shape, k_BKSE.shape[2]
-        plain = self.bias is None and softcap is None and pattern.is_full
+        plain = self.bias is None and softcap is None and pattern.is_full and self.step.documents_BT is None
         if q_BHTE.is_cuda and keys is None and dropout == 0 and not plain:
             kernel = compiled_flex_attention()
             return self.flex(q_BHTE, k_BKSE, v_BKSE, pattern, scale, softcap, kernel)
@@ -111,11 +111,13 @@ class Scores:
             query = self.step.positions_BT[:, None, :, None]
             key = (self.step.positions_BT if keys is None else keys.positions())[:, None, None, :]
             seen = (key >= 0) & (key <= query) & pattern.sees(query, key)
+            if (of := self.step.documents_BT) is not None:
+                seen = seen & (of[:, None, :, None] == of[:, None, None, :])
             if self.bias is None:
                 self.masks[pattern] = seen
             else:
                 head = torch.arange(self.n_heads, device=query.device)[:, None, None]
-                self.masks[pattern] = self.bias(head, query, key).masked_fill(~seen, -torch.inf)
+                self.masks[pattern] = torch.where(seen, self.bias(head, query, key), -torch.inf)
         return self.masks[pattern]
 
     def flex(
@@ -129,9 +131,15 @@ class Scores:
         kernel=flex_attention,
     ) -> Tensor:
         if pattern not in self.block_masks:
+            of = self.step.documents_BT
+
+            def seen(b, h, t, s):
+                seen = (s <= t) & pattern.sees(t, s)
+                return seen if of is None else seen & (of[b, t] == of[b, s])
+
             self.block_masks[pattern] = create_block_mask(
-                lambda b, h, t, s: (s <= t) & pattern.sees(t, s),
-                B=None,
+                seen,
+                B=None if of is None else len(of),
                 H=None,
                 Q_LEN=q_BHTE.shape[2],
                 KV_LEN=k_BKSE.shape[2],

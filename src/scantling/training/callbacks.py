@@ -66,6 +66,7 @@ class StepCallbacks(Callback):
     setup = of_each("setup")
     on_train_start = of_each("on_train_start")
     on_train_batch_start = of_each("on_train_batch_start")
+    on_validation_start = of_each("on_validation_start")
     on_validation_end = of_each("on_validation_end")
     on_train_end = of_each("on_train_end")
     on_fit_end = of_each("on_fit_end")
@@ -96,13 +97,16 @@ class Metrics(StepCallback):
         log_every: int,
         val_every: int,
         total_steps: int,
-        tokens_per_step: int,
+        tokens_before: Callable[[int], int],
         flops_per_token: float,
         peak_flops: float,
+        columns: Callable[[], dict[str, float]] = dict,
     ):
+        """`columns` gives more of a row."""
+        self.columns = columns
         self.file, self.guard = file, guard
         self.log_every, self.val_every, self.total_steps = log_every, val_every, total_steps
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.tokens_before, self.flops_per_token = tokens_before, flops_per_token
         self.peak_flops = peak_flops
         self.row: dict[str, Any] = {}
         self.training_seconds = 0.0
@@ -128,8 +132,8 @@ class Metrics(StepCallback):
         loss = loss.item()
         now = time.perf_counter()
         self.training_seconds += now - self.clock
-        speed = (step - self.clock_step) * self.tokens_per_step / (now - self.clock)
-        tokens = step * self.tokens_per_step
+        tokens = self.tokens_before(step)
+        speed = (tokens - self.tokens_before(self.clock_step)) / (now - self.clock)
         self.row = {
             "step": step,
             "tokens": tokens,
@@ -140,6 +144,7 @@ class Metrics(StepCallback):
             "grad_norm": task.grad_norm.item(),
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self.flops_per_token / trainer.world_size / self.peak_flops, 4),
+            **self.columns(),
         }
         self.clock, self.clock_step = None if validates else now, step
         try:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from scantling.data.loading import BatchSizes
 from scantling.training.strategies import Zero
 
 ACTIONS = ("stop", "skip", "rollback")
@@ -57,8 +58,12 @@ class GuardSettings:
             if getattr(self, key) < least:
                 raise ValueError(f"guard.{key}={getattr(self, key)} must be at least {least}")
 
-    def check(self, strategy: Strategy | None, precision: str) -> None:
+    def check(self, strategy: Strategy | None, precision: str, sizes: BatchSizes) -> None:
         """Raise ValueError where a step cannot be left out."""
+        if self.action == "rollback" and sizes.steps:
+            raise ValueError(
+                "guard.action=rollback leaves batches out of an order of equal ones: use stop or skip with batch_warmup"
+            )
         if self.action != "skip":
             return
         if isinstance(strategy, Zero):

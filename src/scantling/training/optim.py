@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +19,27 @@ def decay_groups(named: NamedParameters, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def follow_width(optimizer: torch.optim.Optimizer, factors: Mapping[torch.nn.Parameter, float]) -> None:
+    """Times its factor goes each parameter's rate; its weight decay goes by it, so that rate × decay stays, as in the
+    reference code of Yang et al. 2022, arXiv:2203.03466. Groups are split; those of factor 1 come first.
+
+    Raises ValueError for an optimiser that does not step by Adam's rule: an entry's step the rate, whatever its gradient.
+    """
+    if set(factors.values()) == {1.0}:
+        return
+    if not isinstance(optimizer, torch.optim.AdamW | Lion):
+        raise ValueError(
+            "param=mup sets rates for optim=adamw and lion: choose one of them, or param=standard"
+        )
+    split = []
+    for group in optimizer.param_groups:
+        for factor in sorted({factors[p] for p in group["params"]}, key=lambda factor: factor != 1):
+            chosen = [p for p in group["params"] if factors[p] == factor]
+            rate, decay = group["lr"] * factor, group["weight_decay"] / factor
+            split.append({**group, "params": chosen, "lr": rate, "weight_decay": decay})
+    optimizer.param_groups[:] = split
 
 
 def adamw(

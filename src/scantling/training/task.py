@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
+from scantling.model.cross_entropy import IGNORED
 from scantling.model.decoder import Decoder
-from scantling.model.head import IGNORED
+from scantling.training.optim import follow_width
 
 
 class TextLoss:
@@ -130,5 +131,6 @@ class LanguageModelTask(L.LightningModule):
 
     def configure_optimizers(self):
         optimizer = self.optimizer_of(self.decoder.named_parameters())
+        follow_width(optimizer, self.decoder.rate_factors())
         schedule = LambdaLR(optimizer, lambda step: self.schedule(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

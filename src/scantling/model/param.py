@@ -1,0 +1,45 @@
+"""How initial weights, learning rates and scales follow the width of the model: `param=`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Parametrisation:
+    """Factors on what a model has by itself. Hidden matrices are those of the linear layers inside of blocks."""
+
+    hidden_std: float = 1.0
+    """Of the initial standard deviation of hidden matrices."""
+    hidden_rate: float = 1.0
+    """Of the learning rate of hidden matrices; their weight decay, rate times weight, stays."""
+    logits: float = 1.0
+    scores: float = 1.0
+    """Of attention, before its softmax."""
+
+    @property
+    def is_standard(self) -> bool:
+        return self == Parametrisation()
+
+
+def standard(d_model: int, d_head: int) -> Parametrisation:
+    """No factor: the best learning rate falls as the model grows wider."""
+    return Parametrisation()
+
+
+def mup(d_model: int, d_head: int, *, base_width: int, base_d_head: int) -> Parametrisation:
+    """μP with r = d_model/base_width: hidden matrices start at 1/√r of the deviation and learn at 1/r of the rate, logits are
+    times 1/r, scores q·k go by 1/E instead of 1/√E. Yang et al. 2022 (Tensor Programs V), arXiv:2203.03466, table 8 for
+    Adam, and definition 4.1.
+
+    Embeddings, positions, norms and biases keep deviation and rate. At the base nothing changes. Widths are thought to grow
+    together: d_ff and heads × d_head in proportion to d_model. Adam's ε is left as it is, far below gradients' size.
+
+    Raises ValueError when a base is not positive.
+    """
+    if base_width <= 0 or base_d_head <= 0:
+        raise ValueError(f"param.base_width={base_width} and base_d_head={base_d_head} must be positive")
+    r = d_model / base_width
+    return Parametrisation(
+        hidden_std=r**-0.5, hidden_rate=1 / r, logits=1 / r, scores=(base_d_head / d_head) ** 0.5
+    )

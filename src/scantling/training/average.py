@@ -1,0 +1,91 @@
+"""An average of the weights over the steps of training, `ema`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from scantling.training.callbacks import StepCallback
+from scantling.training.strategies import Zero
+
+
+class WeightAverage(StepCallback):
+    """After step t: w̄ ← d·w̄ + (1-d)·w, d = min(`decay`, (1+t)/(10+t)), from w̄ = w. Polyak & Juditsky 1992; exponential,
+    with the start of TensorFlow's `ExponentialMovingAverage`, so that a short run does not remember its initial weights.
+
+    Validation and samples see w̄, training never does. A checkpoint keeps both, w̄ in `callbacks`. Each process averages
+    the weights that it keeps; buffers are not averaged.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.averages: dict[str, Tensor] = {}
+        self.trained: list[Tensor] = []
+        """The weights themselves, while w̄ stands in their place."""
+
+    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+        self.parameters = dict(task.decoder.named_parameters())
+        stored = self.averages
+        self.averages = {
+            name: like(stored[name], p) if stored else p.detach().clone()
+            for name, p in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = own(self.averages.values())
+        torch._foreach_lerp_(averages, own(self.parameters.values()), 1 - decay)
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
+        here = own(self.parameters.values())
+        self.trained = [p.clone() for p in here]
+        torch._foreach_copy_(here, own(self.averages.values()))
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+        """Stands behind what looks at the weights, and before what keeps them."""
+        torch._foreach_copy_(own(self.parameters.values()), self.trained)
+        self.trained = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": {name: on_first_process(w) for name, w in self.averages.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.averages = state_dict["weights"]
+
+
+def own(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's shares."""
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+
+
+def on_first_process(w: Tensor) -> Tensor:
+    """The whole of it, for a checkpoint; every process calls this."""
+    if not isinstance(w, DTensor):
+        return w
+    whole = w.full_tensor()
+    return whole.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
+
+
+def like(whole: Tensor, p: nn.Parameter) -> Tensor:
+    """Cut up and placed as `p`."""
+    whole = whole.to(p.device, copy=True)
+    return distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+
+
+def check(decay: float | None, strategy: Strategy | None) -> None:
+    """Raise ValueError for a decay out of range, and where no process can average weights on its own."""
+    if decay is None:
+        return
+    if not 0 < decay < 1:
+        raise ValueError(f"ema.decay={decay} must be above 0 and below 1, 0.999 say; null: no average")
+    if isinstance(strategy, Zero) and strategy.shards_weights:
+        raise ValueError("ema.decay is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2")
