@@ -66,6 +66,7 @@ def test_every_table_holds_what_accounting_counts(command, composed):
                 engine=engine,
                 devices=8,
                 accumulates=False,
+                averages=False,
             )
             for checkpointed in (False, True)
         )

@@ -112,7 +112,7 @@ class Decoder(nn.Module):
                 "param=mup is for matrices whose both sides grow with the width: no ffn=moe, no embed=factorised"
             )
         self.head.rescale(self.param.logits)
-        for block in self.blocks:
+        for block in set(self.layers):
             block.attn.rescale(self.param.scores)
 
     @property
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
 
         Raises ValueError for a mixer that forms no scores to mask.
         """
-        if not all(block.attn.takes_bias for block in self.blocks):
+        if not all(block.attn.takes_bias for block in self.layers):
             raise ValueError(
                 "document_mask=true hides scores, and this attention forms none: use another attn="
             )

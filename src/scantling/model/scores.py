@@ -132,13 +132,10 @@ class Scores:
     ) -> Tensor:
         if pattern not in self.block_masks:
             of = self.step.documents_BT
-
-            def seen(b, h, t, s):
-                seen = (s <= t) & pattern.sees(t, s)
-                return seen if of is None else seen & (of[b, t] == of[b, s])
-
             self.block_masks[pattern] = create_block_mask(
-                seen,
+                (lambda b, h, t, s: (s <= t) & pattern.sees(t, s))
+                if of is None
+                else (lambda b, h, t, s: (s <= t) & pattern.sees(t, s) & (of[b, t] == of[b, s])),
                 B=None if of is None else len(of),
                 H=None,
                 Q_LEN=q_BHTE.shape[2],

@@ -41,18 +41,18 @@ class WeightAverage(StepCallback):
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = own(self.averages.values())
-        torch._foreach_lerp_(averages, own(self.parameters.values()), 1 - decay)
+        torch._foreach_lerp_(averages, own(self.parameters.values()), 1 - decay)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
         here = own(self.parameters.values())
         self.trained = [p.clone() for p in here]
-        torch._foreach_copy_(here, own(self.averages.values()))
+        torch._foreach_copy_(here, own(self.averages.values()))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         """Stands behind what looks at the weights, and before what keeps them."""
-        torch._foreach_copy_(own(self.parameters.values()), self.trained)
+        torch._foreach_copy_(own(self.parameters.values()), self.trained)  # type: ignore[attr-defined]
         self.trained = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scantling.model.decoder import Decoder
@@ -151,7 +152,7 @@ def times(events: Iterable[Any], device: str) -> dict[str, tuple[float, float]]:
     forward: dict[tuple[int, int], str] = {}
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in events:
-        if event.device_type != torch.autograd.DeviceType.CPU:
+        if event.device_type != DeviceType.CPU:
             continue
         parent = parts.get(id(event.cpu_parent), ("outside", False))
         part = next((name for mark, name in OTHERS.items() if event.name.startswith(mark)), None)
