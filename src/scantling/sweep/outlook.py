@@ -41,6 +41,9 @@ class Outlook:
     tokens: int
     flops: float
     finished: bool
+    lr: float
+    budget: dict[str, float]
+    """Amounts of the budget, by currency."""
     seconds: float | None = None
     """A forecast; only where one was asked for."""
 
@@ -87,6 +90,10 @@ def looked_at(compose: Compose, overrides: list[str], matching: Matching, speeds
         overrides = [*overrides, *more]
         config = task_config(compose(overrides))
     check_numbers(config, "train")
+    if config.tune is not None and config.optim.lr != config.lr:
+        raise ValueError(
+            f"tune=lr finds nothing out: optim.lr={config.optim.lr} does not follow lr; optim.lr=\\${{lr}} makes it"
+        )
     device, precision, decoder = run.checked(config)
     if device.type == "cuda" and config.trainer.devices == "auto":
         config.trainer.devices = 1  # a job of a sweep sees the GPUs that it is given
@@ -106,6 +113,8 @@ def looked_at(compose: Compose, overrides: list[str], matching: Matching, speeds
         tokens=plan.tokens,
         flops=plan.flops,
         finished=directory.is_finished,
+        lr=config.lr,
+        budget={key: amount for key, amount in config.budget.items() if key != "convention"},
         seconds=plan.flops / speeds.of(plan.world_size, device, precision, directory.path.parent)
         if config.dry_run
         else None,
