@@ -65,8 +65,8 @@ def test_numbers_that_make_no_search_are_refused(wrong):
         Settings(**{**SETTINGS, **wrong})
 
 
-BEST = {"mha": 3e-3, "mqa": 30e-3}
-"""Of the runs that do not train here. The second lies beyond the grid about the preset's 3e-3."""
+BEST = {"mha": 3e-3, "mqa": 1e-3}
+"""Of the runs that do not train here. The second lies beyond the grid about the preset's 3e-3, as that is here."""
 
 
 @pytest.fixture
@@ -98,15 +98,23 @@ def ran(folder) -> dict[str, int]:
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/ran")}
 
 
-SWEEP = ("-m", "attn=mha,mqa", "seed=0,1", "budget.steps=40", "tune=lr", "hydra.launcher.cores=2")
+SWEEP = (
+    "-m",
+    "attn=mha,mqa",
+    "seed=0,1",
+    "budget.steps=40",
+    "tune=lr",
+    "tune.factors=[0.5,1,2]",
+    "hydra.launcher.cores=2",
+)
 
 
 def test_every_arm_gets_the_rate_of_its_own_search(command, tmp_path, known):
     code, out, err = command(*SWEEP, "dry_run=true")
     assert code == 0, err
-    assert sum(line.startswith("search: attn=") for line in out.splitlines()) == 10
-    (total,) = (line.split() for line in out.splitlines() if line.startswith("14 jobs"))
-    assert total[5] == str(10 * 10 + 4 * 40)  # steps: a quarter for each try
+    assert sum(line.startswith("search: attn=") for line in out.splitlines()) == 6
+    (total,) = (line.split() for line in out.splitlines() if line.startswith("10 jobs"))
+    assert total[5] == str(6 * 10 + 4 * 40)  # steps: a quarter for each try
     assert not (tmp_path / "runs").exists()
 
     code, out, err = command(*SWEEP)
@@ -114,17 +122,17 @@ def test_every_arm_gets_the_rate_of_its_own_search(command, tmp_path, known):
     study = tmp_path / "runs" / "default"
     tries, compared = ran(study / "tuning"), ran(study)
     assert set(tries.values()) == set(compared.values()) == {1}
-    assert (len(tries), len(compared)) == (5 + 7, 4)
+    assert (len(tries), len(compared)) == (3 + 5, 4)
     assert "warning: attn=mqa: the best rate tried" not in out
     for path in study.glob("nano-*"):
         config = OmegaConf.load(RunDirectory(path).config)
-        assert config.lr == {"mha": 3e-3, "mqa": 24e-3}[config.choices.attn]
+        assert config.lr == {"mha": 3e-3, "mqa": 0.75e-3}[config.choices.attn]
     frame = load_runs(study)
     assert len(frame) == 4
     assert not frame.attrs["left_out"]
     assert set(frame["arm"]) == {"attn=mha", "attn=mqa"}
     table = load_tuning(study)
-    assert table.groupby("arm").size().to_dict() == {"attn=mha": 5, "attn=mqa": 7}
+    assert table.groupby("arm").size().to_dict() == {"attn=mha": 3, "attn=mqa": 5}
     for arm, of_arm in table.groupby("arm"):
         expected = [loss(rate, BEST[arm.removeprefix("attn=")]) for rate in of_arm["lr"]]
         assert of_arm["bpb"].tolist() == pytest.approx(expected, rel=1e-4)
@@ -139,15 +147,15 @@ def test_every_arm_gets_the_rate_of_its_own_search(command, tmp_path, known):
 
     code, out, err = command(*SWEEP, "dry_run=true")
     assert code == 0, err
-    assert out.count("finished") >= 12 + 4
-    assert "16 jobs, 0 to run" in out
+    assert out.count("finished") >= 8 + 4
+    assert "12 jobs, 0 to run" in out
 
 
 def test_an_outermost_rate_warns_and_what_diverges_is_not_tried_again(command, tmp_path, known):
     few = (*SWEEP, "seed=0", "tune.factors=[0.5,1,20]", "tune.extend=0")
     code, out, err = command(*few)
     assert code == 0, err
-    assert "attn=mqa: the best rate tried, 0.06, is the outermost" in " ".join(out.split())
+    assert "attn=mqa: the best rate tried, 0.0015, is the outermost" in " ".join(out.split())
     assert "diverged" in out
     before = ran(tmp_path / "runs" / "default" / "tuning")
     assert len(before) == 6
@@ -159,12 +167,12 @@ def test_an_arm_whose_search_fails_leaves_the_others_alone(command, tmp_path, kn
     fit = run.fit
 
     def sometimes(this, console):
-        if run.choices()["attn"] == "mqa" and this.config.lr == 6e-3:
+        if run.choices()["attn"] == "mqa" and this.config.lr == 3e-3:
             raise RuntimeError("the matrix is cursed")
         fit(this, console)
 
     monkeypatch.setattr(run, "fit", sometimes)
-    few = (*SWEEP, "seed=0", "tune.factors=[0.5,1,2]", "tune.extend=0")
+    few = (*SWEEP, "seed=0", "tune.extend=0")
     code, out, err = command(*few)
     assert code == 1
     assert err.strip().endswith("error: 1 of 2 jobs failed")
