@@ -1,6 +1,7 @@
 """Every study in sweeps/: its yaml says what it asks, and each of its jobs can be built and is none twice."""
 
-import re
+import itertools
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,6 +15,18 @@ from scantling.sweep.outlook import look_ahead
 
 LAUNCHER = "hydra_plugins.scantling_launcher.launcher.ProcessLauncher"
 STUDIES = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
+
+
+def header(study: str) -> list[str]:
+    lines = (ROOT / "sweeps" / f"{study}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    return list(itertools.takewhile(lambda line: line.startswith("#"), lines[1:]))
+
+
+def command_of(study: str) -> list[str]:
+    """The arguments of the first command that its header gives."""
+    (first, *_) = (line for line in header(study) if f"python src/train.py -m sweeps={study}" in line)
+    return shlex.split(first.partition("train.py")[2])
 
 
 LOOKS: dict[str, list[dict]] = {}
@@ -34,7 +47,7 @@ def looks(tmp_path, monkeypatch):
         if study not in LOOKS:
             # Hydra's own copy of the plugin's module.
             monkeypatch.setattr(Plugins.instance().class_name_to_class[LAUNCHER], "launch", only_look)
-            monkeypatch.setattr(sys, "argv", ["train", "-m", f"sweeps={study}", "seed=0"])
+            monkeypatch.setattr(sys, "argv", ["train", *command_of(study), "seed=0"])
             with pytest.raises(SystemExit) as stop:
                 run_entry(run.train, config_name="train")
             assert stop.value.code == 0
@@ -53,12 +66,8 @@ def test_every_job_of_a_study_can_be_built(looks, study):
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_opens_with_its_question_and_its_command(study):
-    lines = (ROOT / "sweeps" / f"{study}.yaml").read_text().splitlines()
-    header = [line for line in lines[1:] if line.startswith("#")]
-    assert lines[0] == "# @package _global_"
-    assert re.search(r"\?", header[0] + header[1]), "the question"
-    assert f"-m sweeps={study}" in " ".join(header), "the command"
+def test_a_study_opens_with_its_question(study):
+    assert "?" in "".join(header(study)[:2])
 
 
 def test_isoflop_brackets_each_budget_with_five_sizes(looks):
