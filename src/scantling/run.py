@@ -81,6 +81,8 @@ NOT_IDENTITY = (
     "arm",
     "match",
     "matched",
+    "tune",
+    "tuned",
     "resume",
     "dry_run",
     "log_every",
@@ -130,6 +132,8 @@ def train(config: DictConfig) -> RunDirectory:
     hardware.keep_freed_memory()
     die_with_the_first()
     with mistakes():
+        if config.tune is not None and config.tuned is None:
+            raise ValueError("tune=lr chooses the learning rate of a sweep's arms: add -m, or leave it out")
         config, directory = located(config)
         if directory.is_finished:
             console.print(already_finished(directory))

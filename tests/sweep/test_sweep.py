@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from scantling import run
@@ -97,13 +98,26 @@ def test_failed_hanging_and_killed_jobs_leave_the_others_alone(command, tmp_path
 
 
 def test_interrupted_sweep_goes_on_from_its_checkpoints(command, tmp_path):
+    """Killed, then interrupted, then let be."""
     long = ("-m", "seed=0,1", "budget.steps=60", "val_every=20", "hydra.launcher.cores=2")
     command(*long, "paths.runs=whole")
+
+    def wait_for(rows):
+        while not any(
+            p.read_text().count("\n") > rows for p in tmp_path.glob("runs/default/*/metrics.jsonl")
+        ):
+            time.sleep(0.002)
+
+    launcher = multiprocessing.get_context("fork").Process(target=lambda: os._exit(command(*long)[0]))
+    launcher.start()
+    wait_for(10)
+    launcher.kill()
+    launcher.join()
+    assert len(results(tmp_path / "runs" / "default")) < 2
     parent = os.getpid()
     watcher = os.fork()
     if watcher == 0:
-        while not any(p.read_text().count("\n") > 10 for p in tmp_path.glob("runs/default/*/metrics.jsonl")):
-            time.sleep(0.002)
+        wait_for(30)
         os.kill(parent, signal.SIGINT)
         os._exit(0)
     code, out, _ = command(*long)
@@ -115,6 +129,10 @@ def test_interrupted_sweep_goes_on_from_its_checkpoints(command, tmp_path):
     code, _, _ = command(*long)
     assert code == 0
     assert results(tmp_path / "runs" / "default") == results(tmp_path / "whole" / "default")
+    whole = runs_of(tmp_path / "whole" / "default")
+    for name, directory in runs_of(tmp_path / "runs" / "default").items():
+        weights = (torch.load(r.last, weights_only=True)["state_dict"] for r in (directory, whole[name]))
+        torch.testing.assert_close(*weights, rtol=0, atol=0)
     logs = [p.read_text() for p in tmp_path.glob("runs/default/*/log.txt")]
     assert any("resuming after step" in log for log in logs)
 

@@ -20,7 +20,8 @@ from scantling.sweep.devices import Devices, visible_gpus
 from scantling.sweep.forecast import forecast
 from scantling.sweep.jobs import FAILED, Job, labels
 from scantling.sweep.processes import answer_of_a_child
-from scantling.sweep.screen import outcome
+from scantling.sweep.screen import outcome, rates
+from scantling.sweep.tuning import Search, Settings, diverged, score, searches
 
 
 class SweepLauncher(Launcher):
@@ -51,22 +52,71 @@ class SweepLauncher(Launcher):
         os.environ.pop(
             "SLURM_NTASKS", None
         )  # inside of an allocation: srun did not start the jobs' processes
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        commands = [list(overrides) for overrides in job_overrides]
+        named = labels(commands)
+        looks = self.look(commands, named)
+        if not self.config.dry_run:
+            self.claim_study(Path(looks[0]["directory"]).parent)
+        searched: list[Search] = []
+        tries: list[tuple[str, dict[str, Any]]] = []
+        if self.config.tune is not None:
+            searched = searches(looks, named, Settings(**self.config.tune))
+            tries = self.search(list({id(search): search for search in searched}.values()))
+            for i, search in enumerate(searched):
+                if not search.failed:
+                    commands[i] += search.chosen()
+                    named[i] += f" lr={search.best:g}"
+            looks = self.look(commands, named)
+        if self.config.dry_run:
+            self.console.print(forecast([*tries, *zip(named, looks, strict=True)], self.devices(looks)))
+            return self.ends_here(job_overrides)
+        jobs = self.jobs(named, looks, initial_job_idx)
+        for job, search in zip(jobs, searched, strict=False):
+            if search.failed:
+                job.state, job.reason = "failed", "no learning rate: its search failed"
+        self.run(jobs, looks)
+        self.console.print(outcome(jobs))
+        failed = [job for job in jobs if job.state in FAILED]
+        return [ended(job.overrides, job, f"{len(failed)} of {len(jobs)} jobs failed") for job in jobs]
+
+    def search(self, arms: Sequence[Search]) -> list[tuple[str, dict[str, Any]]]:
+        """Try learning rates until every arm has one; for a forecast, look up those that are known. Labels and looks."""
+        tries: list[tuple[str, dict[str, Any]]] = []
+        while wanted := [(arm, rate) for arm in arms for rate in arm.wanted()]:
+            commands = [arm.command(rate, self.config.study) for arm, rate in wanted]
+            named = [f"search: {arm.label} lr={rate:g}" for arm, rate in wanted]
+            looks = self.look(commands, named)
+            tries += zip(named, looks, strict=True)
+            jobs = self.jobs(named, looks, 0)
+            for job in jobs:
+                if (reason := diverged(job.directory)) is not None:
+                    job.state, job.reason = "failed", reason
+            if not self.config.dry_run:
+                self.run(jobs, looks)
+            for (arm, rate), job in zip(wanted, jobs, strict=True):
+                arm.tried[rate] = score(job.directory)
+            broken = [job for job in jobs if job.state in FAILED and score(job.directory) is None]
+            if broken:
+                self.console.print(outcome(broken))
+        if not self.config.dry_run or not any(arm.failed for arm in arms):
+            self.console.print(rates(arms))
+        return tries
+
+    def look(self, commands: Sequence[list[str]], named: Sequence[str]) -> list[dict[str, Any]]:
         # Imported here, so that a mistyped sweep need not wait for PyTorch.
         from scantling.sweep.outlook import look_ahead
 
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-        named = labels(job_overrides)
-        looks = answer_of_a_child(
+        return answer_of_a_child(
             lambda: look_ahead(
-                self.compose, job_overrides, named, self.cores, self.n_jobs, elsewhere=self.elsewhere
+                self.compose, commands, named, self.cores, self.n_jobs, elsewhere=self.elsewhere
             )
         )
-        if self.config.dry_run:
-            console.print(forecast(named, looks, self.devices(looks)))
-            return [ended(overrides, None) for overrides in job_overrides]
-        jobs = [
+
+    def jobs(self, named: Sequence[str], looks: Sequence[dict[str, Any]], first: int) -> list[Job]:
+        return [
             Job(
-                number=initial_job_idx + i,
+                number=first + i,
                 overrides=look["overrides"],
                 label=label,
                 directory=RunDirectory(look["directory"]),
@@ -78,16 +128,23 @@ class SweepLauncher(Launcher):
             )
             for i, (label, look) in enumerate(zip(named, looks, strict=True))
         ]
+
+    def run(self, jobs: list[Job], looks: Sequence[dict[str, Any]]) -> None:
+        """Until all have ended; a signal ends this process with them."""
         folder = jobs[0].directory.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        self.claim_study(folder)
-        interrupted = self.carry_out(jobs, looks, console)
-        console.print(outcome(jobs))
+        interrupted = self.carry_out(jobs, looks, self.console)
         if interrupted is not None:
-            console.print(interrupted, soft_wrap=True)
+            self.console.print(outcome(jobs))
+            self.console.print(interrupted, soft_wrap=True)
             sys.exit(130)
-        failed = [job for job in jobs if job.state in FAILED]
-        return [ended(job.overrides, job, f"{len(failed)} of {len(jobs)} jobs failed") for job in jobs]
+
+    def ends_here(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        """After a forecast. A sweeper that learns from results has none to learn from, and asks no more."""
+        if self.config.hydra.runtime.choices["hydra/sweeper"] not in ("study", "basic"):
+            self.console.print("[dim]these are the first; which follow depends on their results[/dim]")
+            sys.exit(os.EX_OK)
+        return [ended(overrides, None) for overrides in job_overrides]
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """As if the overrides had been typed for a single run."""
@@ -105,6 +162,7 @@ class SweepLauncher(Launcher):
         sweep = self.config.hydra.runtime.choices["sweeps"]
         if sweep is None:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         note = folder / "study.json"
         if not note.exists():
             replace_text(note, json.dumps({"sweeps": sweep}) + "\n")

@@ -32,16 +32,17 @@ class StudySweeper(BasicSweeper):
         self.arms = {name: list(overrides) for name, overrides in arms.items()}
 
     def sweep(self, arguments: list[str]) -> Any:
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         if not self.arms:
-            return super().sweep(arguments)
+            (jobs,) = self.split_arguments(parser.parse_overrides([*self._parse_config(), *arguments]), None)
+            return self.run_batches(jobs)
         chosen = [a.partition("=")[2] for a in arguments if a.startswith("arm=")]
         rest = [a for a in arguments if not a.startswith("arm=")]
         names = chosen[-1].split(",") if chosen else list(self.arms)
         for name in names:
             if name not in self.arms:
                 raise Mistake(f"arm={name} is unknown{nearest(name, list(self.arms))}")
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         grid = parser.parse_overrides([*self._parse_config(), *rest])
         keys = {override.get_key_element() for override in parser.parse_overrides(rest)}
         jobs: list[list[str]] = []
@@ -55,11 +56,7 @@ class StudySweeper(BasicSweeper):
                     )
             (batch,) = self.split_arguments([*grid, *changes], None)
             jobs += batch
-        self.arms = {}
         return self.run_batches(jobs)
-
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Left to the launcher, which looks at every job and names the one that is wrong."""
 
     def run_batches(self, jobs: Sequence[Sequence[str]]) -> Any:
         assert self.launcher is not None

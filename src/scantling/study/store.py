@@ -15,6 +15,7 @@ seconds, tokens_per_second, mfu, device, precision, world_size
 scantling, commit, torch the versions it ran with
 corpus, tokenizer        fingerprints; unique_tokens, how many the training text has
 matched_by, matched_off  `match=`: the quantity, and how far from its reference, as a fraction of it
+tuned                    `tune=`: the search behind `lr`, JSON; `load_tuning` makes a table of it
 
 `load_curves` gives run, step and every number of `metrics.jsonl`, a row a step. Both keep a Parquet file beside the runs,
 and read anew only the directories that have changed since.
@@ -40,7 +41,7 @@ FORMAT = 2
 FILES = ("summary.json", "metrics.jsonl", "config.yaml", "env.json", "failed.json")
 """What a run's rows depend on."""
 
-NOT_RUNS = ("wandb", "checkpoints")
+NOT_RUNS = ("wandb", "checkpoints", "tuning")
 """Directories that stand among runs by right."""
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "seq_len")
@@ -69,6 +70,23 @@ def load_curves(study: Path | str) -> pd.DataFrame:
     frame, left_out = cached(Path(study), "curves.parquet", curve_rows)
     frame.attrs["left_out"] = left_out
     return frame
+
+
+def load_tuning(study: Path | str) -> pd.DataFrame:
+    """A row for every learning rate that `tune=lr` tried: arm, lr, bpb (NaN where training diverged), chosen, edge.
+
+    `edge`: of the chosen, whether it is the lowest or highest tried, so that a better one may lie beyond.
+    """
+    runs = load_runs(study)
+    rows: list[dict[str, Any]] = []
+    for _, run in runs.dropna(subset="tuned").drop_duplicates(["arm", "tuned"]).iterrows():
+        note = json.loads(run["tuned"])
+        for lr, bpb in zip(note["lr"], note["bpb"], strict=True):
+            chosen = lr == run["lr"]
+            rows.append(
+                {"arm": run["arm"], "lr": lr, "bpb": bpb, "chosen": chosen, "edge": chosen and note["edge"]}
+            )
+    return pd.DataFrame(rows, columns=["arm", "lr", "bpb", "chosen", "edge"])
 
 
 # --- a run's rows ---
@@ -123,7 +141,8 @@ def run_row(directory: RunDirectory) -> dict[str, Any]:
         "corpus": environment["corpus"]["fingerprint"],
         "unique_tokens": environment["corpus"].get("train_tokens"),
     }
-    return row | {"matched_by": matched.get("by"), "matched_off": matched.get("off")}
+    row |= {"matched_by": matched.get("by"), "matched_off": matched.get("off")}
+    return row | {"tuned": json.dumps(config["tuned"]) if config.get("tuned") else None}
 
 
 def last_validated(directory: RunDirectory) -> dict[str, Any]:
@@ -141,11 +160,12 @@ def curve_rows(directory: RunDirectory) -> list[dict[str, Any]]:
 
 
 def differing(overrides: pd.Series) -> list[str]:
-    """A name for each run that has none: the settings in which they differ, seeds left out."""
-    settings = [
-        {key: value for key, _, value in (line.partition("=") for line in text.splitlines()) if key != "seed"}
-        for text in overrides
-    ]
+    """A name for each run that has none: the settings in which they differ, without seeds and the launcher's own."""
+    settings = [dict(line.split("=", 1) for line in text.splitlines() if "=" in line) for text in overrides]
+    for setting in settings:
+        notes = {"matched": "model.d_ff", "tuned": "lr"}
+        for key in ("seed", *(key for note in notes.items() if note[0] in setting for key in note)):
+            setting.pop(key, None)
     keys = dict.fromkeys(key for setting in settings for key in setting)
     varied = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
     return [

@@ -14,13 +14,14 @@ from scantling.sweep.devices import Devices
 from scantling.sweep.screen import clock_of
 
 
-def forecast(labels: Sequence[str], looks: Sequence[dict[str, Any]], devices: Devices) -> RenderableType:
-    """FLOPs by the `exact` convention; what is finished takes no more time."""
+def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
+    """Of labels and looks. FLOPs by the `exact` convention; what is finished takes no more time."""
+    looks = [look for _, look in jobs]
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("job", overflow="fold")
     for column in ("parameters", "steps", "tokens", "FLOPs", "time"):
         table.add_column(column, justify="right")
-    for label, look in zip(labels, looks, strict=True):
+    for label, look in jobs:
         table.add_row(
             escape(label),
             f"{look['parameters']:,}",

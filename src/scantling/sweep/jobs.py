@@ -67,17 +67,26 @@ class Job:
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """For each job's overrides, those in which the jobs differ."""
+    """For each job's overrides, those in which the jobs differ; a named arm stands for what it changes."""
     settings = [{o.partition("=")[0]: o.partition("=")[2] for o in overrides} for overrides in jobs]
-    varied = [
-        key
-        for key in dict.fromkeys(k for s in settings for k in s)
-        if len({s.get(key) for s in settings}) > 1
+    values: dict[str, dict[str | None, set[str | None]]] = {}
+    for key in dict.fromkeys(k for s in settings for k in s):
+        for s in settings:
+            values.setdefault(key, {}).setdefault(s.get("arm"), set()).add(s.get(key))
+    varied = [key for key, of_arm in values.items() if key == "arm" or max(map(len, of_arm.values())) > 1]
+    if len({s.get("arm") for s in settings}) == 1 and "arm" in varied:
+        varied.remove("arm")
+    return [
+        " ".join(f"{key}={shortest(s[key])}" for key in varied if key in s) or "the only job"
+        for s in settings
     ]
-    if (
-        "arm" in varied
-    ):  # it stands for what it changes: what not every job sets, or what the sweeper puts after it
-        changes = {key for s in settings for key in list(s)[list(s).index("arm") + 1 :]}
-        grid = {key for key in varied if all(key in s for s in settings) and key not in changes}
-        varied = [key for key in varied if key in {"arm", "seed"} | grid]
-    return [" ".join(f"{key}={s[key]}" for key in varied if key in s) or "the only job" for s in settings]
+
+
+def shortest(value: str) -> str:
+    """1e+12 for 1000000000000.0"""
+    try:
+        return (
+            min(value, f"{float(value):g}", key=len) if float(f"{float(value):g}") == float(value) else value
+        )
+    except ValueError:
+        return value

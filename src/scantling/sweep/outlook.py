@@ -43,6 +43,9 @@ class Outlook:
     tokens: int
     flops: float
     finished: bool
+    lr: float
+    budget: dict[str, float]
+    """Amounts of the budget, by currency."""
     seconds: float | None = None
     """A forecast; only where one was asked for."""
 
@@ -103,6 +106,10 @@ def looked_at(
         config.trainer.accelerator = "cpu"
         if config.trainer.precision == "fp16":
             config.trainer.precision = "fp32"
+    if config.tune is not None and config.optim.lr != config.lr:
+        raise ValueError(
+            f"tune=lr finds nothing out: optim.lr={config.optim.lr} does not follow lr; optim.lr=\\${{lr}} makes it"
+        )
     device, precision, decoder = run.checked(config)
     if device.type == "cuda" and config.trainer.devices == "auto":
         config.trainer.devices = 1  # a job of a sweep sees the GPUs that it is given
@@ -123,6 +130,8 @@ def looked_at(
         tokens=plan.tokens,
         flops=plan.flops,
         finished=directory.is_finished,
+        lr=config.lr,
+        budget={key: amount for key, amount in config.budget.items() if key != "convention"},
         seconds=plan.flops / speeds.of(plan.world_size, device, precision, directory.path.parent)
         if config.dry_run
         else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scantling.sweep.jobs import ENDED, FAILED, Job
+from scantling.sweep.tuning import Search
 
 COLOURS = {
     "running": "cyan",
@@ -107,6 +109,28 @@ def outcome(jobs: Sequence[Job]) -> RenderableType:
         about = f"{job.reason}; log: {job.log}" if job.state in FAILED else str(job.directory.path)
         table.add_row(escape(job.label), f"[{colour}]{job.state}[/{colour}]", score, escape(about))
     return table
+
+
+def rates(searches: Sequence[Search]) -> RenderableType:
+    """What `tune=lr` found: each arm's learning rate, and the bits per byte of every one tried."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("arm", overflow="fold")
+    table.add_column("lr", justify="right")
+    table.add_column("tried: bits/byte", overflow="fold")
+    for search in searches:
+        tried = (f"{rate:g}: {reached(search.tried[rate])}" for rate in sorted(search.tried))
+        table.add_row(escape(search.label), "" if search.failed else f"{search.best:g}", ", ".join(tried))
+    warnings = [
+        f"[yellow]warning: {escape(search.label)}: the best rate tried, {search.best:g}, is the outermost: "
+        "a better one may lie beyond (tune.factors, tune.extend)[/yellow]"
+        for search in searches
+        if not search.failed and search.edge
+    ]
+    return Group(table, *warnings)
+
+
+def reached(score: float | None) -> str:
+    return "failed" if score is None else "diverged" if score == math.inf else f"{score:.4f}"
 
 
 def clock_of(seconds: float) -> str:

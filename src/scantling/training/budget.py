@@ -31,7 +31,10 @@ def steps_for(
     }
     given = {name: pair for name, pair in price.items() if pair[0] is not None}
     if len(given) != 1:
-        raise ValueError(f"a budget is one of {', '.join(price)}; {len(given)} are given: {sorted(given)}")
+        raise ValueError(
+            f"a budget is one of {', '.join(price)}; {len(given)} are given: {' and '.join(given)}"
+            + (f"; ~budget.{next(iter(given))} takes one away" if given else "")
+        )
     ((name, (amount, one_step)),) = given.items()
     if not 0 < amount < math.inf:
         raise ValueError(f"budget.{name}={amount:g} must be positive and finite")
