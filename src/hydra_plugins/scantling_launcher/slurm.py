@@ -34,7 +34,7 @@ class SlurmLauncher(SweepLauncher):
     ):
         self.folder, self.poll_seconds = submitit_folder, poll_seconds
         self.gpus_per_node, self.gres = gpus_per_node, gres
-        self.sbatch = {
+        self.sbatch: dict[str, Any] = {
             key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             for key, value in sbatch.items()
         }

@@ -116,6 +116,7 @@ class Queue:
     def submit(self, jobs: Sequence[Job]) -> list[str]:
         """SLURM's numbers of the jobs."""
         import submitit
+        from submitit.core.utils import FailedJobError
 
         settings = self.settings(jobs[0])
         settings |= {
@@ -141,7 +142,7 @@ class Queue:
             commands = [[*job.overrides, f"trainer.devices={job.devices}"] for job in jobs]
             with contextlib.redirect_stderr(None):  # where submitit repeats what the exception says
                 return [submitted.job_id for submitted in executor.map_array(become_a_run, logs, commands)]
-        except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
+        except (RuntimeError, ValueError, FailedJobError) as error:
             said = [line for line in str(error).splitlines() if line.strip()]
             raise Mistake(
                 f"SLURM does not take the jobs: {said[-1] if said else type(error).__name__}"
