@@ -12,6 +12,9 @@ import pandas as pd
 from scantling.study.store import load_runs
 
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
+LAW_SPAN = 2.0
+"""Runs that differ in shape alone make a law when the compute of the largest is above so many times the smallest's."""
+
 FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
 """Settings that a study of sizes changes with them."""
 
@@ -35,7 +38,7 @@ NOT_AN_ARM = (
 class StudyRuns:
     """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the setting of its size.
 
-    `baseline`: the arm that others are compared with. `is_law`: the runs differ in size, length and learning rate alone.
+    `baseline`: the arm that others are compared with. `is_law`: the runs differ in size, length and learning rate alone, and by much.
     `cautions`: what was left out, or makes the study doubtful.
     """
 
@@ -97,8 +100,8 @@ def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")
         cautions.append(
             "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to their length"
         )
-    is_law = bool(grows) and not others
-    if is_law:
+    size = runs["params"].to_numpy(dtype=float) * runs["tokens"].to_numpy(dtype=float)
+    if grows and not others and size.max() > LAW_SPAN * size.min():
         return StudyRuns(directory.name, runs.assign(scale=runs["arm"]), True, tuple(cautions))
     changes = arms_changes(settings)
     scale_keys = [key for key in grows if key not in changes]
