@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, run_job
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from scantling.command_line import Failed, Mistake
@@ -87,7 +87,7 @@ class ProcessLauncher(Launcher):
         searched: list[Search] = []
         tries: list[tuple[str, dict[str, Any]]] = []
         if self.config.tune is not None:
-            searched = searches(looks, named, Settings(**self.config.tune))
+            searched = searches(looks, named, Settings(**OmegaConf.to_container(self.config.tune)))  # type: ignore[arg-type]
             tries = self.search(list({id(search): search for search in searched}.values()))
             for i, search in enumerate(searched):
                 if not search.failed:
