@@ -120,6 +120,8 @@ def one_line(error: Exception, config_name: str) -> str:
             group = match[1].rpartition("/")[0]
             return f"{match[1]} is a choice inside other options of {group}= than the chosen one"
         return f"{match[1]} is not a setting{nearest(match[1], settings(config_name))}"
+    if match := re.search(r"In '(sweeps/\S+)': .*Key '(\S+)' not in 'StudyConf'", text, re.DOTALL):
+        return f"{match[1]}.yaml sets hydra.sweeper.{match[2]} of another sweeper: add hydra/sweeper=…, as its header says"
     if isinstance(error.__cause__, ValidationError):
         text += ": " + str(error.__cause__).splitlines()[0]
     return " ".join(text.split())

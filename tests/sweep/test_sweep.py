@@ -178,6 +178,10 @@ def test_two_launchers_share_a_sweep_and_one_inherits(command, tmp_path):
         (("ffn=swiglu,gelu", "match=size"), "match=size is unknown: use params or flops"),
         (("sweeps=parts", "arm=lion"), "arm=lion is unknown"),
         (("sweeps=parts", "norm=none"), "norm is what the arm"),
+        (
+            ("sweeps=lr_width",),
+            "lr_width.yaml sets hydra.sweeper.n_trials of another sweeper: add hydra/sweeper=",
+        ),
     ],
 )
 def test_mistakes_are_found_before_any_job_starts(command, tmp_path, overrides, expected):

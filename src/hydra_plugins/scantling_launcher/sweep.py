@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from scantling.command_line import Failed, Mistake
@@ -61,7 +61,7 @@ class SweepLauncher(Launcher):
         searched: list[Search] = []
         tries: list[tuple[str, dict[str, Any]]] = []
         if self.config.tune is not None:
-            searched = searches(looks, named, Settings(**self.config.tune))
+            searched = searches(looks, named, Settings(**OmegaConf.to_container(self.config.tune)))  # type: ignore[arg-type]
             tries = self.search(list({id(search): search for search in searched}.values()))
             for i, search in enumerate(searched):
                 if not search.failed:

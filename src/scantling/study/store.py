@@ -79,8 +79,9 @@ def load_tuning(study: Path | str) -> pd.DataFrame:
     """
     runs = load_runs(study)
     rows: list[dict[str, Any]] = []
-    for _, run in runs.dropna(subset="tuned").drop_duplicates(["arm", "tuned"]).iterrows():
-        note = json.loads(run["tuned"])
+    noted = runs.dropna(subset="tuned").drop_duplicates(["arm", "tuned"]) if len(runs) else runs
+    for _, run in noted.iterrows():
+        note = json.loads(str(run["tuned"]))
         for lr, bpb in zip(note["lr"], note["bpb"], strict=True):
             chosen = lr == run["lr"]
             rows.append(
