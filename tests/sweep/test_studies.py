@@ -41,7 +41,9 @@ def looks(tmp_path, monkeypatch):
     def looks(study):
         def only_look(self, overrides, initial_job_idx):
             named = labels(overrides)
-            LOOKS[study] = look_ahead(self.compose, overrides, named, self.cores, self.n_jobs)
+            LOOKS[study] = look_ahead(
+                self.compose, overrides, named, self.cores, self.n_jobs, elsewhere=False
+            )
             sys.exit(0)
 
         if study not in LOOKS:
