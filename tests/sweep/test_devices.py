@@ -11,7 +11,7 @@ from scantling.sweep.jobs import Job, labels
 
 
 def job(devices: int, *, on_gpu: bool = False) -> Job:
-    return Job(0, [], "", RunDirectory("nowhere"), devices, on_gpu, steps=1)
+    return Job(0, [], "", RunDirectory("nowhere"), devices, 1, on_gpu, steps=1)
 
 
 @pytest.fixture(autouse=True)

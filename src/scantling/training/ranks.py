@@ -54,7 +54,7 @@ class EndTogether(Callback):
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         self.trainer = trainer
         if trainer.world_size > 1:
-            self.ring = dist.new_group(backend="gloo", timeout=NEVER)
+            self.ring: Any = dist.new_group(backend="gloo", timeout=NEVER)
             self.listener = threading.Thread(target=self.listen, daemon=True)
             self.listener.start()
 
