@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from shop import TRAIN, assert_same_training
@@ -17,82 +18,95 @@ pytestmark = pytest.mark.multiprocess
 ADDRESSES = ("10.199.77.1", "10.199.77.2")
 
 
-def ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
-
-
 class Hosts:
-    """Namespaces `names`, whose only way to each other is a pair of virtual network cards called `cable`."""
+    """Two processes in network namespaces of their own, which end with them, and `cable`, a pair of virtual network cards."""
 
     cable = "cable"
 
     def __init__(self) -> None:
-        self.names = [f"scantling-{os.getpid()}-{i}" for i in range(2)]
-
-    def __enter__(self) -> Hosts:
+        hold = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sleep", "infinity")
+        self.holders = [subprocess.Popen(hold, stderr=subprocess.PIPE, text=True) for _ in ADDRESSES]
         try:
-            for name in self.names:
-                ip("netns", "add", name)
-            first, second = self.names
-            ip(
-                "-n",
+            for holder in self.holders:
+                self.wait_for_namespace(holder)
+            first, second = self.holders
+            self.run(
                 first,
-                "link",
-                "add",
-                self.cable,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                self.cable,
-                "netns",
-                second,
+                *f"ip link add {self.cable} type veth peer name {self.cable} netns {second.pid}".split(),
             )
-            for name, address in zip(self.names, ADDRESSES, strict=True):
-                ip("-n", name, "address", "add", f"{address}/24", "dev", self.cable)
+            for holder, address in zip(self.holders, ADDRESSES, strict=True):
+                self.run(holder, *f"ip address add {address}/24 dev {self.cable}".split())
                 for card in ("lo", self.cable):
-                    ip("-n", name, "link", "set", card, "up")
+                    self.run(holder, *f"ip link set {card} up".split())
         except BaseException:
-            self.__exit__()
+            self.close()
             raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        for name in self.names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    @staticmethod
+    def wait_for_namespace(holder: subprocess.Popen) -> None:
+        while os.readlink(f"/proc/{holder.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+            if holder.poll() is not None:
+                raise subprocess.CalledProcessError(
+                    holder.returncode, "unshare", stderr=holder.communicate()[1]
+                )
+            time.sleep(0.01)
 
-    def received(self, name: str) -> int:
-        """Bytes that came over the cable."""
-        return int(ip("netns", "exec", name, "cat", f"/sys/class/net/{self.cable}/statistics/rx_bytes"))
+    def close(self) -> None:
+        for holder in self.holders:
+            holder.kill()
+            holder.communicate()
+
+    @staticmethod
+    def inside(holder: subprocess.Popen) -> tuple[str, ...]:
+        """What a command that runs on this host begins with."""
+        return ("nsenter", "--net", f"--target={holder.pid}")
+
+    def run(self, holder: subprocess.Popen, *command: str) -> str:
+        inside = (*self.inside(holder), *command)
+        return subprocess.run(inside, check=True, capture_output=True, text=True).stdout
+
+    def received(self) -> list[int]:
+        """Bytes that came to each over the cable."""
+        lines = [self.run(holder, "cat", "/proc/net/dev").splitlines() for holder in self.holders]
+        cards = [line.split() for (line,) in ([x for x in of if self.cable in x] for of in lines)]
+        return [int(card[1]) for card in cards]
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    if shutil.which("ip") is None:
-        pytest.skip("ip is not installed (Debian: iproute2)")
+    if missing := [name for name in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed (Debian: iproute2, util-linux)")
     try:
-        with Hosts() as hosts:
-            yield hosts
+        hosts = Hosts()
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no right to make network namespaces: {error.stderr.strip()}")
+    yield hosts
+    hosts.close()
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_hosts_train_as_one_process(shop, alone, hosts, engine):
     runs = f"hosts-{engine}"
-    before = [hosts.received(name) for name in hosts.names]
+    before = hosts.received()
     options = shop.options(f"trainer={engine}", "trainer.devices=1", "trainer.nodes=2", "logger=wandb")
     processes = [
         subprocess.Popen(
             [
-                *("ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"),
+                *(*hosts.inside(holder), sys.executable, "-m", "torch.distributed.run"),
                 *(
                     "--nnodes=2",
                     "--nproc-per-node=1",
                     f"--rdzv-id={runs}",
                     f"--rdzv-endpoint={ADDRESSES[0]}:29500",
                 ),
-                *("--rdzv-backend=c10d", f"--local-addr={address}", TRAIN, *options, f"paths.runs={runs}"),
+                *(
+                    "--rdzv-backend=c10d",
+                    f"--local-addr={address}",
+                    f"--rdzv-conf=is_host={address == ADDRESSES[0]}",
+                    TRAIN,
+                    *options,
+                    f"paths.runs={runs}",
+                ),
             ],
             cwd=shop.path,
             env={
@@ -105,9 +119,9 @@ def test_two_hosts_train_as_one_process(shop, alone, hosts, engine):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for name, address in zip(hosts.names, ADDRESSES, strict=True)
+        for holder, address in zip(hosts.holders, ADDRESSES, strict=True)
     ]
-    said = [process.communicate(timeout=200)[0] for process in processes]
+    said = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     folder = shop.path / runs / "default"
     (run,) = (path for path in folder.iterdir() if path.name != "wandb")
@@ -117,5 +131,5 @@ def test_two_hosts_train_as_one_process(shop, alone, hosts, engine):
     (segment,) = folder.glob("wandb/offline-run-*")
     assert segment.name.endswith(run.name)
     gradients = 20 * 4 * sum(directory.summary["parameters"].values())
-    for name, earlier in zip(hosts.names, before, strict=True):
-        assert hosts.received(name) - earlier > gradients / 2  # reduced in halves
+    for now, earlier in zip(hosts.received(), before, strict=True):
+        assert now - earlier > gradients / 2  # reduced in halves

@@ -29,27 +29,33 @@ def test_float16_is_not_sharded():
         FullySharded(GPU, "fp16", reshard_after_forward=True)
 
 
-@pytest.mark.parametrize(
-    ("launcher", "variables"),
-    [
-        (
-            "torchrun",
-            {
-                "TORCHELASTIC_RUN_ID": "1",
-                "WORLD_SIZE": "4",
-                "RANK": "0",
-                "GROUP_RANK": "0",
-                "LOCAL_RANK": "0",
-            },
-        ),
-        ("SLURM", {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}),
-    ],
-)
-def test_launcher_and_settings_must_agree(monkeypatch, launcher, variables):
-    for name, value in variables.items():
+LAUNCHERS = {
+    "torchrun": {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+    "SLURM": {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"},
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher_and_settings_must_agree(monkeypatch, launcher):
+    for name, value in LAUNCHERS[launcher].items():
         monkeypatch.setenv(name, value)
     check_launch(2, 2)
-    with pytest.raises(
-        ValueError, match=rf"{launcher} started 4 process\(es\), but trainer.devices=2 × trainer.nodes=1"
-    ):
+    for devices, nodes in ((2, 1), (4, 1)):
+        with pytest.raises(
+            ValueError, match=rf"{launcher} started 4 process\(es\), 2 a node, but trainer.devices={devices} "
+        ):
+            check_launch(devices, nodes)
+
+
+def test_tasks_without_a_number_for_each_node(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ValueError, match="say --ntasks-per-node=2"):
         check_launch(2, 1)
+
+
+def test_other_hosts_need_somebody_who_starts_them(monkeypatch):
+    check_launch(2, 1)
+    with pytest.raises(ValueError, match="nothing started this on other hosts"):
+        check_launch(2, 2)
+    monkeypatch.setenv("NODE_RANK", "1")
+    check_launch(2, 2)

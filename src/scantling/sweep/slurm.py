@@ -56,11 +56,16 @@ class Queue:
 
     def run(self) -> None:
         """Until every job has ended. Raises Mistake where SLURM does not take them."""
+        answered = False
         while True:
-            states = queue_states()
-            if states is not None:
+            try:
+                states = queue_states()
+                answered = True
                 self.look(states)
                 self.hand_in(states)
+            except Unanswered as error:  # later it may be a controller that is started anew
+                if not answered:
+                    raise Mistake(f"SLURM does not answer: {error}") from error
             self.screen.draw()
             if all(job.state in ENDED for job in self.jobs):
                 return
@@ -187,8 +192,12 @@ def of_each_task(cpus: int | None) -> list[str]:
     return [] if cpus is None else [f"--cpus-per-task={cpus}"]  # srun does not ask sbatch
 
 
-def queue_states() -> dict[str, str] | None:
-    """SLURM's word for each of this user's jobs, by number, ARRAY_INDEX in arrays; None while SLURM does not answer."""
+class Unanswered(Exception):
+    """What squeue says instead."""
+
+
+def queue_states() -> dict[str, str]:
+    """SLURM's word for each of this user's jobs, by number, ARRAY_INDEX in arrays. Raises Unanswered."""
     command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i %T"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -196,9 +205,11 @@ def queue_states() -> dict[str, str] | None:
         raise Mistake(
             "hydra/launcher=submitit_slurm needs SLURM's commands, and there is no squeue here"
         ) from None
-    except subprocess.TimeoutExpired:
-        return None
-    return dict(line.split() for line in asked.stdout.splitlines()) if asked.returncode == 0 else None
+    except subprocess.TimeoutExpired as error:
+        raise Unanswered(str(error)) from error
+    if asked.returncode:
+        raise Unanswered(" ".join(asked.stderr.split()))
+    return dict(line.split() for line in asked.stdout.splitlines())
 
 
 def become_a_run(log: str, overrides: Sequence[str]) -> None:
