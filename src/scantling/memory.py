@@ -181,8 +181,10 @@ def training_memory(
     activations = inputs + max(kept) if checkpoint_activations else sum(kept)
     all_stand = accumulates or devices > 1
     at_the_head = (inputs if checkpoint_activations else sum(kept)) + logits
-    of_the_head = min(gradients, FLOAT32 * sizes.head)
-    at_the_head += (0 if whole else of_the_head) + gradients if all_stand else of_the_head
+    if all_stand:
+        at_the_head += gradients + (0 if whole else FLOAT32 * sizes.head)
+    else:
+        at_the_head += min(gradients, FLOAT32 * sizes.head)
     at_the_end = (inputs if checkpoint_activations else 0) + max(kept) + gradients
     return Memory(
         weights=0 if engine.offloads else weights,
