@@ -38,7 +38,7 @@ NOT_AN_ARM = (
 class StudyRuns:
     """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the setting of its size.
 
-    `baseline`: the arm that others are compared with. `is_law`: the runs differ in size, length and learning rate alone, by much.
+    `is_law`: the runs differ in size, length and learning rate alone, and by much.
     `cautions`: what was left out, or makes the study doubtful.
     """
 
