@@ -57,7 +57,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set_ylim(top=min(max(row["val/bpb"] for row in validated) * 1.25, axes.get_ylim()[1]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", frameon=False)  # where curves that fall leave room
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
