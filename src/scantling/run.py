@@ -496,8 +496,8 @@ def is_agreed(error: BaseException) -> bool:
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether what follows says it in one line."""
-    return hardware.ran_out_of_memory(error) or is_full_disk(error)
+    """Whether what follows says it in one line, or nothing needs to be said."""
+    return isinstance(error, KeyboardInterrupt) or hardware.ran_out_of_memory(error) or is_full_disk(error)
 
 
 def what_would_fit(run: Run) -> str:

@@ -65,9 +65,8 @@ class EndTogether(Callback):
         except RuntimeError:
             self.lost.set()
             end_soon()
-            time.sleep(
-                2 * SECONDS_TO_NOTICE
-            )  # the main thread may have failed first, and be about to say of what
+            # The main thread may have failed first, and be about to say of what.
+            time.sleep(2 * SECONDS_TO_NOTICE)
             self.end("another process of this run died")
 
     def part(self) -> None:
