@@ -34,7 +34,7 @@ MAY_IMPORT = {
     },
     "planned_study": {"accounting", "command_line", "composition", "plan", "study", "training"},
     "parts_table": {"accounting", "command_line", "composition", "hub", "model", "plan"},
-    "reported": {"command_line", "study"},
+    "reported": {"command_line", "run_directory", "study"},
     "recorded": {"command_line", "run_directory", "study"},
     "training": {"training", "model", "data", "accounting", "plan", "run_directory"},
     "study": {"study", "run_directory"},

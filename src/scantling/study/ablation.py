@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,23 +158,38 @@ def seeds_needed(
     if spread <= 0 or difference == 0:
         raise ValueError("the seeds needed follow from a positive spread and a difference that is not zero")
     alpha = (1 - level) / arms
-    for n in range(2, 100_000):
+
+    def found(n: int) -> bool:
         critical, shift = t.ppf(1 - alpha / 2, n - 1), abs(difference) / spread * np.sqrt(n)
-        if nct.sf(critical, n - 1, shift) >= power:
-            return n
-    raise ValueError(
-        f"a difference of {difference:g} with a spread of {spread:g} needs more than 100,000 seeds"
-    )
+        return bool(nct.sf(critical, n - 1, shift) >= power)
+
+    n = first(found, 100_000)
+    if n is None:
+        raise ValueError(
+            f"a difference of {difference:g} with a spread of {spread:g} needs more than 100,000 seeds"
+        )
+    return n
 
 
 def seeds_for_precision(spread: float, half_width: float, *, level: float = 0.95) -> int:
     """Pairs at which the interval of the mean difference is expected to reach ± `half_width`."""
     if spread <= 0 or half_width <= 0:
         raise ValueError("the seeds needed follow from a positive spread and a positive half-width")
-    for n in range(2, 1_000_000):
-        if t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n) <= half_width:
-            return n
-    raise ValueError(f"±{half_width:g} with a spread of {spread:g} needs more than a million seeds")
+    n = first(lambda n: bool(t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n) <= half_width), 1_000_000)
+    if n is None:
+        raise ValueError(f"±{half_width:g} with a spread of {spread:g} needs more than a million seeds")
+    return n
+
+
+def first(holds: Callable[[int], bool], most: int) -> int | None:
+    """The least n from 2 to `most` for which `holds`, which does for all larger ones; None where it does for none."""
+    low, high = 2, most
+    if not holds(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
 
 
 @dataclass(frozen=True)

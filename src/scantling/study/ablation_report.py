@@ -1,9 +1,8 @@
-"""What a study of arms says: each against the baseline at every scale, as tables, Markdown, CSV and a figure."""
+"""What a study of arms says: each against the baseline at every scale, as tables and in a sentence."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,13 +17,12 @@ from scantling.study.ablation import (
     seeds_for_precision,
     seeds_needed,
 )
-from scantling.study.arms import StudyRuns, mean_of, rows
-from scantling.study.figures import draw_arms
+from scantling.study.arms import StudyRuns, mean_of, pairable_runs, rows
 from scantling.study.forms import saturating
-from scantling.study.law_report import figures_of
 from scantling.study.scaling import Fit, fit
 
-FILES = ("report.md", "arms.csv", "arms.png")
+NAMED = 3
+"""Arms of a kind that the answer names."""
 
 OWN_LAW = 4
 """Scales from which the baseline's own runs give its law."""
@@ -61,16 +59,22 @@ def report_arms(
 
     Raises ValueError, naming runs, for what cannot be compared.
     """
-    cautions = list(study.cautions)
+    if baseline not in set(study.runs["arm"]):
+        arms = ", ".join(sorted(set(study.runs["arm"])))
+        raise ValueError(f"no runs of the baseline {baseline}: arms are {arms}")
+    all_runs, incomplete = pairable_runs(study, baseline)
+    cautions = [*study.cautions, *incomplete]
     if law is None and metric == "loss" and len(study.scales) >= OWN_LAW:
-        own = study.runs[study.runs["arm"] == baseline]
+        own = rows(all_runs, arm=baseline)
         law = fit(
             saturating("C"), {"C": own["flops"]}, own["loss"], resamples=resamples, level=level, seed=seed
         )
         cautions += [f"law of the baseline: {text}" for text in law.warnings]
     lines, gain_rows, gains = [], [], {}
-    for scale in study.scales:
-        runs = rows(study.runs, scale=scale)
+    scales = [scale for scale in study.scales if len(set(rows(all_runs, scale=scale)["arm"])) > 1]
+    cautions += [f"nothing is compared at {scale}" for scale in study.scales if scales and scale not in scales]
+    for scale in scales or study.scales:
+        runs = rows(all_runs, scale=scale)
         runs = runs.assign(loss=runs[metric])
         losses = paired_losses(runs, baseline)
         compared = compare(runs, baseline, level=level, resamples=resamples, seed=seed)
@@ -217,6 +221,37 @@ def headline(report: AblationReport) -> str:
     )
 
 
+def answer(report: AblationReport) -> str:
+    """In one sentence, at the largest scale: which arms are better and worse than the baseline, by how much, and of which
+    that cannot be said."""
+    scale = report.arms["scale"].iloc[-1]
+    here = report.arms[(report.arms["scale"] == scale) & (report.arms["arm"] != report.baseline)]
+    if not len(here):
+        return f"There is no other arm than {report.baseline}."
+    unit = {"loss": "nats per token", "bpb": "bits per byte"}[report.metric]
+    undecided = here["verdict"] == "undecided"
+    around_zero = (here["low"] <= 0) & (here["high"] >= 0)
+    kinds = {
+        f"better than {report.baseline}": (here[here["verdict"] == "better"], -1),
+        f"worse than {report.baseline}": (here[here["verdict"] == "worse"].iloc[::-1], 1),
+        f"no difference from {report.baseline} found": (here[undecided & around_zero], 0),
+        f"undecided after correction for {len(here)} comparisons": (here[undecided & ~around_zero], 0),
+    }
+    found = "; ".join(f"{words}: {named(arms, sign)}" for words, (arms, sign) in kinds.items() if len(arms))
+    where = f", at {scale}" if scale else ""
+    return f"{found[0].upper()}{found[1:]} {unit}{where} ({report.level:.0%} intervals over paired seeds)."
+
+
+def named(arms: pd.DataFrame, sign: int) -> str:
+    """Arms with their differences and intervals, of many the first; `sign`: of the differences where words say it."""
+    texts = []
+    for row in arms.iloc[:NAMED].itertuples():
+        ends = sorted((sign * row.low, sign * row.high)) if sign else (row.low, row.high)
+        by, form = (sign * row.difference, ".4f") if sign else (row.difference, "+.4f")
+        texts.append(f"{row.arm} by {by:{form}} ({ends[0]:{form}} to {ends[1]:{form}})")
+    return ", ".join(texts) + (f" and {len(arms) - NAMED} more" if len(arms) > NAMED else "")
+
+
 def tables(report: AblationReport) -> dict[str, pd.DataFrame]:
     """By title, those that there are."""
     found = {f"Arms against {report.baseline}, {report.level:.0%} intervals": arms_table(report)}
@@ -230,19 +265,3 @@ def tables(report: AblationReport) -> dict[str, pd.DataFrame]:
 def notes(report: AblationReport) -> list[str]:
     """Cautions, and gains over scale."""
     return [*(f"warning: {text}" for text in report.cautions), *report.trends]
-
-
-def write(report: AblationReport, study: StudyRuns, curves: pd.DataFrame, directory: Path) -> list[Path]:
-    """The files of the report in `directory`; they replace those of an earlier report."""
-    directory.mkdir(parents=True, exist_ok=True)
-    page, table, figure = (directory / name for name in FILES)
-    lines = [f"# {report.study}", "", headline(report), "", *(f"- {note}" for note in notes(report)), ""]
-    lines += ["![Curves of the arms, and their differences](arms.png)", ""]
-    for title, frame in tables(report).items():
-        lines += [f"## {title}", "", "| " + " | ".join(frame) + " |", "|" + "---|" * len(frame.columns)]
-        lines += ["| " + " | ".join(map(figures_of, row)) + " |" for row in frame.itertuples(index=False)]
-        lines += [""]
-    page.write_text("\n".join(lines))
-    report.arms.to_csv(table, index=False)
-    draw_arms(curves, study.runs, report.arms, figure, metric=report.metric, baseline=report.baseline)
-    return [page, table, figure]

@@ -117,6 +117,7 @@ def convention_table(
 class Gate:
     """A fit of the runs below `cutoff` FLOPs put to the test on those above.
 
+    `held_out`: a row each of these, with C, loss, predicted and, where an interval was computed, low and high.
     `error`: mean of |predicted/observed − 1| over the held-out runs; `bias`: the mean with its sign; `inside`: the share of
     them in the prediction interval, where one was computed.
     """
@@ -128,6 +129,7 @@ class Gate:
     bias: float
     inside: float | None
     tolerance: float
+    held_out: pd.DataFrame
 
     @property
     def passed(self) -> bool:
@@ -156,15 +158,19 @@ def held_out_gate(
     resamples: int = 0,
     seed: int = 0,
 ) -> Gate:
-    """Hold out the `share` of runs with the largest budgets, whole budgets at a time, and predict them.
+    """Hold out the `share` of runs with the largest budgets, whole budgets at a time and one at least, and predict them.
 
     Raises ValueError where the rest is too small to fit or nothing is larger.
     """
     n, d, losses, flops = (np.asarray(x, dtype=float) for x in (N, D, loss, compute))
     cutoff = float(np.quantile(flops, 1 - share))
     below = flops <= cutoff * 1.05
-    if below.all():
-        raise ValueError(f"no run has more than {cutoff:.3g} FLOPs: nothing larger is left to predict")
+    if below.all():  # the largest budget has more than this share
+        smaller = flops[flops * 1.05 < flops.max()]
+        if not len(smaller):
+            raise ValueError(f"no run has more than {cutoff:.3g} FLOPs: nothing larger is left to predict")
+        cutoff = float(smaller.max())
+        below = flops <= cutoff * 1.05
     inner = refit_hoffmann(
         n[below],
         d[below],
@@ -173,11 +179,15 @@ def held_out_gate(
         seed=seed,
         runs=None if runs is None else np.asarray(runs)[below],
     )
-    relative = inner.predict(N=n[~below], D=d[~below]) / losses[~below] - 1
+    sizes, observed = {"N": n[~below], "D": d[~below]}, losses[~below]
+    predicted = inner.predict(**sizes)
+    relative = predicted / observed - 1
+    held_out = pd.DataFrame({**sizes, "C": flops[~below], "loss": observed, "predicted": predicted})
     inside = None
     if resamples:
-        low, high = inner.predict_interval(N=n[~below], D=d[~below], seed=seed)
-        inside = float(((low <= losses[~below]) & (losses[~below] <= high)).mean())
+        low, high = inner.predict_interval(**sizes, seed=seed)
+        inside = float(((low <= observed) & (observed <= high)).mean())
+        held_out = held_out.assign(low=low, high=high)
     return Gate(
         cutoff=cutoff,
         n_fitted=int(below.sum()),
@@ -186,4 +196,5 @@ def held_out_gate(
         bias=float(relative.mean()),
         inside=inside,
         tolerance=tolerance,
+        held_out=held_out,
     )

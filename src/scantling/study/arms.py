@@ -18,6 +18,9 @@ LAW_SPAN = 2.0
 FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
 """Settings that a study of sizes changes with them."""
 
+LISTED = 10
+"""Names of runs that a caution gives."""
+
 NOT_AN_ARM = (
     "seed",
     "arm",
@@ -38,12 +41,13 @@ NOT_AN_ARM = (
 class StudyRuns:
     """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the setting of its size.
 
-    `is_law`: the runs differ in size, length and learning rate alone, and by much.
-    `cautions`: what was left out, or makes the study doubtful.
+    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size, length and learning rate alone, and
+    by much. `cautions`: what was left out, or makes the study doubtful.
     """
 
     name: str
     runs: pd.DataFrame
+    recorded: pd.DataFrame
     is_law: bool
     cautions: tuple[str, ...]
 
@@ -68,17 +72,9 @@ def mean_of(frame: pd.DataFrame, column: str) -> float:
 
 def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")) -> StudyRuns:
     """Raises ValueError where there is nothing finished, and for runs on different text, naming them."""
-    frame = load_runs(directory)
-    if not len(frame):
-        raise ValueError(f"{directory} holds no run")
-    cautions = [f"left out: {name}, {why}" for name, why in frame.attrs["left_out"].items()]
-    frame = frame.set_index("run", drop=False)
-    unfinished = [
-        str(name) for name, status in zip(frame["run"], frame["status"], strict=True) if status != "finished"
-    ]
-    if unfinished:
-        cautions.append(f"left out, not finished: {', '.join(unfinished)}")
-    runs = rows(frame, status="finished").copy()
+    frame, cautions = recorded_runs(directory)
+    finished = frame["status"].to_numpy() == "finished"
+    runs = frame.iloc[np.flatnonzero(finished)]
     if not len(runs):
         raise ValueError(
             f"{directory} holds no finished run: the same python src/train.py -m command goes on"
@@ -92,7 +88,8 @@ def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")
                 f"runs of {directory.name} differ in their {name}, and losses on different {name} are not comparable: "
                 f"{', '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''} against the others"
             )
-    settings = [settings_of(text) for text in runs["overrides"]]
+    of_all = [settings_of(text) for text in frame["overrides"]]
+    settings = [setting for setting, is_finished in zip(of_all, finished, strict=True) if is_finished]
     varied = varied_keys(settings)
     grows = [key for key in varied if is_size(key)]
     others = [key for key in varied if key not in grows and key not in FOLLOWS_SIZE]
@@ -101,15 +98,56 @@ def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")
             "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to their length"
         )
     size = runs["params"].to_numpy(dtype=float) * runs["tokens"].to_numpy(dtype=float)
-    if grows and not others and size.max() > LAW_SPAN * size.min():
-        return StudyRuns(directory.name, runs.assign(scale=runs["arm"]), True, tuple(cautions))
-    changes = arms_changes(settings)
-    scale_keys = [key for key in grows if key not in changes]
-    runs["scale"] = [joined(setting, scale_keys) for setting in settings]
-    if not all("arm" in setting for setting in settings):
-        rest = [key for key in varied if key not in scale_keys]
-        runs["arm"] = [joined(setting, rest) or "default" for setting in settings]
-    return StudyRuns(directory.name, runs, False, tuple(cautions))
+    is_law = bool(grows and not others and size.max() > LAW_SPAN * size.min())
+    if is_law:
+        frame["scale"] = frame["arm"]
+    else:
+        changes = arms_changes(settings)
+        scale_keys = [key for key in grows if key not in changes]
+        frame["scale"] = [joined(setting, scale_keys) for setting in of_all]
+        if not all("arm" in setting for setting in settings):
+            rest = [key for key in varied if key not in scale_keys]
+            frame["arm"] = [joined(setting, rest) or "default" for setting in of_all]
+    runs = frame.iloc[np.flatnonzero(finished)].copy()
+    return StudyRuns(directory.name, runs, frame, is_law, tuple(cautions))
+
+
+def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Every run, and what to say of those that are not finished. Raises ValueError where there is none."""
+    frame = load_runs(directory)
+    cautions = [f"left out: {name}, {why}" for name, why in frame.attrs["left_out"].items()]
+    if not len(frame):
+        raise ValueError(f"{directory} holds no run")
+    frame = frame.set_index("run", drop=False)
+    for status, words in {"failed": "left out, failed", "unfinished": "left out, not finished"}.items():
+        names = rows(frame, status=status)["run"]
+        if len(names):
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            cautions.append(f"{words}: {', '.join(names[:LISTED])}{more}")
+    return frame.assign(scale=""), cautions
+
+
+def pairable_runs(study: StudyRuns, baseline: str) -> tuple[pd.DataFrame, list[str]]:
+    """The finished runs without what lost its partner because a run failed or goes on, and what to say of it.
+
+    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm lacks its arm.
+    """
+    runs, cautions = study.runs, []
+    lost = study.recorded.iloc[np.flatnonzero(study.recorded["status"] != "finished")]
+    for _, run in lost.iterrows():
+        scale, arm, seed = run["scale"], run["arm"], run["seed"]
+        partners = rows(runs, scale=scale, seed=seed)
+        partners = partners.iloc[np.flatnonzero(partners["arm"] != arm)]
+        leaves = partners if arm == baseline else rows(runs, scale=scale, arm=arm)
+        if not len(leaves) or not len(partners) or len(rows(runs, scale=scale, arm=arm, seed=seed)):
+            continue
+        what = f"seed {seed}" if arm == baseline else f"arm {arm}"
+        why = f"the run of {baseline}" if arm == baseline else f"its seed {seed}"
+        where = f" at {scale}" if scale else ""
+        state = "failed" if run["status"] == "failed" else "is not finished"
+        cautions.append(f"{what} is not compared{where}: {why} {state}")
+        runs = runs.drop(leaves.index)
+    return runs, cautions
 
 
 def is_size(key: str) -> bool:

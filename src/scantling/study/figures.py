@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from scantling.study.allocation import optimum_table
@@ -20,6 +21,12 @@ from scantling.study.huber import Array
 from scantling.study.scaling import Fit
 
 TRAIN, VALIDATION = "#9aa5b1", "#c2410c"
+
+LEGEND = 20
+"""Arms that a legend names."""
+
+TALLEST = 40.0
+"""Inches."""
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -113,7 +120,13 @@ def draw_law(
     law.legend(frameon=False, fontsize=8)
     if caution is not None:
         figure.suptitle(caution, color="#b91c1c", fontsize=8)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, and as SVG beside it."""
+    figure.savefig(path, dpi=150)
+    figure.savefig(path.with_suffix(".svg"))
     plt.close(figure)
 
 
@@ -162,7 +175,7 @@ def draw_arms(
     here = [row for row in table if row["scale"] == largest]
     colours = {row["arm"]: TRAIN if row["arm"] == baseline else f"C{i % 10}" for i, row in enumerate(here)}
     compared = [row for row in table if row["arm"] != baseline][::-1]
-    height = max(4.0, 0.3 * len(compared) + 1.5)
+    height = min(max(4.0, 0.3 * len(compared) + 1.5), TALLEST)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, height), layout="constrained", width_ratios=(3, 2)
     )
@@ -190,6 +203,6 @@ def draw_arms(
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    left.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    if len(colours) <= LEGEND:
+        left.legend(frameon=False, fontsize=8)
+    save(figure, path)

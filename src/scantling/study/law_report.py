@@ -1,10 +1,9 @@
-"""Everything that a table of runs says by a fitted law: parameters, what to distrust, the optimum, as Markdown, CSV, PNG."""
+"""Everything that a table of runs says by a fitted law: parameters, what to distrust, the optimum."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,19 +15,21 @@ from scantling.study.allocation import (
     held_out_gate,
     optimum_table,
 )
-from scantling.study.figures import draw_law
-from scantling.study.isoflop import PowerLaw, fit_envelope, fit_isoflop
+from scantling.study.huber import Array
+from scantling.study.isoflop import PowerLaw, fit_envelope, fit_isoflop, grouped
 from scantling.study.observations import Observations, isoflop_budgets
-from scantling.study.scaling import Fit, fit_hoffmann, profile_interval
+from scantling.study.scaling import Fit, fit_hoffmann, profile_interval, refit_hoffmann
 
-FILES = ("report.md", "parameters.csv", "optimum.csv", "fit.png")
+MOST_BUDGETS = 12
+"""Groups of equal FLOPs; runs with more were not planned in budgets."""
 
 
 @dataclass(frozen=True)
 class LawReport:
     """A fit of Hoffmann's form to `observations`, and its tables, for whichever page shows them.
 
-    `exponents`: a of N_opt ∝ C^a by each approach that the runs allow; `conventions`: the same under each count of N.
+    `exponents`: a of N_opt ∝ C^a by each approach that the runs allow; `conventions`: the same under each count of N;
+    `without`: the same by approach 3 without each budget. `isoflop`: approach 2 with parabolas, where budgets are planned.
     """
 
     source: str
@@ -39,6 +40,8 @@ class LawReport:
     optimum: pd.DataFrame | None
     exponents: pd.DataFrame
     conventions: pd.DataFrame | None
+    without: pd.DataFrame | None
+    isoflop: PowerLaw | None
 
 
 def report_law(
@@ -84,10 +87,12 @@ def report_law(
     if len(observations.counts) > 1:
         conventions = convention_table(observations.counts, d, loss, **settings)
     rows = [approach_3(fit)] if has_optimum else []
+    parabolas = None
     if is_grid:
         for minimum in ("parabola", "akima"):
             law = fit_isoflop(n, c, loss, minimum=minimum, resamples=resamples, level=level, seed=seed)
             rows.append(approach(f"2, {minimum} of each budget", law))
+            parabolas = parabolas or law
     if len(np.unique(names)) < len(names):
         law = fit_envelope(names, n, d, loss, resamples=min(resamples, 1000), level=level, seed=seed)
         rows.append(approach("1, envelope of training curves", law))
@@ -100,7 +105,22 @@ def report_law(
         optimum=optimum,
         exponents=pd.DataFrame(rows),
         conventions=conventions,
+        without=without_each_budget(n, d, c, loss) if has_optimum else None,
+        isoflop=parabolas,
     )
+
+
+def without_each_budget(n: Array, d: Array, c: Array, loss: Array) -> pd.DataFrame | None:
+    """The exponent without the runs of one budget, for each; None where there are few budgets, or more than are planned."""
+    budgets = grouped(np.log(c), 0.05)
+    if not 4 <= len(budgets) <= MOST_BUDGETS:
+        return None
+    table = []
+    for budget in budgets:
+        kept = np.setdiff1d(np.arange(len(n)), budget)
+        a, _ = allocation_exponent(refit_hoffmann(n[kept], d[kept], loss[kept]))
+        table.append({"without the runs of": f"{c[budget].mean():.3g} FLOPs", "a": a})
+    return pd.DataFrame(table)
 
 
 def approach_3(fit: Fit) -> dict[str, object]:
@@ -134,21 +154,30 @@ def cautions(report: LawReport) -> list[str]:
     return [*verdict, *(f"warning: {text}" for text in report.fit.warnings), *left_out]
 
 
+def answer(report: LawReport) -> str:
+    """In one sentence, how to divide the largest budget asked for, or why that cannot be said."""
+    if report.optimum is None:
+        fit = report.fit
+        return f"These runs determine no optimum: alpha = {fit.alpha:.3g} and beta = {fit.beta:.3g} must both be positive."
+    a, interval = allocation_exponent(report.fit)
+    at = report.optimum.iloc[0]
+    return (
+        f"At {at['C']:.3g} FLOPs the least loss, {at['loss']:.4g} nats per token{ends(at, 'loss')}, takes {at['N']:.3g} "
+        f"parameters{ends(at, 'N')} and {at['D']:.3g} tokens{ends(at, 'D')}; the best size grows as C^{a:.3g}"
+        + (f" ({interval[0]:.3g} to {interval[1]:.3g}, {report.fit.level:.0%})." if interval else ".")
+    )
+
+
+def ends(row: pd.Series, name: str) -> str:
+    return f" ({row[f'{name}_low']:.4g} to {row[f'{name}_high']:.4g})" if f"{name}_low" in row else ""
+
+
 def headline(report: LawReport) -> str:
     fit = report.fit
     return (
         f"{fit.form.formula}, {len(fit.loss)} rows of {report.source}: Huber of log loss at {fit.delta:g}, objective "
         f"{fit.objective:.6g}, found from {fit.found:.0%} of the starts"
     )
-
-
-def figures_of(value: object) -> str:
-    """A cell: numbers with five digits, large ones in powers of ten."""
-    if not isinstance(value, float):
-        return str(value)
-    if np.isnan(value):
-        return ""
-    return f"{value:.3e}" if abs(value) >= 1e5 else f"{value:.5g}"
 
 
 def tables(report: LawReport) -> dict[str, pd.DataFrame]:
@@ -159,38 +188,6 @@ def tables(report: LawReport) -> dict[str, pd.DataFrame]:
         f"Compute-optimal training, C = 6ND, {level} intervals": report.optimum,
         "Exponent a of N_opt ∝ C^a by approach": report.exponents,
         "The same by counting convention": report.conventions,
+        "The same without each budget, approach 3": report.without,
     }
     return {title: table for title, table in found.items() if table is not None and len(table)}
-
-
-def markdown(report: LawReport) -> str:
-    lines = [f"# Scaling law of {report.source}", "", headline(report), ""]
-    lines += [f"- {caution}" for caution in cautions(report)]
-    lines += ["", "![Loss against compute, and what the fit leaves](fit.png)", ""]
-    for title, table in tables(report).items():
-        lines += [f"## {title}", ""]
-        lines += ["| " + " | ".join(table) + " |", "|" + "---|" * len(table.columns)]
-        lines += ["| " + " | ".join(map(figures_of, row)) + " |" for row in table.itertuples(index=False)]
-        lines += [""]
-    return "\n".join(lines)
-
-
-def write(report: LawReport, directory: Path) -> list[Path]:
-    """The files of the report in `directory`; they replace those of an earlier report."""
-    directory.mkdir(parents=True, exist_ok=True)
-    page, parameters, optimum, figure = (directory / name for name in FILES)
-    page.write_text(markdown(report))
-    report.parameters.to_csv(parameters, index=False)
-    written = [page, parameters, figure]
-    if report.optimum is not None:
-        report.optimum.to_csv(optimum, index=False)
-        written.append(optimum)
-    draw_law(
-        report.fit,
-        report.observations.runs["C"].to_numpy(),
-        figure,
-        title=headline(report).partition(":")[0],
-        cutoff=None if report.gate is None else report.gate.cutoff,
-        caution=report.fit.verdict if report.gate is not None and not report.gate.passed else None,
-    )
-    return written

@@ -1,0 +1,242 @@
+"""Charts of a page: loss over training with bands over seeds, and differences of arms with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from scantling.study.ablation_report import AblationReport
+from scantling.study.arms import rows
+from scantling.study.report import Axis, Chart, Series
+
+UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
+
+POINTS = 6000
+"""Of all curves of a chart together, so that a page stays small whatever the number of runs."""
+
+MOST_POINTS = 240
+"""Of one curve."""
+
+LINES = 48
+"""Runs up to which each has a line of its own beside its arm's band."""
+
+ARMS = 40
+"""Curves of more arms cannot be told apart: those with the lowest losses are shown."""
+
+X = (
+    Axis("tokens", "tokens", si=True),
+    Axis("flops", "FLOPs"),
+    Axis("seconds", "seconds of training", si=True),
+)
+
+VALIDATED, TRAINED = ("val/bpb", "val/loss"), "train/loss"
+
+
+def curves_chart(curves: pd.DataFrame, runs: pd.DataFrame, *, metric: str, by_size: bool = False) -> Chart | None:
+    """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean over seeds
+    with a band of ± two standard errors, and the runs themselves where they are few.
+
+    `metric`: the one shown first. `by_size`: colours by parameters, from small to large. None where nothing was recorded.
+    """
+    if not len(curves) or not set(VALIDATED) <= set(curves):
+        return None
+    of_run = dict(list(curves.groupby("run", sort=False)))
+    groups = [
+        (str(arm), str(scale), group)
+        for (arm, scale), group in runs.groupby(["arm", "scale"], sort=False)
+        if any(name in of_run for name in group["run"])
+    ]
+    note = "Bands: ± two standard errors over seeds. "
+    if len(groups) > ARMS:
+        note += f"The {ARMS} of {len(groups)} arms with the lowest losses are shown. "
+        groups = sorted(groups, key=lambda g: float(np.nan_to_num(g[2]["loss"].mean(), nan=np.inf)))[:ARMS]
+    n_lines = sum(len(group) for *_, group in groups)
+    each = n_lines <= LINES
+    points = int(np.clip(POINTS // max(len(groups) + (n_lines if each else 0), 1), 8, MOST_POINTS))
+    colours: dict[str, int | float] = {}
+    sizes = np.log(runs["params"].to_numpy(dtype=float))
+    found = []
+    for arm, scale, group in groups:
+        if by_size and np.ptp(sizes[np.isfinite(sizes)]) > 0:
+            size = float(np.log(group["params"].mean()))
+            colour = float((size - np.nanmin(sizes)) / (np.nanmax(sizes) - np.nanmin(sizes)))
+        else:
+            colour = colours.setdefault(arm, len(colours))
+        label = arm if scale in ("", arm) else f"{arm}, {scale}"
+        tables = [of_run[name] for name in group["run"] if name in of_run]
+        found += mean_curve(tables, arm, label, colour, points)
+        if each and len(tables) > 1:
+            for name, seed in zip(group["run"], group["seed"], strict=True):
+                if name in of_run:
+                    found += mean_curve([of_run[name]], arm, f"{label}, seed {seed}", colour, points, style="thin")
+    if each and len(runs) > len(groups):
+        note += "Thin lines: single runs. "
+    ends = runs["bpb"].dropna(), runs["loss"].dropna()
+    axes = {
+        "val/bpb": Axis("val/bpb", "bits per byte", range=focus(ends[0])),
+        "val/loss": Axis("val/loss", "nats per token", range=focus(ends[1])),
+        TRAINED: Axis(TRAINED, "training, nats per token", range=focus(ends[1])),
+    }
+    first = f"val/{metric}"
+    shown = (axes.pop(first), *axes.values())
+    note += "Drag to look closer, double-click for all; click a name to hide it, double-click to see it alone."
+    return Chart("Validation and training", tuple(found), X, shown, note=note, height=460)
+
+
+def focus(ends: pd.Series) -> tuple[float, float] | None:
+    """The part of an axis in which the ends of runs lie; before them losses are higher by far."""
+    if not len(ends):
+        return None
+    low, high = float(ends.min()), float(ends.max())
+    return low - 0.15 * (high - low) - 0.01 * low, high + max(0.6 * (high - low), 0.25 * low)
+
+
+def mean_curve(
+    tables: Sequence[pd.DataFrame], group: str, label: str, colour: int | float, points: int, style: str = "line"
+) -> list[Series]:
+    """One series for what is validated and one for what is trained; steps that not all tables have are left out."""
+    found = []
+    for columns in (list(VALIDATED), [TRAINED]):
+        if not all(set(columns) <= set(table) for table in tables):
+            continue
+        rows_of = pd.concat([table.dropna(subset=columns) for table in tables])
+        if not len(rows_of):
+            continue
+        by_step = rows_of.groupby("step")
+        counts = by_step.size().to_numpy()
+        kept = thinned(np.flatnonzero(counts == counts.max()), points)
+        keys = [axis.key for axis in X if axis.key in rows_of] + columns
+        mean = by_step[keys].mean().iloc[kept]
+        band: tuple[dict, dict] = ({}, {})
+        if counts.max() > 1:
+            error = by_step[columns].sem().iloc[kept]
+            for side, sign in zip(band, (-2, 2), strict=True):
+                side |= {key: (mean[key] + sign * error[key]).tolist() for key in columns}
+        values = {key: mean[key].tolist() for key in keys}
+        found.append(Series(group, values, *band, style=style, colour=colour, hover=label))
+    return found
+
+
+def thinned(indices: np.ndarray, points: int) -> np.ndarray:
+    """Evenly spaced ones, the first and the last among them: every point shown was recorded."""
+    if len(indices) <= points:
+        return indices
+    return indices[np.unique(np.linspace(0, len(indices) - 1, points).round().astype(int))]
+
+
+def forest_chart(report: AblationReport) -> Chart:
+    """Every arm's difference from the baseline with its paired t interval, at every scale."""
+    several = len(set(report.arms["scale"])) > 1
+    compared = report.arms[report.arms["arm"] != report.baseline]
+    unit = UNITS[report.metric]
+    found = []
+    scales = list(dict.fromkeys(report.arms["scale"]))
+    for i, scale in enumerate(scales):
+        here = rows(compared, scale=scale)
+        found.append(
+            Series(
+                scale or report.metric,
+                {"arm": here["arm"].tolist(), "difference": here["difference"].tolist()},
+                {"difference": here["low"].tolist()},
+                {"difference": here["high"].tolist()},
+                style="points",
+                colour=i / max(len(scales) - 1, 1) if several else 0,
+                hover=[
+                    f"{row.arm}: {row.low:+.4f} to {row.high:+.4f}, {row.verdict}" for row in here.itertuples()
+                ],
+            )
+        )
+    names = compared["arm"].nunique()
+    return Chart(
+        f"Difference from {report.baseline}",
+        tuple(found),
+        (Axis("difference", f"{unit}, left of zero is better", log=None),),
+        (Axis("arm", "arm", words=True),),
+        note=f"Points: mean over paired seeds. Bars: {report.level:.0%} paired t intervals, not corrected for the number of arms; "
+        "the verdicts are.",
+        legend=several,
+        height=int(np.clip(120 + 34 * names, 220, 900)),
+    )
+
+
+def scale_chart(report: AblationReport, compute: dict[str, float]) -> Chart | None:
+    """Differences against compute, where arms were compared at several scales; `compute`: FLOPs of the baseline by scale."""
+    if len(compute) < 2:
+        return None
+    found = []
+    for i, (arm, here) in enumerate(report.arms[report.arms["arm"] != report.baseline].groupby("arm", sort=False)):
+        found.append(
+            Series(
+                str(arm),
+                {"C": [compute[scale] for scale in here["scale"]], "difference": here["difference"].tolist()},
+                {"difference": here["low"].tolist()},
+                {"difference": here["high"].tolist()},
+                colour=i,
+            )
+        )
+    return Chart(
+        f"Difference from {report.baseline} over scale",
+        tuple(found),
+        (Axis("C", "FLOPs", log=True),),
+        (Axis("difference", UNITS[report.metric], log=None),),
+        note=f"Bands: {report.level:.0%} paired t intervals. Below zero is better.",
+    )
+
+
+def gain_chart(report: AblationReport) -> Chart | None:
+    """Compute-equivalent gains against compute, where a law is at hand."""
+    if report.gains is None:
+        return None
+    known = report.gains[np.isfinite(report.gains["high"].to_numpy(dtype=float))]
+    if not len(known):
+        return None
+    found = [
+        Series(
+            str(arm),
+            {"C": here["FLOPs"].tolist(), "gain": here["gain"].tolist()},
+            {"gain": here["low"].tolist()},
+            {"gain": here["high"].tolist()},
+            style="points",
+            colour=i,
+        )
+        for i, (arm, here) in enumerate(known.groupby("arm", sort=False))
+    ]
+    return Chart(
+        "Compute-equivalent gain",
+        tuple(found),
+        (Axis("C", "FLOPs", log=True),),
+        (Axis("gain", "× compute", log=True),),
+        note="What the baseline would need, as a multiple of the compute, to reach the arm's loss: above 1 is better.",
+    )
+
+
+def lengths_chart(records: Sequence[dict]) -> Chart:
+    """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of training."""
+    frame = pd.DataFrame(records)
+    slides = bool(frame["sliding"].any())
+    frame["arm"] = frame["run"].str.replace(r" ?seed=\d+", "", regex=True)
+    found = []
+    for i, (arm, of_arm) in enumerate(frame.groupby("arm", sort=False)):
+        for sliding, here in of_arm.groupby("sliding"):
+            by_length = here.groupby("length")[["loss", "bpb"]]
+            mean = by_length.mean()
+            error = by_length.sem().fillna(0)
+            values = {"length": mean.index.tolist(), **{key: mean[key].tolist() for key in mean}}
+            low, high = ({key: (mean[key] + s * error[key]).tolist() for key in mean} for s in (-2, 2))
+            style = "dashed" if slides and not sliding else "line"
+            hover = f"{arm}{', sliding' if sliding else ''}"
+            found.append(Series(str(arm), values, low, high, style=style, colour=i, hover=hover))
+            at = mean[mean.index.isin(here["trained_at"])]
+            if len(at):
+                values = {"length": at.index.tolist(), **{key: at[key].tolist() for key in at}}
+                found.append(Series(str(arm), values, style="rings", colour=i, hover=f"{hover}, length of training"))
+    return Chart(
+        "Loss by length of context",
+        tuple(found),
+        (Axis("length", "context, tokens", log=True, si=True),),
+        (Axis("bpb", "bits per byte"), Axis("loss", "nats per token")),
+        note="Rings: the length of training. Bands: ± two standard errors over seeds."
+        + (" Solid: windows slide; dashed: side by side." if slides else ""),
+    )

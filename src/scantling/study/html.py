@@ -1,0 +1,210 @@
+"""A report as one HTML file that needs nothing else: plotly.js, the styles and the data stand in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scantling.study.report import (
+    Axis,
+    Block,
+    Chart,
+    Code,
+    Figure,
+    Link,
+    Report,
+    Samples,
+    Series,
+    Table,
+    Text,
+    figures_of,
+)
+
+STATES = ("better", "worse", "undecided", "finished", "unfinished", "failed")
+"""Cells that have a colour."""
+
+LONG_CELL = 44
+"""Characters above which a cell wraps."""
+
+PALETTE = 10
+
+
+def page(report: Report, *, command: str, reload_seconds: float | None = None) -> str:
+    """`command`: what wrote it. `reload_seconds`: the page asks for itself again so often."""
+    plotly = files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
+    style, script = (files("scantling.study").joinpath(name).read_text() for name in ("page.css", "page.js"))
+    sections = [(f"s{i}", section) for i, section in enumerate(report.sections)]
+    body = [f'<p class="kind">{escape(report.kind)}</p><h1>{escape(report.title)}</h1>']
+    body += [f'<p class="question">{escape(report.question)}</p>'] if report.question else []
+    body += [f'<p class="answer">{escape(report.answer)}</p>']
+    if report.cautions:
+        body += [f'<ul class="cautions">{"".join(f"<li>{escape(c)}</li>" for c in report.cautions)}</ul>']
+    for anchor, section in sections:
+        body.append(f'<section id="{anchor}"><h2>{escape(section.title)}</h2>')
+        body += [in_html(block) for block in section.blocks]
+        body.append("</section>")
+    links = "".join(f'<a href="#{anchor}">{escape(section.title)}</a>' for anchor, section in sections)
+    again = "" if reload_seconds is None else f'<meta http-equiv="refresh" content="{reload_seconds:g}">'
+    written = f"Written {time.strftime('%Y-%m-%d %H:%M:%S')} by <code>{escape(command)}</code>"
+    if reload_seconds is not None:
+        written += f"; reloads every {reload_seconds:g} seconds"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">{again}
+<title>{escape(report.title)} · Scantling</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+<script>{plotly}</script>
+</head><body>
+<div class="bar"><nav>{links}</nav><button id="theme" type="button" title="light or dark">dark</button></div>
+<main>
+{"".join(body)}
+<footer>{written}</footer>
+</main>
+<script>{script}</script>
+</body></html>
+"""
+
+
+def in_html(block: Block) -> str:
+    if isinstance(block, Text):
+        return f"<p>{escape(block.text)}</p>"
+    if isinstance(block, Code):
+        return f"<pre>{escape(block.text)}</pre>"
+    if isinstance(block, Table):
+        return table(block)
+    if isinstance(block, Samples):
+        shown = (
+            f"<figure><figcaption>{escape(title)}</figcaption><pre>{escape(printable(text))}</pre></figure>"
+            for title, text in block.texts
+        )
+        return f'<div class="samples">{"".join(shown)}</div>'
+    if isinstance(block, Figure):
+        svg = block.name.rpartition(".")[0] + ".svg"
+        return (
+            f'<p class="note">For print: <a href="{escape(block.name)}">{escape(block.name)}</a>, '
+            f'<a href="{escape(svg)}">{escape(svg)}</a></p>'
+        )
+    return chart(block)
+
+
+def printable(text: str) -> str:
+    """Control characters of a young model's text as a sign that can be seen."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def table(block: Table) -> str:
+    frame = block.frame
+    words = [is_words(frame[name]) for name in frame]
+    head = "".join(
+        f"<th{' class=word' if word else ''}>{escape(str(name))}</th>"
+        for name, word in zip(frame, words, strict=True)
+    )
+    rows = "".join(
+        f"<tr>{''.join(map(cell, row, words))}</tr>" for row in frame.itertuples(index=False, name=None)
+    )
+    shown = (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+    if block.folded:
+        return f"<details><summary>{escape(block.title)}</summary>{shown}</details>"
+    return f"<h3>{escape(block.title)}</h3>{shown}"
+
+
+def is_words(column: pd.Series) -> bool:
+    """Whether a column reads from the left: any cell that does not begin as a number."""
+    return any(
+        isinstance(value, Link) or (str(value) and str(value)[0] not in "0123456789+-−×")
+        for value in column
+        if not (isinstance(value, float) and math.isnan(value))
+    )
+
+
+def cell(value: object, word: bool) -> str:
+    if isinstance(value, Link):
+        return f'<td class="word"><a href="{escape(value.target)}">{escape(value.text)}</a></td>'
+    text = figures_of(value)
+    classes = [name for name, has in (("word", word), ("long", len(text) > LONG_CELL)) if has]
+    classes += [text] if text in STATES else []
+    return f'<td class="{" ".join(classes)}">{escape(text)}</td>' if classes else f"<td>{escape(text)}</td>"
+
+
+# --- charts ---
+
+
+def chart(block: Chart) -> str:
+    spec = {
+        "x": [axis(a) for a in block.x],
+        "y": [axis(a) for a in block.y],
+        "series": [series(s) for s in block.series],
+        "legend": block.legend,
+        "height": block.height,
+    }
+    data = json.dumps(spec, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    data = data.replace("<", "\\u003c")  # no text ends the script that it stands in
+    note = f'<p class="note">{escape(block.note)}</p>' if block.note else ""
+    return (
+        f'<div class="card chart"><h3>{escape(block.title)}</h3><div class="controls"></div><div class="legend"></div>'
+        f'<div class="plot" role="img" aria-label="{escape(block.title)}"></div>{note}'
+        f'<script type="application/json">{data}</script></div>'
+    )
+
+
+def axis(a: Axis) -> dict[str, Any]:
+    short = "" if a.words else a.title.partition(",")[0]
+    return {**asdict(a), "short": short}
+
+
+def series(s: Series) -> dict[str, Any]:
+    hover = s.hover or s.group
+    return {
+        "group": s.group,
+        "values": {key: numbers(values) for key, values in s.values.items()},
+        "low": {key: numbers(values) for key, values in s.low.items()},
+        "high": {key: numbers(values) for key, values in s.high.items()},
+        "style": s.style,
+        "colour": colour(s.colour),
+        # plotly reads tags in it
+        "hover": escape(hover) if isinstance(hover, str) else [escape(text) for text in hover],
+    }
+
+
+def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
+    """With six digits, which no screen shows more of; None for what is not finite. plotly reads tags in words."""
+    return [
+        escape(v)
+        if isinstance(v, str)
+        else short(v)
+        if isinstance(v, (float, np.floating))
+        else v.item()
+        if isinstance(v, np.generic)
+        else v
+        for v in values
+    ]
+
+
+def short(value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.6g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+
+
+def colour(of: int | float | Sequence[float] | None) -> Any:
+    if of is None:
+        return None
+    if isinstance(of, int):
+        return f"c{of % PALETTE}"
+    if isinstance(of, float):
+        return f"s{min(max(of, 0.0), 1.0):.3g}"
+    return [colour(float(each)) for each in of]

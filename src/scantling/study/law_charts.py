@@ -1,0 +1,263 @@
+"""Charts of a page about a law: valleys of equal FLOPs, the frontier, residuals, what was held out, exponents."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scantling.study.allocation import allocation_exponent, optimal_parameters, optimum_table
+from scantling.study.huber import Array
+from scantling.study.isoflop import grouped, parabola_minimum
+from scantling.study.law_report import LawReport
+from scantling.study.report import Axis, Chart, Series
+from scantling.study.scaling import estimate
+
+BEYOND = 100.0
+"""How far above the largest run's FLOPs the frontier is drawn."""
+
+MOST_RUNS = 2000
+"""Points of a chart; of more runs so many are drawn evenly."""
+
+LOSS = Axis("loss", "nats per token", log=True)
+
+
+def law_charts(report: LawReport) -> list[Chart]:
+    """Those that the runs allow."""
+    return [
+        chart
+        for chart in (
+            valleys_chart(report),
+            frontier_chart(report),
+            optimum_chart(report),
+            residuals_chart(report),
+            held_out_chart(report),
+            exponents_chart(report),
+        )
+        if chart is not None
+    ]
+
+
+def by_rank(values: Array) -> Array:
+    """From 0 to 1 by logarithm."""
+    logs = np.log(values)
+    return (logs - logs.min()) / max(float(np.ptp(logs)), 1e-12)
+
+
+def drawn(n: int) -> Array:
+    return np.unique(np.linspace(0, n - 1, min(n, MOST_RUNS)).round().astype(int))
+
+
+def valleys_chart(report: LawReport) -> Chart | None:
+    """Loss against size in each budget, with its parabola in log N; rings: where it is lowest."""
+    if report.isoflop is None:
+        return None
+    runs = report.observations.runs
+    n, c, loss = (runs[name].to_numpy() for name in ("N", "C", "loss"))
+    budgets = grouped(np.log(c), 0.05)
+    found = []
+    for i, rows in enumerate(budgets):
+        group, colour = f"{c[rows].mean():.3g} FLOPs", i / (len(budgets) - 1)
+        log_n, log_loss = np.log(n[rows]), np.log(loss[rows])
+        fine = np.linspace(log_n.min(), log_n.max(), 40)
+        parabola = np.polyfit(log_n - log_n.mean(), log_loss, 2)
+        low = parabola_minimum(log_n, log_loss[None])
+        names = [f"{group}, run {run}" for run in runs["run"].iloc[rows]]
+        found += [
+            Series(
+                group,
+                {"N": n[rows].tolist(), "loss": loss[rows].tolist()},
+                style="points",
+                colour=colour,
+                hover=names,
+            ),
+            Series(
+                group,
+                {
+                    "N": np.exp(fine).tolist(),
+                    "loss": np.exp(np.polyval(parabola, fine - log_n.mean())).tolist(),
+                },
+                colour=colour,
+            ),
+            Series(
+                group,
+                {
+                    "N": np.exp(low).tolist(),
+                    "loss": np.exp(np.polyval(parabola, low - log_n.mean())).tolist(),
+                },
+                style="rings",
+                colour=colour,
+                hover=f"{group}: lowest",
+            ),
+        ]
+    return Chart(
+        "IsoFLOP valleys",
+        tuple(found),
+        (Axis("N", "parameters", log=True, si=True),),
+        (LOSS,),
+        note="Each budget's runs, a parabola in log N through them, and a ring where it is lowest.",
+    )
+
+
+def frontier_chart(report: LawReport) -> Chart:
+    """Loss against compute: the runs, and the loss of compute-optimal training with its band, beyond the largest run."""
+    runs, fit = report.observations.runs, report.fit
+    kept = drawn(len(runs))
+    c, n, d, loss = (runs[name].to_numpy()[kept] for name in ("C", "N", "D", "loss"))
+    found = [
+        Series(
+            "runs",
+            {"C": c.tolist(), "N": n.tolist(), "D": d.tolist(), "loss": loss.tolist()},
+            style="points",
+            colour=by_rank(n).tolist(),
+            hover=[
+                f"run {run}: {size:.3g} parameters, {tokens:.3g} tokens"
+                for run, size, tokens in zip(runs["run"].iloc[kept], n, d, strict=True)
+            ],
+        )
+    ]
+    if fit.alpha > 0 and fit.beta > 0:
+        budgets = np.geomspace(runs["C"].min(), BEYOND * runs["C"].max(), 60)
+        optimum = optimum_table(fit, budgets.tolist())
+        name = f"compute-optimal, with {fit.level:.0%} of its bootstrap"
+        found.append(
+            Series(
+                name,
+                {key: optimum[key].tolist() for key in ("C", "N", "D", "loss")},
+                {"loss": optimum["loss_low"].tolist()},
+                {"loss": optimum["loss_high"].tolist()},
+                colour=0,
+            )
+        )
+        ends = [float(budgets[0]), float(budgets[-1])]
+        found.append(Series(f"E = {fit.E:.4g}", {"C": ends, "loss": [fit.E] * 2}, style="dashed"))
+    return Chart(
+        "Frontier",
+        tuple(found),
+        (Axis("C", "training FLOPs", log=True), Axis("N", "parameters", log=True, si=True), Axis("D", "tokens", log=True, si=True)),
+        (LOSS,),
+        note=f"{fit.form.formula}. Points: runs, coloured by parameters.",
+    )
+
+
+def optimum_chart(report: LawReport) -> Chart | None:
+    """The best size against compute: by the fitted law, by each budget's parabola, and all sizes that were run."""
+    runs, fit = report.observations.runs, report.fit
+    if fit.alpha <= 0 or fit.beta <= 0:
+        return None
+    kept = drawn(len(runs))
+    budgets = np.geomspace(runs["C"].min(), BEYOND * runs["C"].max(), 40)
+    sizes, low, high = [], [], []
+    for budget in budgets:
+        with np.errstate(invalid="ignore"):
+            value, interval = estimate(fit, lambda law, c=budget: optimal_parameters(law, c, 6.0))
+        sizes.append(value)
+        low.append(interval[0] if interval else value)
+        high.append(interval[1] if interval else value)
+    name = f"approach 3, with its {fit.level:.0%} band"
+    c, n = (runs[key].to_numpy()[kept] for key in ("C", "N"))
+    found = [
+        Series("runs", {"C": c.tolist(), "N": n.tolist()}, style="points", hover="run"),
+        Series(name, {"C": budgets.tolist(), "N": sizes}, {"N": low}, {"N": high}, colour=0),
+    ]
+    if report.isoflop is not None:
+        law = report.isoflop
+        line = law.coefficient * budgets**law.exponent
+        name = f"approach 2, parabolas, a = {law.exponent:.3f}"
+        found += [
+            Series(
+                name,
+                {"C": law.budgets.tolist(), "N": law.optima.tolist()},
+                style="rings",
+                colour=1,
+                hover="lowest of a parabola",
+            ),
+            Series(name, {"C": budgets.tolist(), "N": line.tolist()}, style="dashed", colour=1),
+        ]
+    return Chart(
+        "Compute-optimal size",
+        tuple(found),
+        (Axis("C", "training FLOPs", log=True),),
+        (Axis("N", "parameters", log=True, si=True),),
+    )
+
+
+def residuals_chart(report: LawReport) -> Chart:
+    runs, fit = report.observations.runs, report.fit
+    kept = drawn(len(runs))
+    n = runs["N"].to_numpy()[kept]
+    residual = 100 * (np.exp(fit.residuals[kept]) - 1)
+    values = {key: runs[key].iloc[kept].tolist() for key in ("C", "N", "D")} | {"residual": residual.tolist()}
+    hover = [f"run {run}" for run in runs["run"].iloc[kept]]
+    return Chart(
+        "Residuals",
+        (Series("runs", values, style="points", colour=by_rank(n).tolist(), hover=hover),),
+        (Axis("C", "training FLOPs", log=True), Axis("N", "parameters", log=True, si=True), Axis("D", "tokens", log=True, si=True)),
+        (Axis("residual", "observed over predicted loss, %", log=None),),
+        note="A trend along an axis is what the form does not describe. Coloured by parameters.",
+        legend=False,
+        height=340,
+    )
+
+
+def held_out_chart(report: LawReport) -> Chart | None:
+    """What the gate predicted of the largest budgets against what they came to."""
+    if report.gate is None:
+        return None
+    gate, held_out = report.gate, report.gate.held_out
+    bars = ({}, {})
+    if "low" in held_out:
+        bars = {"predicted": held_out["low"].tolist()}, {"predicted": held_out["high"].tolist()}
+    ends = [float(held_out["loss"].min()), float(held_out["loss"].max())]
+    return Chart(
+        f"Held out: {gate.n_held_out} runs above {gate.cutoff:.3g} FLOPs, predicted from {gate.n_fitted}",
+        (
+            Series("as observed", {"loss": ends, "predicted": ends}, style="dashed"),
+            Series(
+                "runs held out",
+                {
+                    "C": held_out["C"].tolist(),
+                    "loss": held_out["loss"].tolist(),
+                    "predicted": held_out["predicted"].tolist(),
+                },
+                *bars,
+                style="points",
+                colour=0,
+                hover=[
+                    f"{row.N:.3g} parameters, {row.D:.3g} tokens: observed {row.loss:.4f}"
+                    for row in held_out.itertuples()
+                ],
+            ),
+        ),
+        (Axis("loss", "observed, nats per token"),),
+        (Axis("predicted", "predicted, nats per token"),),
+        note=gate.verdict[0].upper() + gate.verdict[1:] + ". Bars: prediction intervals.",
+    )
+
+
+def exponents_chart(report: LawReport) -> Chart | None:
+    """a of N_opt ∝ C^a: by approach, by what counts as a parameter, without each budget."""
+    tables = {
+        "by approach": (report.exponents, "approach", "low", "high", "approach "),
+        "by count of parameters": (report.conventions, "convention", "a_low", "a_high", "N = "),
+        "without a budget": (report.without, "without the runs of", "", "", "without "),
+    }
+    found = []
+    for i, (group, (table, name, low, high, prefix)) in enumerate(tables.items()):
+        if table is None or not len(table):
+            continue
+        bars = ({}, {})
+        if low in table:
+            bars = {"a": table[low].tolist()}, {"a": table[high].tolist()}
+        values = {"name": [f"{prefix}{text}" for text in table[name]], "a": table["a"].tolist()}
+        found.append(Series(group, values, *bars, style="points", colour=i, hover=values["name"]))
+    if not found:
+        return None
+    points = sum(len(series.values["a"]) for series in found)
+    a, _ = allocation_exponent(report.fit)
+    return Chart(
+        "How the exponent depends on the way of finding it",
+        tuple(found),
+        (Axis("a", "a of N_opt ∝ C^a", log=None),),
+        (Axis("name", "", words=True),),
+        note=f"Approach 3 says {a:.3f}. Hoffmann et al. 2022: 0.46 to 0.50 by approach; Kaplan et al. 2020: 0.73.",
+        height=120 + 32 * points,
+    )

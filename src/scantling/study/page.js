@@ -1,0 +1,155 @@
+"use strict";
+// Draws every chart from the JSON beside it. What a reader chooses outlives a reload, where the browser keeps it.
+const root = document.documentElement;
+const PHONE = 600;
+
+function kept(store, key, value) {
+  try {
+    if (value !== undefined) store.setItem(key, value);
+    return store.getItem(key);
+  } catch { return null; } // a browser that keeps nothing for files
+}
+
+const probe = document.body.appendChild(document.createElement("i"));
+probe.hidden = true;
+function css(name) { // as rgb(), in the theme of now
+  probe.style.color = `var(${name})`;
+  return getComputedStyle(probe).color;
+}
+const parts = (rgb) => rgb.match(/[\d.]+/g).slice(0, 3).map(Number);
+const faint = (rgb, alpha) => `rgba(${parts(rgb).join(",")},${alpha})`;
+
+function colour(name) { // "c3" of the palette, "s0.25" of the scale, null for grey
+  if (name === null) return css("--muted");
+  if (name[0] === "c") return css(`--${name}`);
+  const at = 4 * Number(name.slice(1)), i = Math.min(Math.floor(at), 3);
+  const [low, high] = [parts(css(`--s${i}`)), parts(css(`--s${i + 1}`))];
+  return `rgb(${low.map((x, j) => Math.round(x + (at - i) * (high[j] - x))).join(",")})`;
+}
+
+function element(tag, parent, properties = {}) {
+  return parent.appendChild(Object.assign(document.createElement(tag), properties));
+}
+
+class Chart {
+  constructor(card, index) {
+    this.spec = JSON.parse(card.querySelector("script").textContent);
+    this.key = `${location.pathname}#${index}`;
+    const axis = (axes) => ({ at: 0, log: axes.map((a) => a.log) });
+    this.state = { x: axis(this.spec.x), y: axis(this.spec.y), hidden: [], ...JSON.parse(kept(sessionStorage, this.key) || "{}") };
+    this.controls(card.querySelector(".controls"));
+    this.legend(card.querySelector(".legend"));
+    this.plot = card.querySelector(".plot");
+    this.draw();
+  }
+
+  changed() {
+    kept(sessionStorage, this.key, JSON.stringify(this.state));
+    this.draw();
+  }
+
+  axis(which) { return this.spec[which][Math.min(this.state[which].at, this.spec[which].length - 1)]; }
+
+  controls(bar) {
+    const refreshers = [];
+    const button = (parent, text, isOn, press) => {
+      const b = element("button", parent, { type: "button", textContent: text });
+      b.onclick = () => { press(); refreshers.forEach((f) => f()); this.changed(); };
+      refreshers.push(() => b.setAttribute("aria-pressed", isOn()));
+    };
+    for (const which of ["y", "x"]) {
+      const axes = this.spec[which], state = this.state[which];
+      if (axes.every((a) => a.words)) continue;
+      if (axes.length > 1) {
+        const segments = element("span", bar, { className: "segments" });
+        axes.forEach((a, i) => button(segments, a.short, () => state.at === i, () => { state.at = i; }));
+      }
+      if (axes.every((a) => a.log === null)) continue;
+      const scale = element("span", bar, { className: "segments" });
+      for (const log of [false, true])
+        button(scale, `${which} ${log ? "log" : "linear"}`, () => state.log[state.at] === log, () => { state.log[state.at] = log; });
+    }
+    refreshers.forEach((f) => f());
+  }
+
+  legend(bar) {
+    this.groups = [...new Set(this.spec.series.map((s) => s.group))];
+    this.chips = [];
+    if (!this.spec.legend) return;
+    for (const group of this.groups) {
+      const b = element("button", bar, { type: "button", title: "click: show or hide; double click: this one alone" });
+      const swatch = element("i", b);
+      element("span", b, { textContent: group });
+      const first = this.spec.series.find((s) => s.group === group);
+      this.chips.push(() => {
+        swatch.style.background = colour(Array.isArray(first.colour) ? first.colour[0] : first.colour);
+        b.setAttribute("aria-pressed", !this.state.hidden.includes(group));
+      });
+      b.onclick = () => {
+        const { hidden } = this.state;
+        this.state.hidden = hidden.includes(group) ? hidden.filter((g) => g !== group) : [...hidden, group];
+        this.changed();
+      };
+      b.ondblclick = () => {
+        const others = this.groups.filter((g) => g !== group);
+        const alone = others.every((g) => this.state.hidden.includes(g)) && !this.state.hidden.includes(group);
+        this.state.hidden = alone ? [] : others;
+        this.changed();
+      };
+    }
+  }
+
+  traces() {
+    const x = this.axis("x"), y = this.axis("y"), found = [];
+    for (const s of this.spec.series) {
+      const X = s.values[x.key], Y = s.values[y.key];
+      if (!X || !Y) continue;
+      const tint = Array.isArray(s.colour) ? s.colour.map(colour) : colour(s.colour);
+      const common = { legendgroup: s.group, name: s.group, showlegend: false, visible: !this.state.hidden.includes(s.group) };
+      const isPoints = s.style === "points" || s.style === "rings";
+      const bars = (key) => s.low[key] && { type: "data", symmetric: false, color: tint, thickness: 2, width: 0,
+        array: s.high[key].map((h, i) => h - s.values[key][i]), arrayminus: s.low[key].map((l, i) => s.values[key][i] - l) };
+      if (!isPoints && s.low[y.key])
+        found.push({ ...common, x: [...X, ...[...X].reverse()], y: [...s.high[y.key], ...[...s.low[y.key]].reverse()], type: "scatter",
+          mode: "lines", fill: "toself", fillcolor: faint(tint, 0.18), line: { width: 0 }, hoverinfo: "skip" });
+      found.push({
+        ...common, x: X, y: Y, type: "scatter", mode: isPoints ? "markers" : X.length > 1 ? "lines" : "markers",
+        line: { color: Array.isArray(tint) ? tint[0] : tint, width: s.style === "thin" ? 0.8 : 2, dash: s.style === "dashed" ? "dash" : "solid" },
+        opacity: s.style === "thin" ? 0.5 : 1,
+        marker: { color: tint, size: s.style === "rings" ? 13 : 7, symbol: s.style === "rings" ? "circle-open" : "circle" },
+        ...(isPoints ? { error_x: bars(x.key) || undefined, error_y: bars(y.key) || undefined } : {}),
+        text: s.hover, hovertemplate: `%{text}${x.words ? "" : "<br>%{x:.4~g} " + x.short}${y.words ? "" : "<br>%{y:.5~g} " + y.short}<extra></extra>`,
+      });
+    }
+    return found;
+  }
+
+  draw() {
+    this.chips.forEach((f) => f());
+    const narrow = this.plot.clientWidth < PHONE;
+    const line = css("--line"), layoutOf = (which) => {
+      const a = this.axis(which), state = this.state[which], log = state.log[state.at] && !a.words;
+      const range = a.range && (log ? (a.range[0] > 0 ? a.range.map(Math.log10) : null) : a.range);
+      return { title: { text: a.words ? "" : a.title, standoff: 8 }, type: a.words ? "category" : log ? "log" : "linear", gridcolor: line,
+        zerolinecolor: css("--muted"), linecolor: line, automargin: true, exponentformat: a.si ? "SI" : "power", minexponent: a.si ? 3 : 4,
+        ...(a.words ? { autorange: "reversed", tickfont: { size: narrow ? 10 : 12 } } : range ? { range } : {}) };
+    };
+    Plotly.react(this.plot, this.traces(), {
+      height: this.spec.height, margin: { l: 52, r: 14, t: 10, b: 46 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: css("--ink"), family: "inherit", size: 12 }, hovermode: "closest", dragmode: narrow ? false : "zoom",
+      hoverlabel: { align: "left", bgcolor: css("--card"), bordercolor: line, font: { color: css("--ink") } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--accent") },
+      xaxis: layoutOf("x"), yaxis: layoutOf("y"),
+    }, { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", modeBarButtons: [["toImage", "autoScale2d"]] });
+  }
+}
+
+const theme = document.getElementById("theme");
+const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+const saved = kept(localStorage, "theme");
+if (saved) root.dataset.theme = saved;
+const charts = [...document.querySelectorAll(".chart")].map((card, i) => new Chart(card, i));
+const repaint = () => { theme.textContent = dark() ? "light" : "dark"; charts.forEach((c) => c.draw()); };
+theme.textContent = dark() ? "light" : "dark";
+theme.onclick = () => { root.dataset.theme = dark() ? "light" : "dark"; kept(localStorage, "theme", root.dataset.theme); repaint(); };
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);

@@ -1,0 +1,221 @@
+"""What the records of runs say beside their losses: settings that differ, samples, where and with what they ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from scantling.run_directory import RunDirectory, read_rows
+from scantling.study.arms import arms_changes, rows, settings_of
+from scantling.study.report import Link, Samples
+from scantling.study.store import Loader, leaves
+
+NO_SETTING = ("seed", "arm", "study", "paths", "logger", "sample", "matched", "tuned", "resume", "dry_run")
+"""Of a configuration, what is no part of what an arm is."""
+
+SAMPLES = 12
+"""Runs whose samples stand side by side."""
+
+COMPARED = 24
+"""Runs whose settings stand side by side."""
+
+MACHINE = {
+    "device": "devices",
+    "precision": "precisions",
+    "world_size": "numbers of processes",
+    "torch": "versions of PyTorch",
+    "commit": "commits",
+    "scantling": "versions of Scantling",
+}
+"""Columns in which the runs of a study should be alike, each with what several of them are."""
+
+
+def of_each_arm(runs: pd.DataFrame) -> pd.DataFrame:
+    """The first run of every arm, in the order of arms in `runs`."""
+    return runs.drop_duplicates("arm")
+
+
+def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a setting that is not alike in all of `runs`, a column a run under its arm; what follows from another
+    setting, as the decoder's from the model's, is left out."""
+    configurations = {}
+    for _, run in runs.iloc[:COMPARED].iterrows():
+        found = leaves(yaml.load(RunDirectory(run["path"]).config.read_text(), Loader))
+        configurations[run["arm"]] = {key: written(value) for key, value in found.items() if is_setting(key)}
+    keys = dict.fromkeys(key for found in configurations.values() for key in found)
+    table = [
+        {"setting": key.removeprefix("choices."), **{arm: found.get(key, "") for arm, found in configurations.items()}}
+        for key in sorted(keys, key=lambda key: not key.startswith("choices."))
+        if len({found.get(key) for found in configurations.values()}) > 1
+        and not any(follows(key, found) for found in configurations.values())
+    ]
+    return pd.DataFrame(table, columns=["setting", *configurations])
+
+
+def is_setting(key: str) -> bool:
+    """Which class an option builds is said by its choice."""
+    return key.partition(".")[0] not in NO_SETTING and not key.endswith(("_target_", "_partial_", "choices.sweeps"))
+
+
+def follows(key: str, found: dict[str, str]) -> bool:
+    """Whether a key of the built decoder or optimiser repeats one that can be set."""
+    group, _, rest = key.partition(".")
+    return (group == "decoder" and (rest in found or f"model.{rest}" in found)) or key == "optim.lr"
+
+
+def written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def settings_of_run(run: pd.Series) -> pd.DataFrame:
+    """Every setting of one run that the decoder's do not repeat."""
+    found = leaves(yaml.load(RunDirectory(run["path"]).config.read_text(), Loader))
+    shown = {key: written(value) for key, value in found.items() if not key.startswith("decoder.")}
+    return pd.DataFrame({"setting": list(shown), "value": list(shown.values())})
+
+
+def last_samples(runs: pd.DataFrame) -> Samples | None:
+    """What each of `runs` wrote last."""
+    texts = []
+    for _, run in runs.iloc[:SAMPLES].iterrows():
+        written_so_far = read_rows(RunDirectory(run["path"]).samples)
+        if written_so_far:
+            last = written_so_far[-1]
+            texts.append((f"{run['arm']}, seed {run['seed']}, step {last['step']:,}", last["text"]))
+    return Samples(tuple(texts)) if texts else None
+
+
+def samples_over_training(run: pd.Series) -> Samples | None:
+    """Its first sample, its last, and some between."""
+    found = read_rows(RunDirectory(run["path"]).samples)
+    every = max(-(-len(found) // SAMPLES), 1)
+    kept = [*found[:-1:every], *found[-1:]]
+    return Samples(tuple((f"step {row['step']:,}", row["text"]) for row in kept)) if kept else None
+
+
+def runs_table(runs: pd.DataFrame, directory: Path) -> pd.DataFrame:
+    """A row a run, with a link to its directory from a page in `directory`."""
+    table = []
+    for run in runs.to_dict("records"):
+        table.append(
+            {
+                "run": Link(run["run"], os.path.relpath(run["path"], directory)),
+                "arm": run["arm"],
+                "scale": run["scale"],
+                "seed": run["seed"],
+                "status": run["status"],
+                "bits per byte": number(run["bpb"], "{:.4f}"),
+                "nats per token": number(run["loss"], "{:.4f}"),
+                "lr": number(run["lr"], "{:.3g}"),
+                "params": number(run["params"], "{:,.0f}"),
+                "tokens": number(run["tokens"], "{:,.0f}"),
+                "FLOPs": number(run["flops"], "{:.3g}"),
+                "seconds": number(run["seconds"], "{:,.0f}"),
+            }
+        )
+    frame = pd.DataFrame(table)
+    return frame.drop(columns=[name for name in ("scale", "arm") if not any(frame[name])])
+
+
+def number(value: Any, form: str) -> str:
+    return "" if value is None or pd.isna(value) else form.format(value)
+
+
+def provenance(runs: pd.DataFrame) -> pd.DataFrame:
+    """With what and where the runs were made; of several values each with its number of runs."""
+    names = {
+        "commit": "commit",
+        "scantling": "Scantling",
+        "torch": "PyTorch",
+        "device": "device",
+        "precision": "precision",
+        "world_size": "processes",
+        "corpus": "text, fingerprint",
+        "tokenizer": "tokenizer, fingerprint",
+    }
+    environment = RunDirectory(runs["path"].iloc[0]).environment
+    table = []
+    for column, title in names.items():
+        counts = runs[column].astype(object).where(runs[column].notna(), "not recorded").value_counts()
+        several = len(counts) > 1
+        for value, count in counts.items():
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            table.append({"": title, "value": f"{text} ({count} runs)" if several else text})
+    extra = {
+        "Python": environment.get("python"),
+        "Lightning": environment.get("lightning"),
+        "text": environment["corpus"].get("description"),
+    }
+    table += [{"": title, "value": value} for title, value in extra.items() if value]
+    total, unknown = runs["flops"].sum(), int(runs["flops"].isna().sum())
+    table.append({"": "cost", "value": f"{total:.3g} FLOPs, {hours(float(runs['seconds'].sum()))} of training"})
+    return pd.DataFrame(table) if not unknown else pd.DataFrame(table[:-1])
+
+
+def hours(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def mixed(runs: pd.DataFrame) -> list[str]:
+    """What makes runs of one study less comparable: several devices, versions, commits."""
+    found = []
+    for column, name in MACHINE.items():
+        counts = runs[column].dropna().astype(str).value_counts()
+        if len(counts) > 1:
+            listed = ", ".join(f"{value[:40]} ({count} runs)" for value, count in counts.items())
+            found.append(f"mixed {name}: {listed}")
+    return found
+
+
+def failures(runs: pd.DataFrame) -> list[str]:
+    """Why runs failed, a line each, of many the first ten."""
+    failed = rows(runs, status="failed")
+    lines = []
+    for _, run in failed.iloc[:10].iterrows():
+        note = Path(run["path"]) / "failed.json"
+        reason = json.loads(note.read_text() or "{}").get("reason", "")
+        lines.append(f"{run['run']} ({run['arm']}, seed {run['seed']}) failed: {reason}")
+    return lines
+
+
+NOTED = ("matched", "tuned", "sweeps", "arm")
+"""Overrides that the sweeper adds."""
+
+
+def train_command(runs: pd.DataFrame, sweep: dict[str, Any] | None) -> str:
+    """What makes these runs again, from their overrides: of one run these, of several a grid. `sweep`: their yaml of
+    `sweeps/`, whose own arms and parameters need not be typed."""
+    settings = [settings_of(text) for text in runs["overrides"]]
+    if len(settings) == 1:
+        return typed("python src/train.py", settings[0])
+    own = arms_changes(settings) if sweep else set()
+    grid = {}
+    for key in dict.fromkeys(key for setting in settings for key in setting):
+        values = dict.fromkeys(setting[key] for setting in settings if key in setting)
+        if key not in own and key not in NOTED:
+            grid[key] = ",".join(sorted(values, key=in_number) if len(values) > 1 else values)
+    given = ((sweep or {}).get("hydra") or {}).get("sweeper") or {}
+    for key, value in (given.get("params") or {}).items():
+        if set(grid.get(key, "").split(",")) == set(str(value).replace(" ", "").split(",")):
+            del grid[key]
+    name = settings[0].get("sweeps")
+    return typed("python src/train.py -m" + (f" sweeps={name}" if name else ""), grid)
+
+
+def in_number(value: str) -> tuple[float, str]:
+    try:
+        return float(value), value
+    except ValueError:
+        return float("inf"), value
+
+
+def typed(command: str, settings: dict[str, str]) -> str:
+    taken_away = {key for key in settings if key.startswith("~") and settings[key] in ("", "null")}
+    words = [key if key in taken_away else f"{key}={value}" for key, value in settings.items()]
+    return " ".join([command, *map(shlex.quote, words)])

@@ -1,0 +1,193 @@
+"""What a report says, whatever shows it: an answer, what to distrust, sections. It is written as one HTML page, as
+Markdown with its figures, and as CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from scantling.run_directory import replace_text
+
+MARKDOWN_ROWS = 60
+"""Longer tables stand in the page and in CSV alone."""
+
+Values = Sequence[float] | Sequence[str]
+Style = Literal["line", "dashed", "thin", "points", "rings"]
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands, as they are typed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """A cell that leads to a file; `target` as seen from the report's directory."""
+
+    text: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """`frame` as people read it: strings, numbers, links. `folded`: the page shows it when asked to."""
+
+    title: str
+    frame: pd.DataFrame
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """For print: `draw(path)` leaves `path`, a PNG, and an SVG beside it."""
+
+    title: str
+    name: str
+    draw: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Texts side by side: (title, text)."""
+
+    texts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`key`: of the values of a series that it shows. `words`: it has names instead of numbers, the first at the top.
+    `log`: whether its scale is at first, None: it cannot be. `si`: ticks as 10k, 2M. `range`: what it shows at first,
+    None: all."""
+
+    key: str
+    title: str
+    log: bool | None = False
+    words: bool = False
+    si: bool = False
+    range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points or a line, by axis. `low` and `high` are a band around a line, bars at points.
+
+    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or None for grey; points may
+    have one each. `group`: what is shown and hidden together, and has one entry in the legend.
+    """
+
+    group: str
+    values: Mapping[str, Values]
+    low: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    high: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    style: Style = "line"
+    colour: int | float | Sequence[float] | None = None
+    hover: str | Sequence[str] = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups."""
+
+    title: str
+    series: tuple[Series, ...]
+    x: tuple[Axis, ...]
+    y: tuple[Axis, ...]
+    note: str = ""
+    legend: bool = True
+    height: int = 420
+
+
+Block = Text | Code | Table | Figure | Samples | Chart
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """`question`: what was asked, `answer`: what is known now, with its interval. `cautions`: what to distrust.
+    `data`: tables for other programs, by the name of their CSV file."""
+
+    title: str
+    kind: str
+    question: str
+    answer: str
+    cautions: tuple[str, ...]
+    sections: tuple[Section, ...]
+    data: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+
+
+PAGE = "report.html"
+
+
+def write(report: Report, directory: Path, *, page: str) -> list[Path]:
+    """`page`, the report as HTML, with the files beside it; they replace those of an earlier report."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [directory / PAGE, directory / "report.md"]
+    replace_text(written[0], page)
+    written[1].write_text(markdown(report))
+    for name, frame in report.data.items():
+        frame.to_csv(directory / name, index=False)
+        written.append(directory / name)
+    for block in blocks(report):
+        if isinstance(block, Figure):
+            block.draw(directory / block.name)
+            written += [directory / block.name, (directory / block.name).with_suffix(".svg")]
+    return written
+
+
+def blocks(report: Report) -> list[Block]:
+    return [block for section in report.sections for block in section.blocks]
+
+
+def markdown(report: Report) -> str:
+    """Text, tables and figures; charts and samples are of the page."""
+    lines = [f"# {report.title}", "", *([report.question, ""] if report.question else [])]
+    lines += [f"**{report.answer}**", "", *(f"- {caution}" for caution in report.cautions), ""]
+    for section in report.sections:
+        shown = [part for block in section.blocks for part in in_markdown(block)]
+        lines += [f"## {section.title}", "", *shown] if shown else []
+    return "\n".join(lines)
+
+
+def in_markdown(block: Block) -> list[str]:
+    if isinstance(block, Text):
+        return [block.text, ""]
+    if isinstance(block, Code):
+        return ["```", block.text, "```", ""]
+    if isinstance(block, Figure):
+        return [f"![{block.title}]({block.name})", ""]
+    if isinstance(block, Table) and len(block.frame) <= MARKDOWN_ROWS:
+        head = [f"### {block.title}", "", "| " + " | ".join(block.frame) + " |"]
+        rows = ["| " + " | ".join(map(in_cell, row)) + " |" for row in block.frame.itertuples(index=False)]
+        return [*head, "|" + "---|" * len(block.frame.columns), *rows, ""]
+    return []
+
+
+def in_cell(value: object) -> str:
+    text = f"[{value.text}]({value.target})" if isinstance(value, Link) else figures_of(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def figures_of(value: object) -> str:
+    """A cell: numbers with five digits, large ones in powers of ten."""
+    if not isinstance(value, float):
+        return str(value)
+    if np.isnan(value):
+        return ""
+    return f"{value:.3e}" if abs(value) >= 1e5 else f"{value:.5g}"
