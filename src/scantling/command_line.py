@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 
 SWEEPS = f"hydra.searchpath=['file://{ROOT}']"
-"""Makes the folder `sweeps` beside `conf` a group of it."""
+"""Makes the folder `sweeps` beside `conf` a group of it; and every other folder there, so that only what takes sweeps has it."""
+
+TAKES_SWEEPS = ("train", "plan")
+"""Entries: `report.py runs=[…]` would choose in the folder `runs`."""
 
 FREE_TEXT = ("prompt", "sample.prompt", "stop")
 """Settings that take any text: Hydra's grammar would trip over its brackets and strip its spaces."""
@@ -59,7 +62,7 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
     """
     typed = [quoted(argument) for argument in sys.argv[1:]]
     first = next((i for i, o in enumerate(typed) if "=" in o and not o.startswith("-")), len(typed))
-    sys.argv[1:] = [*typed[:first], SWEEPS, *typed[first:]]  # overrides must stand together
+    sys.argv[1:] = [*typed[:first], *search_path(config_name), *typed[first:]]  # overrides must stand together
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def explained(call: Callable[[], object]) -> None:
@@ -82,6 +85,10 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     with raising_hydra():
         explained(main(job))
+
+
+def search_path(config_name: str) -> list[str]:
+    return [SWEEPS] if config_name in TAKES_SWEEPS else []
 
 
 @contextlib.contextmanager
@@ -145,7 +152,7 @@ def settings(config_name: str) -> list[str]:
 def composed(config_name: str, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(config_name, overrides=[*overrides, SWEEPS])
+        config = compose(config_name, overrides=[*overrides, *search_path(config_name)])
     return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -48,10 +49,12 @@ def curves_chart(curves: pd.DataFrame, runs: pd.DataFrame, *, metric: str, by_si
         for (arm, scale), group in runs.groupby(["arm", "scale"], sort=False)
         if any(name in of_run for name in group["run"])
     ]
-    note = "Bands: ± two standard errors over seeds. "
+    note = "Bands: ± two standard errors over seeds. " if len(runs) > len(groups) else ""
     if len(groups) > ARMS:
         note += f"The {ARMS} of {len(groups)} arms with the lowest losses are shown. "
         groups = sorted(groups, key=lambda g: float(np.nan_to_num(g[2]["loss"].mean(), nan=np.inf)))[:ARMS]
+    if by_size:
+        groups.sort(key=lambda g: float(np.nan_to_num(g[2]["params"].mean())))
     n_lines = sum(len(group) for *_, group in groups)
     each = n_lines <= LINES
     points = int(np.clip(POINTS // max(len(groups) + (n_lines if each else 0), 1), 8, MOST_POINTS))
@@ -73,24 +76,29 @@ def curves_chart(curves: pd.DataFrame, runs: pd.DataFrame, *, metric: str, by_si
                     found += mean_curve([of_run[name]], arm, f"{label}, seed {seed}", colour, points, style="thin")
     if each and len(runs) > len(groups):
         note += "Thin lines: single runs. "
-    ends = runs["bpb"].dropna(), runs["loss"].dropna()
     axes = {
-        "val/bpb": Axis("val/bpb", "bits per byte", range=focus(ends[0])),
-        "val/loss": Axis("val/loss", "nats per token", range=focus(ends[1])),
-        TRAINED: Axis(TRAINED, "training, nats per token", range=focus(ends[1])),
+        "val/bpb": Axis("val/bpb", "bits per byte", range=focus(found, "val/bpb")),
+        "val/loss": Axis("val/loss", "nats per token", range=focus(found, "val/loss")),
+        TRAINED: Axis(TRAINED, "training, nats per token", range=focus(found, TRAINED)),
     }
     first = f"val/{metric}"
     shown = (axes.pop(first), *axes.values())
-    note += "Drag to look closer, double-click for all; click a name to hide it, double-click to see it alone."
-    return Chart("Validation and training", tuple(found), X, shown, note=note, height=460)
+    note += "Drag to look closer, double-click for all"
+    note += "; click a name to hide it, double-click to see it alone." if len(groups) > 1 else "."
+    x = tuple(replace(axis, log=by_size) for axis in X)
+    return Chart("Validation and training", tuple(found), x, shown, note=note, legend=len(groups) > 1, height=460)
 
 
-def focus(ends: pd.Series) -> tuple[float, float] | None:
-    """The part of an axis in which the ends of runs lie; before them losses are higher by far."""
-    if not len(ends):
+def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:
+    """The part of an axis from the lowest value to where most curves are after their first tenth; before it losses are
+    higher by far."""
+    values = [np.asarray(curve.values[key], dtype=float) for curve in curves if key in curve.values]
+    later = [v[len(v) // 10 :] for v in values if len(v)]
+    if not later:
         return None
-    low, high = float(ends.min()), float(ends.max())
-    return low - 0.15 * (high - low) - 0.01 * low, high + max(0.6 * (high - low), 0.25 * low)
+    low, high = min(np.nanmin(v) for v in later), float(np.nanquantile([v[0] for v in later], 0.9))
+    margin = 0.06 * max(high - low, 0.01 * abs(high))
+    return float(low - margin), float(high + margin)
 
 
 def mean_curve(
@@ -124,6 +132,21 @@ def thinned(indices: np.ndarray, points: int) -> np.ndarray:
     if len(indices) <= points:
         return indices
     return indices[np.unique(np.linspace(0, len(indices) - 1, points).round().astype(int))]
+
+
+def others_chart(curves: pd.DataFrame) -> Chart | None:
+    """Of one run, whatever else its rows hold."""
+    known = {"run", "step", TRAINED, *VALIDATED, *(axis.key for axis in X)}
+    names = [name for name in curves if name not in known and curves[name].notna().any()]
+    if not names:
+        return None
+    found = []
+    for name in names:
+        here = curves.dropna(subset=[name])
+        here = here.iloc[thinned(np.arange(len(here)), MOST_POINTS)]
+        found.append(Series("run", {key: here[key].tolist() for key in (*(a.key for a in X), name)}, colour=1))
+    axes = tuple(Axis(name, name.replace("_", " ")) for name in names)
+    return Chart("Also recorded", tuple(found), X, axes, legend=False, height=320)
 
 
 def forest_chart(report: AblationReport) -> Chart:

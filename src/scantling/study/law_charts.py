@@ -191,7 +191,7 @@ def residuals_chart(report: LawReport) -> Chart:
         "Residuals",
         (Series("runs", values, style="points", colour=by_rank(n).tolist(), hover=hover),),
         (Axis("C", "training FLOPs", log=True), Axis("N", "parameters", log=True, si=True), Axis("D", "tokens", log=True, si=True)),
-        (Axis("residual", "observed over predicted loss, %", log=None),),
+        (Axis("residual", "observed over predicted, %", log=None),),
         note="A trend along an axis is what the form does not describe. Coloured by parameters.",
         legend=False,
         height=340,

@@ -160,16 +160,39 @@ def answer(report: LawReport) -> str:
         fit = report.fit
         return f"These runs determine no optimum: alpha = {fit.alpha:.3g} and beta = {fit.beta:.3g} must both be positive."
     a, interval = allocation_exponent(report.fit)
-    at = report.optimum.iloc[0]
+    at = optimum_as_read(report.optimum).iloc[0]
     return (
-        f"At {at['C']:.3g} FLOPs the least loss, {at['loss']:.4g} nats per token{ends(at, 'loss')}, takes {at['N']:.3g} "
-        f"parameters{ends(at, 'N')} and {at['D']:.3g} tokens{ends(at, 'D')}; the best size grows as C^{a:.3g}"
-        + (f" ({interval[0]:.3g} to {interval[1]:.3g}, {report.fit.level:.0%})." if interval else ".")
+        f"At {at['FLOPs']} FLOPs the least loss, {at['nats per token']} nats per token, takes {at['parameters']} parameters "
+        f"and {at['tokens']} tokens; the best size grows as C^{a:.3g}"
+        + (f" ({interval[0]:.3g} to {interval[1]:.3g}); {report.fit.level:.0%} intervals." if interval else ".")
     )
 
 
-def ends(row: pd.Series, name: str) -> str:
-    return f" ({row[f'{name}_low']:.4g} to {row[f'{name}_high']:.4g})" if f"{name}_low" in row else ""
+def optimum_as_read(optimum: pd.DataFrame) -> pd.DataFrame:
+    """The table of `optimum_table` with each interval beside its number."""
+    columns = {
+        "parameters": ("N", counted),
+        "tokens": ("D", counted),
+        "tokens per parameter": ("tokens_per_parameter", "{:.3g}".format),
+        "nats per token": ("loss", "{:.4g}".format),
+    }
+    table = []
+    for row in optimum.to_dict("records"):
+        line = {"FLOPs": f"{row['C']:.3g}"}
+        for title, (name, form) in columns.items():
+            line[title] = form(row[name])
+            if f"{name}_low" in row:
+                line[title] += f" ({form(row[f'{name}_low'])} to {form(row[f'{name}_high'])})"
+        table.append(line)
+    return pd.DataFrame(table)
+
+
+def counted(number: float) -> str:
+    """80.5 k, 3.35 M."""
+    for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}" if number < 1000 * unit else f"{number:.3g}"
+    return f"{number:.3g}"
 
 
 def headline(report: LawReport) -> str:
@@ -185,7 +208,9 @@ def tables(report: LawReport) -> dict[str, pd.DataFrame]:
     level = f"{report.fit.level:.0%}"
     found = {
         f"Parameters, {level} intervals": report.parameters,
-        f"Compute-optimal training, C = 6ND, {level} intervals": report.optimum,
+        f"Compute-optimal training, C = 6ND, {level} intervals": None
+        if report.optimum is None
+        else optimum_as_read(report.optimum),
         "Exponent a of N_opt ∝ C^a by approach": report.exponents,
         "The same by counting convention": report.conventions,
         "The same without each budget, approach 3": report.without,

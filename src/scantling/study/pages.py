@@ -13,7 +13,7 @@ import pandas as pd
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport
 from scantling.study.arms import StudyRuns, mean_of, rows
-from scantling.study.charts import curves_chart, forest_chart, gain_chart, lengths_chart, scale_chart
+from scantling.study.charts import curves_chart, forest_chart, gain_chart, lengths_chart, others_chart, scale_chart
 from scantling.study.figures import draw_arms, draw_law
 from scantling.study.law_charts import law_charts
 from scantling.study.law_report import LawReport
@@ -106,6 +106,7 @@ def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: R
     )
     blocks += [Figure("Loss against compute, and what the fit leaves", "fit.png", draw)]
     blocks += [Text(law_report.headline(laws))]
+    blocks += [Text(laws.gate.verdict)] if laws.gate is not None and laws.gate.passed else []
     sections = [Section("The law", tuple(blocks))]
     cautions = [text for text in law_report.cautions(laws) if laws.gate is None or text != laws.gate.verdict]
     if laws.gate is not None and not laws.gate.passed:
@@ -156,8 +157,10 @@ def run_page(recorded: Recorded) -> Report:
         if pd.isna(run["bpb"])
         else f"{run['bpb']:.4f} bits per byte, {run['loss']:.4f} nats per token after {run['tokens']:,.0f} tokens"
     )
+    others = others_chart(recorded.curves)
     sections = [
         *training(recorded.runs, recorded.curves, "bpb"),
+        *([Section("Other curves", (others,))] if others else []),
         Section("Numbers", (Table("At the last step", transposed(numbers)),)),
         *([Section("Samples over training", (samples,))] if samples else []),
         Section("Settings", (Table("Every setting", settings_of_run(run), folded=True),)),

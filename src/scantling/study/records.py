@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,14 @@ def mixed(runs: pd.DataFrame) -> list[str]:
     for column, name in MACHINE.items():
         counts = runs[column].dropna().astype(str).value_counts()
         if len(counts) > 1:
-            listed = ", ".join(f"{value[:40]} ({count} runs)" for value, count in counts.items())
+            listed = ", ".join(f"{shortened(value)} ({count} runs)" for value, count in counts.items())
             found.append(f"mixed {name}: {listed}")
     return found
+
+
+def shortened(value: str) -> str:
+    """A hash by its first ten digits."""
+    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{20,}", r"\1", value)
 
 
 def failures(runs: pd.DataFrame) -> list[str]:

@@ -275,7 +275,8 @@ def find(runs: Path, names: Sequence[str]) -> list[RunDirectory]:
     """Runs by their directory, or by their name in any study below `runs`. Raises ValueError for what is none."""
     found = []
     for name in names:
-        places = [Path(name)] if (Path(name) / "config.yaml").exists() else sorted(runs.glob(f"*/{name}"))
+        below = sorted(path.parent for path in runs.glob(f"*/{name}/config.yaml"))
+        places = [Path(name)] if (Path(name) / "config.yaml").exists() else below
         if len(places) != 1:
             raise ValueError(
                 f"{name} is no run below {runs}/"
