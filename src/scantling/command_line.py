@@ -29,7 +29,7 @@ SWEEPS = f"hydra.searchpath=['file://{ROOT}']"
 TAKES_SWEEPS = ("train", "plan")
 """Entries: `report.py runs=[…]` would choose in the folder `runs`."""
 
-FREE_TEXT = ("prompt", "sample.prompt", "stop")
+FREE_TEXT = ("prompt", "sample.prompt", "stop", "baseline")
 """Settings that take any text: Hydra's grammar would trip over its brackets and strip its spaces."""
 
 
@@ -62,7 +62,11 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
     """
     typed = [quoted(argument) for argument in sys.argv[1:]]
     first = next((i for i, o in enumerate(typed) if "=" in o and not o.startswith("-")), len(typed))
-    sys.argv[1:] = [*typed[:first], *search_path(config_name), *typed[first:]]  # overrides must stand together
+    sys.argv[1:] = [
+        *typed[:first],
+        *search_path(config_name),
+        *typed[first:],
+    ]  # overrides must stand together
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def explained(call: Callable[[], object]) -> None:

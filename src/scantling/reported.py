@@ -50,7 +50,9 @@ def report(config: DictConfig) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
     with mistakes():
         check(config)
-        task = {"fit": report_table, "study": report_study, "run": report_run, "runs": report_run}[source(config)]
+        task = {"fit": report_table, "study": report_study, "run": report_run, "runs": report_run}[
+            source(config)
+        ]
         if not config.watch:
             task(config, console)
     if config.watch:
@@ -68,7 +70,9 @@ def watch(config: DictConfig, once: Callable[[], None], console: Console) -> Non
                 said = "written"
             except Mistake as mistake:  # a study that has just begun gives no answer yet
                 said = str(mistake)
-            console.print(f"{time.strftime('%H:%M:%S')} {said}, {time.monotonic() - begun:.1f} s; Ctrl-C ends")
+            console.print(
+                f"{time.strftime('%H:%M:%S')} {said}, {time.monotonic() - begun:.1f} s; Ctrl-C ends"
+            )
             time.sleep(config.watch_seconds)
     except KeyboardInterrupt:
         config.watch = False
@@ -300,7 +304,9 @@ def printed(table: pd.DataFrame, title: str) -> Table:
     shown = Table(title=f"\n{title}", box=None, title_justify="left")
     for name in table:
         heading = str(name).replace("tokens_per_parameter", "D/N")
-        shown.add_column(heading, justify="left" if name in ("arm", "scale") else "right", no_wrap=name in WHOLE)
+        shown.add_column(
+            heading, justify="left" if name in ("arm", "scale") else "right", no_wrap=name in WHOLE
+        )
     for row in table.itertuples(index=False):
         shown.add_row(*map(figures_of, row))
     return shown
@@ -322,7 +328,9 @@ def source(config: DictConfig) -> str:
 def check(config: DictConfig) -> None:
     source(config)
     if config.runs is not None and not (isinstance(config.runs, ListConfig) and len(config.runs)):
-        raise ValueError(f"runs={config.runs} must be a list, as runs=[NAME,NAME]; one run is run={config.runs}")
+        raise ValueError(
+            f"runs={config.runs} must be a list, as runs=[NAME,NAME]; one run is run={config.runs}"
+        )
     if config.watch and config.fit is not None:
         raise ValueError("watch=true is of study=, run= and runs=: a table of runs does not change")
     if config.watch_seconds <= 0:

@@ -1,148 +1,14 @@
 """report.py study=…: arms and laws of recorded runs, against what was planted in their records."""
 
-import json
 import re
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
+from planted import LAW, arms, sizes
 from scipy.stats import ttest_rel
 
-from scantling import reported
-from scantling.command_line import run_entry
 from scantling.study.arms import first_arm, study_runs
-
-LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
-
-
-def loss_of(n, d):
-    return LAW["E"] + LAW["A"] / n ** LAW["alpha"] + LAW["B"] / d ** LAW["beta"]
-
-
-@pytest.fixture
-def record(tmp_path):
-    """`record("study", "name", overrides, loss=…)` leaves what a finished run leaves, as far as a report reads it."""
-
-    def record(
-        study,
-        name,
-        overrides,
-        *,
-        loss,
-        params=1e6,
-        tokens=1e7,
-        seed=0,
-        arm=None,
-        finished=True,
-        corpus="f",
-        **changed,
-    ):
-        directory = tmp_path / "runs" / study / name
-        directory.mkdir(parents=True)
-        choices = {"attn": "mha", "schedule": changed.pop("schedule", "linear")}
-        config = {
-            "choices": choices,
-            "seed": seed,
-            "arm": arm,
-            "model": {},
-            "batch_size": 8,
-            "lr": changed.pop("lr", 1e-3),
-        }
-        (directory / "config.yaml").write_text(yaml.safe_dump(config))
-        unique = changed.pop("unique", 1e12)
-        environment = {
-            "overrides": overrides,
-            "corpus": {"fingerprint": corpus, "train_tokens": unique},
-            "tokenizer": "t",
-        }
-        (directory / "env.json").write_text(json.dumps(environment))
-        last = {
-            "step": 100,
-            "tokens": tokens,
-            "flops": 6 * params * tokens,
-            "val/loss": loss,
-            "val/bpb": loss / 3,
-        }
-        rows = [
-            last | {"step": 50, "tokens": tokens / 2, "val/loss": loss * 1.2, "val/bpb": loss * 0.4},
-            last,
-        ]
-        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if finished:
-            counts = {"feed-forward": params * 0.9, "embedding": params * 0.1}
-            (directory / "summary.json").write_text(json.dumps(last | {"parameters": counts, "best": last}))
-
-    return record
-
-
-@pytest.fixture
-def report(monkeypatch, capsys, tmp_path):
-    """`report("study=parts")` -> (exit code, output on one line, error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*overrides):
-        monkeypatch.setattr(sys, "argv", ["report", "resamples=300", *overrides])
-        code = 0
-        try:
-            run_entry(reported.report, config_name="report")
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, " ".join(out.split()), err
-
-    return call
-
-
-def arms(
-    record,
-    study="parts",
-    seeds=5,
-    shifts=(("llama", 0.0), ("alibi", 0.02), ("gelu", 0.0005)),
-    scales=(None,),
-    gain=1.0,
-):
-    """Named arms over paired seeds, as sweeps/parts.yaml makes them; losses by study, arm, seed."""
-    rng, losses = np.random.default_rng(3), {}
-    for scale in scales:
-        between = 0.01 * rng.standard_normal(seeds)
-        for arm, shift in shifts:
-            for seed in range(seeds):
-                tokens = scale or 1e7
-                base = loss_of(1e6, tokens * (gain if shift else 1.0))
-                loss = base + (shift if gain == 1.0 else 0.0) + between[seed] + 0.001 * rng.standard_normal()
-                grid = [] if scale is None else [f"budget.tokens={scale:g}"]
-                overrides = [*grid, f"seed={seed}", f"arm={arm}", f"pos={arm}"]
-                name = f"{arm}-{seed}-{tokens:g}"
-                record(study, name, overrides, loss=loss, tokens=tokens, seed=seed, arm=arm)
-                losses[scale, arm, seed] = loss
-    return losses
-
-
-def sizes(record, study="sizes", seeds=1, noise=0.002, n=6, **changed):
-    rng = np.random.default_rng(0)
-    for i, params in enumerate(np.geomspace(1e5, 1e7, n)):
-        for j, tokens in enumerate(np.geomspace(1e6, 1e9, 5)):
-            for seed in range(seeds):
-                loss = loss_of(params, tokens) * np.exp(noise * rng.standard_normal())
-                overrides = [
-                    f"budget.tokens={tokens:g}",
-                    f"seed={seed}",
-                    f"arm=d{i}",
-                    f"model.d_model={i}",
-                    f"lr={1e-3 / (i + 1)}",
-                ]
-                record(
-                    study,
-                    f"{i}-{j}-{seed}",
-                    overrides,
-                    loss=loss,
-                    params=params,
-                    tokens=tokens,
-                    arm=f"d{i}",
-                    **changed,
-                )
 
 
 def test_arms_are_compared_over_seeds(record, report, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,8 @@ from scantling.study.ablation import (
 from scantling.study.arms import StudyRuns, mean_of, pairable_runs, rows
 from scantling.study.forms import saturating
 from scantling.study.scaling import Fit, fit
+
+VERDICTS = ("better", "worse", "undecided")
 
 NAMED = 3
 """Arms of a kind that the answer names."""
@@ -62,6 +65,8 @@ def report_arms(
     if baseline not in set(study.runs["arm"]):
         arms = ", ".join(sorted(set(study.runs["arm"])))
         raise ValueError(f"no runs of the baseline {baseline}: arms are {arms}")
+    if set(study.runs["arm"]) == {baseline}:
+        raise ValueError(f"nothing to compare with {baseline}: no other arm has a finished run")
     all_runs, incomplete = pairable_runs(study, baseline)
     cautions = [*study.cautions, *incomplete]
     if law is None and metric == "loss" and len(study.scales) >= OWN_LAW:
@@ -72,7 +77,9 @@ def report_arms(
         cautions += [f"law of the baseline: {text}" for text in law.warnings]
     lines, gain_rows, gains = [], [], {}
     scales = [scale for scale in study.scales if len(set(rows(all_runs, scale=scale)["arm"])) > 1]
-    cautions += [f"nothing is compared at {scale}" for scale in study.scales if scales and scale not in scales]
+    cautions += [
+        f"nothing is compared at {scale}" for scale in study.scales if scales and scale not in scales
+    ]
     for scale in scales or study.scales:
         runs = rows(all_runs, scale=scale)
         runs = runs.assign(loss=runs[metric])
@@ -225,30 +232,37 @@ def answer(report: AblationReport) -> str:
     """In one sentence, at the largest scale: which arms are better and worse than the baseline, by how much, and of which
     that cannot be said."""
     scale = report.arms["scale"].iloc[-1]
-    here = report.arms[(report.arms["scale"] == scale) & (report.arms["arm"] != report.baseline)]
-    if not len(here):
+    here = [row for row in rows(report.arms, scale=scale).to_dict("records") if row["arm"] != report.baseline]
+    if not here:
         return f"There is no other arm than {report.baseline}."
     unit = {"loss": "nats per token", "bpb": "bits per byte"}[report.metric]
-    undecided = here["verdict"] == "undecided"
-    around_zero = (here["low"] <= 0) & (here["high"] >= 0)
+    of_verdict = {verdict: [row for row in here if row["verdict"] == verdict] for verdict in VERDICTS}
+    undecided = of_verdict["undecided"]
     kinds = {
-        f"better than {report.baseline}": (here[here["verdict"] == "better"], -1),
-        f"worse than {report.baseline}": (here[here["verdict"] == "worse"].iloc[::-1], 1),
-        f"no difference from {report.baseline} found": (here[undecided & around_zero], 0),
-        f"undecided after correction for {len(here)} comparisons": (here[undecided & ~around_zero], 0),
+        f"better than {report.baseline}": (of_verdict["better"], -1),
+        f"worse than {report.baseline}": (of_verdict["worse"][::-1], 1),
+        f"no difference from {report.baseline} found": (
+            [r for r in undecided if r["low"] <= 0 <= r["high"]],
+            0,
+        ),
+        f"undecided after correction for {len(here)} comparisons": (
+            [r for r in undecided if not r["low"] <= 0 <= r["high"]],
+            0,
+        ),
     }
     found = "; ".join(f"{words}: {named(arms, sign)}" for words, (arms, sign) in kinds.items() if len(arms))
     where = f", at {scale}" if scale else ""
     return f"{found[0].upper()}{found[1:]} {unit}{where} ({report.level:.0%} intervals over paired seeds)."
 
 
-def named(arms: pd.DataFrame, sign: int) -> str:
+def named(arms: list[dict[str, Any]], sign: int) -> str:
     """Arms with their differences and intervals, of many the first; `sign`: of the differences where words say it."""
     texts = []
-    for row in arms.iloc[:NAMED].itertuples():
-        ends = sorted((sign * row.low, sign * row.high)) if sign else (row.low, row.high)
-        by, form = (sign * row.difference, ".4f") if sign else (row.difference, "+.4f")
-        texts.append(f"{row.arm} by {by:{form}} ({ends[0]:{form}} to {ends[1]:{form}})")
+    for row in arms[:NAMED]:
+        low, high, difference = row["low"], row["high"], row["difference"]
+        ends = sorted((sign * low, sign * high)) if sign else (low, high)
+        by, form = (sign * difference, ".4f") if sign else (difference, "+.4f")
+        texts.append(f"{row['arm']} by {by:{form}} ({ends[0]:{form}} to {ends[1]:{form}})")
     return ", ".join(texts) + (f" and {len(arms) - NAMED} more" if len(arms) > NAMED else "")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scantling.study.store import load_runs
+from scantling.study.store import NOTES, load_runs
 
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
 LAW_SPAN = 2.0
@@ -26,6 +26,8 @@ NOT_AN_ARM = (
     "arm",
     "match",
     "matched",
+    "tune",
+    "tuned",
     "study",
     "paths",
     "logger",
@@ -165,24 +167,26 @@ def settings_of(overrides: str) -> dict[str, str]:
 
 
 def varied_keys(settings: Sequence[dict[str, str]]) -> list[str]:
-    """Settings that are not alike in all runs, in the order in which they were typed."""
+    """Settings that are not alike in all runs, in the order in which they were typed; without those that the launcher
+    found for each arm."""
     keys = dict.fromkeys(key for setting in settings for key in setting)
+    found = {key for note, key in NOTES.items() if any(note in setting for setting in settings)}
     return [
         key
         for key in keys
-        if key.partition(".")[0] not in NOT_AN_ARM and len({setting.get(key) for setting in settings}) > 1
+        if key.partition(".")[0] not in NOT_AN_ARM
+        and key not in found
+        and len({setting.get(key) for setting in settings}) > 1
     ]
 
 
 def arms_changes(settings: Sequence[dict[str, str]]) -> set[str]:
-    """What named arms change: the sweeper puts it after the arm's name, and `match=` adds d_ff."""
+    """What named arms change: the sweeper puts it after the arm's name."""
     found = set()
     for setting in settings:
         keys = list(setting)
         if "arm" in keys:
             found |= set(keys[keys.index("arm") + 1 :])
-        if "matched" in keys:
-            found.add("model.d_ff")
     return found
 
 

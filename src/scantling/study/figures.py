@@ -25,8 +25,8 @@ TRAIN, VALIDATION = "#9aa5b1", "#c2410c"
 LEGEND = 20
 """Arms that a legend names."""
 
-TALLEST = 40.0
-"""Inches."""
+MOST_ARMS = 40
+"""Arms of a figure: of more those with the lowest losses are drawn."""
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -169,13 +169,14 @@ def draw_arms(
     curves: pd.DataFrame, runs: pd.DataFrame, arms: pd.DataFrame, path: Path, *, metric: str, baseline: str
 ) -> None:
     """Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard errors. Right:
-    every arm's difference from the baseline with its paired t interval."""
+    every arm's difference from the baseline with its paired t interval. `arms`: sorted by difference, the baseline first."""
     table = arms.to_dict("records")
     largest = table[-1]["scale"]
-    here = [row for row in table if row["scale"] == largest]
+    here = [row for row in table if row["scale"] == largest][: MOST_ARMS + 1]
+    table = [row for row in table if row["arm"] in {row["arm"] for row in here}]
     colours = {row["arm"]: TRAIN if row["arm"] == baseline else f"C{i % 10}" for i, row in enumerate(here)}
     compared = [row for row in table if row["arm"] != baseline][::-1]
-    height = min(max(4.0, 0.3 * len(compared) + 1.5), TALLEST)
+    height = max(4.0, 0.3 * len(compared) + 1.5)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, height), layout="constrained", width_ratios=(3, 2)
     )

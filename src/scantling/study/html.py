@@ -12,7 +12,6 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from scantling.study.report import (
     Axis,
@@ -105,23 +104,20 @@ def printable(text: str) -> str:
 
 def table(block: Table) -> str:
     frame = block.frame
-    words = [is_words(frame[name]) for name in frame]
+    rows = list(frame.itertuples(index=False, name=None))
+    words = [is_words(column) for column in zip(*rows, strict=True)] or [True] * len(frame.columns)
     head = "".join(
         f"<th{' class=word' if word else ''}>{escape(str(name))}</th>"
         for name, word in zip(frame, words, strict=True)
     )
-    rows = "".join(
-        f"<tr>{''.join(map(cell, row, words))}</tr>" for row in frame.itertuples(index=False, name=None)
-    )
-    shown = (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    body = "".join(f"<tr>{''.join(map(cell, row, words))}</tr>" for row in rows)
+    shown = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     if block.folded:
         return f"<details><summary>{escape(block.title)}</summary>{shown}</details>"
     return f"<h3>{escape(block.title)}</h3>{shown}"
 
 
-def is_words(column: pd.Series) -> bool:
+def is_words(column: Sequence[Any]) -> bool:
     """Whether a column reads from the left: any cell that does not begin as a number."""
     return any(
         isinstance(value, Link) or (str(value) and str(value)[0] not in "0123456789+-−×")
@@ -184,7 +180,7 @@ def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
     return [
         escape(v)
         if isinstance(v, str)
-        else short(v)
+        else short(float(v))
         if isinstance(v, (float, np.floating))
         else v.item()
         if isinstance(v, np.generic)

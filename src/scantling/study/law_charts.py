@@ -17,6 +17,12 @@ BEYOND = 100.0
 MOST_RUNS = 2000
 """Points of a chart; of more runs so many are drawn evenly."""
 
+SIZES = (
+    Axis("C", "training FLOPs", log=True),
+    Axis("N", "parameters", log=True, si=True),
+    Axis("D", "tokens", log=True, si=True),
+)
+
 LOSS = Axis("loss", "nats per token", log=True)
 
 
@@ -132,7 +138,7 @@ def frontier_chart(report: LawReport) -> Chart:
     return Chart(
         "Frontier",
         tuple(found),
-        (Axis("C", "training FLOPs", log=True), Axis("N", "parameters", log=True, si=True), Axis("D", "tokens", log=True, si=True)),
+        SIZES,
         (LOSS,),
         note=f"{fit.form.formula}. Points: runs, coloured by parameters.",
     )
@@ -190,7 +196,7 @@ def residuals_chart(report: LawReport) -> Chart:
     return Chart(
         "Residuals",
         (Series("runs", values, style="points", colour=by_rank(n).tolist(), hover=hover),),
-        (Axis("C", "training FLOPs", log=True), Axis("N", "parameters", log=True, si=True), Axis("D", "tokens", log=True, si=True)),
+        SIZES,
         (Axis("residual", "observed over predicted, %", log=None),),
         note="A trend along an axis is what the form does not describe. Coloured by parameters.",
         legend=False,
@@ -206,7 +212,8 @@ def held_out_chart(report: LawReport) -> Chart | None:
     bars = ({}, {})
     if "low" in held_out:
         bars = {"predicted": held_out["low"].tolist()}, {"predicted": held_out["high"].tolist()}
-    ends = [float(held_out["loss"].min()), float(held_out["loss"].max())]
+    observed = held_out["loss"].tolist()
+    ends = [min(observed), max(observed)]
     return Chart(
         f"Held out: {gate.n_held_out} runs above {gate.cutoff:.3g} FLOPs, predicted from {gate.n_fitted}",
         (
@@ -222,8 +229,8 @@ def held_out_chart(report: LawReport) -> Chart | None:
                 style="points",
                 colour=0,
                 hover=[
-                    f"{row.N:.3g} parameters, {row.D:.3g} tokens: observed {row.loss:.4f}"
-                    for row in held_out.itertuples()
+                    f"{row['N']:.3g} parameters, {row['D']:.3g} tokens: observed {row['loss']:.4f}"
+                    for row in held_out.to_dict("records")
                 ],
             ),
         ),
@@ -247,8 +254,9 @@ def exponents_chart(report: LawReport) -> Chart | None:
         bars = ({}, {})
         if low in table:
             bars = {"a": table[low].tolist()}, {"a": table[high].tolist()}
-        values = {"name": [f"{prefix}{text}" for text in table[name]], "a": table["a"].tolist()}
-        found.append(Series(group, values, *bars, style="points", colour=i, hover=values["name"]))
+        names = [f"{prefix}{text}" for text in table[name]]
+        values = {"name": names, "a": table["a"].tolist()}
+        found.append(Series(group, values, *bars, style="points", colour=i, hover=names))
     if not found:
         return None
     points = sum(len(series.values["a"]) for series in found)

@@ -164,7 +164,11 @@ def answer(report: LawReport) -> str:
     return (
         f"At {at['FLOPs']} FLOPs the least loss, {at['nats per token']} nats per token, takes {at['parameters']} parameters "
         f"and {at['tokens']} tokens; the best size grows as C^{a:.3g}"
-        + (f" ({interval[0]:.3g} to {interval[1]:.3g}); {report.fit.level:.0%} intervals." if interval else ".")
+        + (
+            f" ({interval[0]:.3g} to {interval[1]:.3g}); {report.fit.level:.0%} intervals."
+            if interval
+            else "."
+        )
     )
 
 

@@ -12,8 +12,9 @@ import pandas as pd
 
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport
+from scantling.study.arm_charts import forest_chart, gain_chart, lengths_chart, scale_chart
 from scantling.study.arms import StudyRuns, mean_of, rows
-from scantling.study.charts import curves_chart, forest_chart, gain_chart, lengths_chart, others_chart, scale_chart
+from scantling.study.curve_charts import curves_chart, others_chart
 from scantling.study.figures import draw_arms, draw_law
 from scantling.study.law_charts import law_charts
 from scantling.study.law_report import LawReport
@@ -35,6 +36,10 @@ from scantling.study.store import load_tuning
 
 FOLDED = 20
 """Rows above which a table of runs is shown when asked for."""
+
+
+LISTED = 1500
+"""Rows of that table: a page stays below 6 MB."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,9 @@ def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: R
         cautions += [*failures(study.recorded), *mixed(study.runs)]
         question = recorded.question
     else:
-        sections.append(Section("Runs", (Table(f"The {len(runs)} rows of {laws.source}", runs, folded=True),)))
+        sections.append(
+            Section("Runs", (Table(f"The {len(runs)} rows of {laws.source}", runs, folded=True),))
+        )
     data = {"parameters.csv": laws.parameters}
     return Report(
         title=name,
@@ -135,7 +142,10 @@ def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: R
 def partial_page(recorded: Recorded, cautions: list[str], why: str) -> Report:
     """What there is of a study that gives no answer, and `why`."""
     counts = recorded.runs["status"].value_counts()
-    sections = [*training(recorded.runs, recorded.curves, "loss"), *records(of_each_arm(recorded.runs), recorded)]
+    sections = [
+        *training(recorded.runs, recorded.curves, "loss"),
+        *records(of_each_arm(recorded.runs), recorded),
+    ]
     return Report(
         title=recorded.name,
         kind=" · ".join(f"{count} {status}" for status, count in counts.items()),
@@ -148,10 +158,12 @@ def partial_page(recorded: Recorded, cautions: list[str], why: str) -> Report:
 
 def run_page(recorded: Recorded) -> Report:
     """One run."""
-    run = recorded.runs.iloc[0]
+    run = recorded.runs.to_dict("records")[0]
     samples = samples_over_training(run)
     numbers = runs_table(recorded.runs, recorded.directory)
-    best = "" if pd.isna(run["best_bpb"]) else f"; at best {run['best_bpb']:.4f} at step {run['best_step']:,.0f}"
+    best = (
+        "" if pd.isna(run["best_bpb"]) else f"; at best {run['best_bpb']:.4f} at step {run['best_step']:,.0f}"
+    )
     reached = (
         "nothing was validated yet"
         if pd.isna(run["bpb"])
@@ -179,11 +191,12 @@ def run_page(recorded: Recorded) -> Report:
 def runs_page(recorded: Recorded) -> Report:
     """Any runs side by side: no comparison of arms, as nothing says what pairs them."""
     runs = recorded.runs.sort_values("bpb")
-    best = runs.iloc[0]
+    best = runs.to_dict("records")[0]
     cautions = [*failures(runs), *mixed(runs)]
-    for column in ("corpus", "tokenizer"):
-        if runs[column].nunique() > 1:
-            cautions.insert(0, f"these runs differ in their {column}: compare nats per token of none of them")
+    if len(set(runs["tokenizer"])) > 1:
+        cautions.insert(0, "these runs have different tokenizers: compare bits per byte, not nats per token")
+    if len(set(runs["corpus"])) > 1:
+        cautions.insert(0, "these runs are of different texts: their losses do not compare")
     answer = (
         "None of these runs was validated yet."
         if pd.isna(best["bpb"])
@@ -217,13 +230,13 @@ def training(runs: pd.DataFrame, curves: pd.DataFrame, metric: str, by_size: boo
 
 def tuning(recorded: Recorded) -> list[Section]:
     """What `tune=lr` tried."""
-    if recorded.study is None or not recorded.runs["tuned"].notna().any():
+    if recorded.study is None or all(pd.isna(note) for note in recorded.runs["tuned"].tolist()):
         return []
     tried = load_tuning(recorded.study)
     found = []
-    for i, (arm, of_arm) in enumerate(tried.groupby("arm", sort=False)):
+    for i, arm in enumerate(dict.fromkeys(tried["arm"])):
+        of_arm, chosen = rows(tried, arm=arm), rows(tried, arm=arm, chosen=True)
         values = {"lr": of_arm["lr"].tolist(), "bpb": of_arm["bpb"].tolist()}
-        chosen = of_arm[of_arm["chosen"]]
         found.append(Series(str(arm), values, colour=i))
         ring = {"lr": chosen["lr"].tolist(), "bpb": chosen["bpb"].tolist()}
         found.append(Series(str(arm), ring, style="rings", colour=i, hover=f"{arm}: chosen"))
@@ -251,8 +264,10 @@ def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
     """Settings that differ and samples of `examples`, all runs, provenance."""
     settings = differing_settings(examples)
     samples = last_samples(examples)
-    table = runs_table(recorded.runs, recorded.directory)
-    shown = Table(f"All {len(table)} runs", table, folded=len(table) > FOLDED)
+    table = runs_table(recorded.runs.iloc[:LISTED], recorded.directory)
+    n = len(recorded.runs)
+    title = f"All {n} runs" if n <= LISTED else f"The first {LISTED} of {n} runs"
+    shown = Table(title, table, folded=n > FOLDED)
     return [
         *([Section("Settings that differ", (Table("Between arms", settings),))] if len(settings) else []),
         *([Section("Samples side by side", (samples,))] if samples else []),
@@ -262,8 +277,10 @@ def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
 
 
 def provenance_of(recorded: Recorded) -> Section:
-    commands = f"{train_command(recorded.runs, recorded.sweep)}\n{recorded.command}"
-    return Section("Provenance", (Table("Made with", provenance(recorded.runs)), Code(commands)))
+    commands = [recorded.command]
+    if recorded.study is not None or len(recorded.runs) == 1:
+        commands.insert(0, train_command(recorded.runs, recorded.sweep))
+    return Section("Provenance", (Table("Made with", provenance(recorded.runs)), Code("\n".join(commands))))
 
 
 def transposed(table: pd.DataFrame) -> pd.DataFrame:

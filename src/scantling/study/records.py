@@ -6,16 +6,18 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.arms import arms_changes, rows, settings_of
 from scantling.study.report import Link, Samples
-from scantling.study.store import Loader, leaves
+from scantling.study.store import NOTES, Loader, leaves
 
 NO_SETTING = ("seed", "arm", "study", "paths", "logger", "sample", "matched", "tuned", "resume", "dry_run")
 """Of a configuration, what is no part of what an arm is."""
@@ -43,15 +45,19 @@ def of_each_arm(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting that is not alike in all of `runs`, a column a run under its arm; what follows from another
+    """A row a setting that is not alike in all of `runs`, a column a run under its arm, or its name; what follows from another
     setting, as the decoder's from the model's, is left out."""
     configurations = {}
-    for _, run in runs.iloc[:COMPARED].iterrows():
+    label = "arm" if runs["arm"].is_unique else "run"
+    for run in runs.iloc[:COMPARED].to_dict("records"):
         found = leaves(yaml.load(RunDirectory(run["path"]).config.read_text(), Loader))
-        configurations[run["arm"]] = {key: written(value) for key, value in found.items() if is_setting(key)}
+        configurations[run[label]] = {key: written(value) for key, value in found.items() if is_setting(key)}
     keys = dict.fromkeys(key for found in configurations.values() for key in found)
     table = [
-        {"setting": key.removeprefix("choices."), **{arm: found.get(key, "") for arm, found in configurations.items()}}
+        {
+            "setting": key.removeprefix("choices."),
+            **{arm: found.get(key, "") for arm, found in configurations.items()},
+        }
         for key in sorted(keys, key=lambda key: not key.startswith("choices."))
         if len({found.get(key) for found in configurations.values()}) > 1
         and not any(follows(key, found) for found in configurations.values())
@@ -61,7 +67,9 @@ def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
 
 def is_setting(key: str) -> bool:
     """Which class an option builds is said by its choice."""
-    return key.partition(".")[0] not in NO_SETTING and not key.endswith(("_target_", "_partial_", "choices.sweeps"))
+    return key.partition(".")[0] not in NO_SETTING and not key.endswith(
+        ("_target_", "_partial_", "choices.sweeps")
+    )
 
 
 def follows(key: str, found: dict[str, str]) -> bool:
@@ -74,7 +82,7 @@ def written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def settings_of_run(run: pd.Series) -> pd.DataFrame:
+def settings_of_run(run: dict[str, Any]) -> pd.DataFrame:
     """Every setting of one run that the decoder's do not repeat."""
     found = leaves(yaml.load(RunDirectory(run["path"]).config.read_text(), Loader))
     shown = {key: written(value) for key, value in found.items() if not key.startswith("decoder.")}
@@ -84,7 +92,7 @@ def settings_of_run(run: pd.Series) -> pd.DataFrame:
 def last_samples(runs: pd.DataFrame) -> Samples | None:
     """What each of `runs` wrote last."""
     texts = []
-    for _, run in runs.iloc[:SAMPLES].iterrows():
+    for run in runs.iloc[:SAMPLES].to_dict("records"):
         written_so_far = read_rows(RunDirectory(run["path"]).samples)
         if written_so_far:
             last = written_so_far[-1]
@@ -92,7 +100,7 @@ def last_samples(runs: pd.DataFrame) -> Samples | None:
     return Samples(tuple(texts)) if texts else None
 
 
-def samples_over_training(run: pd.Series) -> Samples | None:
+def samples_over_training(run: dict[str, Any]) -> Samples | None:
     """Its first sample, its last, and some between."""
     found = read_rows(RunDirectory(run["path"]).samples)
     every = max(-(-len(found) // SAMPLES), 1)
@@ -140,34 +148,41 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
         "corpus": "text, fingerprint",
         "tokenizer": "tokenizer, fingerprint",
     }
-    environment = RunDirectory(runs["path"].iloc[0]).environment
     table = []
     for column, title in names.items():
-        counts = runs[column].astype(object).where(runs[column].notna(), "not recorded").value_counts()
-        several = len(counts) > 1
+        counts = counted_values(runs, column)
         for value, count in counts.items():
-            text = f"{value:g}" if isinstance(value, float) else str(value)
-            table.append({"": title, "value": f"{text} ({count} runs)" if several else text})
+            table.append({"": title, "value": f"{value} ({count} runs)" if len(counts) > 1 else value})
+    environment = RunDirectory(runs["path"].iloc[0]).environment
     extra = {
         "Python": environment.get("python"),
         "Lightning": environment.get("lightning"),
         "text": environment["corpus"].get("description"),
     }
     table += [{"": title, "value": value} for title, value in extra.items() if value]
-    total, unknown = runs["flops"].sum(), int(runs["flops"].isna().sum())
-    table.append({"": "cost", "value": f"{total:.3g} FLOPs, {hours(float(runs['seconds'].sum()))} of training"})
-    return pd.DataFrame(table) if not unknown else pd.DataFrame(table[:-1])
+    flops, seconds = (float(np.nansum(runs[name].to_numpy(dtype=float))) for name in ("flops", "seconds"))
+    table.append({"": "cost", "value": f"{flops:.3g} FLOPs, {hours(seconds)} of training"})
+    return pd.DataFrame(table)
+
+
+def counted_values(runs: pd.DataFrame, column: str) -> Counter[str]:
+    """How many runs have each value that was recorded, the most frequent first."""
+    values = [value for value in runs[column].tolist() if value is not None and not pd.isna(value)]
+    counts = Counter(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return Counter(dict(counts.most_common()))
 
 
 def hours(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def mixed(runs: pd.DataFrame) -> list[str]:
     """What makes runs of one study less comparable: several devices, versions, commits."""
     found = []
     for column, name in MACHINE.items():
-        counts = runs[column].dropna().astype(str).value_counts()
+        counts = counted_values(runs, column)
         if len(counts) > 1:
             listed = ", ".join(f"{shortened(value)} ({count} runs)" for value, count in counts.items())
             found.append(f"mixed {name}: {listed}")
@@ -183,7 +198,7 @@ def failures(runs: pd.DataFrame) -> list[str]:
     """Why runs failed, a line each, of many the first ten."""
     failed = rows(runs, status="failed")
     lines = []
-    for _, run in failed.iloc[:10].iterrows():
+    for run in failed.iloc[:10].to_dict("records"):
         note = Path(run["path"]) / "failed.json"
         reason = json.loads(note.read_text() or "{}").get("reason", "")
         lines.append(f"{run['run']} ({run['arm']}, seed {run['seed']}) failed: {reason}")
@@ -201,6 +216,7 @@ def train_command(runs: pd.DataFrame, sweep: dict[str, Any] | None) -> str:
     if len(settings) == 1:
         return typed("python src/train.py", settings[0])
     own = arms_changes(settings) if sweep else set()
+    own |= {key for note, key in NOTES.items() if any(note in setting for setting in settings)}
     grid = {}
     for key in dict.fromkeys(key for setting in settings for key in setting):
         values = dict.fromkeys(setting[key] for setting in settings if key in setting)

@@ -48,6 +48,9 @@ SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "
 APART = ("embedding", "position", "head")
 """Groups of parameters that `params_without_embeddings` leaves out."""
 
+NOTES = {"matched": "model.d_ff", "tuned": "lr"}
+"""Overrides that `match=` and `tune=` leave, each with the setting that it says the origin of."""
+
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -164,8 +167,7 @@ def differing(overrides: pd.Series) -> list[str]:
     """A name for each run that has none: the settings in which they differ, without seeds and the launcher's own."""
     settings = [dict(line.split("=", 1) for line in text.splitlines() if "=" in line) for text in overrides]
     for setting in settings:
-        notes = {"matched": "model.d_ff", "tuned": "lr"}
-        for key in ("seed", *(key for note in notes.items() if note[0] in setting for key in note)):
+        for key in ("seed", *(key for note in NOTES.items() if note[0] in setting for key in note)):
             setting.pop(key, None)
     keys = dict.fromkeys(key for setting in settings for key in setting)
     varied = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]

@@ -1,0 +1,161 @@
+"""Charts of a page that runs themselves give: loss over training with bands over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from scantling.study.arms import rows
+from scantling.study.report import Axis, Chart, Series, Style
+
+POINTS = 6000
+"""Of all curves of a chart together, so that a page stays small whatever the number of runs."""
+
+MOST_POINTS = 240
+"""Of one curve."""
+
+LINES = 48
+"""Runs up to which each has a line of its own beside its arm's band."""
+
+ARMS = 40
+"""Curves of more arms cannot be told apart: those with the lowest losses are shown."""
+
+X = (
+    Axis("tokens", "tokens", si=True),
+    Axis("flops", "FLOPs"),
+    Axis("seconds", "seconds of training", si=True),
+)
+
+VALIDATED, TRAINED = ("val/bpb", "val/loss"), "train/loss"
+
+
+def curves_chart(
+    curves: pd.DataFrame, runs: pd.DataFrame, *, metric: str, by_size: bool = False
+) -> Chart | None:
+    """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean over seeds
+    with a band of ± two standard errors, and the runs themselves where they are few.
+
+    `metric`: the one shown first. `by_size`: colours by parameters, from small to large. None where nothing was recorded.
+    """
+    if not len(curves) or not set(VALIDATED) <= set(curves):
+        return None
+    of_run = dict(list(curves.groupby("run", sort=False)))
+    keys = dict.fromkeys(zip(runs["arm"], runs["scale"], strict=True))
+    groups = [(str(arm), str(scale), rows(runs, arm=arm, scale=scale)) for arm, scale in keys]
+    groups = [group for group in groups if any(name in of_run for name in group[2]["run"])]
+    note = "Bands: ± two standard errors over seeds. " if len(runs) > len(groups) else ""
+    if len(groups) > ARMS:
+        note += f"The {ARMS} of {len(groups)} arms with the lowest losses are shown. "
+        groups = sorted(groups, key=lambda g: float(np.nan_to_num(g[2]["loss"].mean(), nan=np.inf)))[:ARMS]
+    if by_size:
+        groups.sort(key=lambda g: float(np.nan_to_num(g[2]["params"].mean())))
+    n_lines = sum(len(group) for *_, group in groups)
+    each = n_lines <= LINES
+    points = int(np.clip(POINTS // max(len(groups) + (n_lines if each else 0), 1), 8, MOST_POINTS))
+    colours: dict[str, int | float] = {}
+    sizes = np.log(runs["params"].to_numpy(dtype=float))
+    found = []
+    for arm, scale, group in groups:
+        if by_size and np.ptp(sizes[np.isfinite(sizes)]) > 0:
+            size = float(np.log(group["params"].mean()))
+            colour = float((size - np.nanmin(sizes)) / (np.nanmax(sizes) - np.nanmin(sizes)))
+        else:
+            colour = colours.setdefault(arm, len(colours))
+        label = arm if scale in ("", arm) else f"{arm}, {scale}"
+        tables = [of_run[name] for name in group["run"] if name in of_run]
+        found += mean_curve(tables, arm, label, colour, points)
+        if each and len(tables) > 1:
+            for name, seed in zip(group["run"], group["seed"], strict=True):
+                if name in of_run:
+                    found += mean_curve(
+                        [of_run[name]], arm, f"{label}, seed {seed}", colour, points, style="thin"
+                    )
+    if each and len(runs) > len(groups):
+        note += "Thin lines: single runs. "
+    axes = {
+        "val/bpb": Axis("val/bpb", "bits per byte", range=focus(found, "val/bpb")),
+        "val/loss": Axis("val/loss", "nats per token", range=focus(found, "val/loss")),
+        TRAINED: Axis(TRAINED, "training, nats per token", range=focus(found, TRAINED)),
+    }
+    first = f"val/{metric}"
+    shown = (axes.pop(first), *axes.values())
+    note += "Drag to look closer, double-click for all"
+    note += "; click a name to hide it, double-click to see it alone." if len(groups) > 1 else "."
+    x = tuple(replace(axis, log=by_size) for axis in X)
+    return Chart(
+        "Validation and training", tuple(found), x, shown, note=note, legend=len(groups) > 1, height=460
+    )
+
+
+def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:
+    """The part of an axis from the lowest value to where most curves are after their first tenth; before it losses are
+    higher by far."""
+    values = [np.asarray(curve.values[key], dtype=float) for curve in curves if key in curve.values]
+    later = [v[len(v) // 10 :] for v in values if len(v)]
+    if not later:
+        return None
+    low, high = min(np.nanmin(v) for v in later), float(np.nanquantile([v[0] for v in later], 0.9))
+    margin = 0.06 * max(high - low, 0.01 * abs(high))
+    return float(low - margin), float(high + margin)
+
+
+def mean_curve(
+    tables: Sequence[pd.DataFrame],
+    group: str,
+    label: str,
+    colour: int | float,
+    points: int,
+    style: Style = "line",
+) -> list[Series]:
+    """One series for what is validated and one for what is trained; steps that not all tables have are left out."""
+    found = []
+    for columns in (list(VALIDATED), [TRAINED]):
+        if not all(set(columns) <= set(table) for table in tables):
+            continue
+        rows_of = pd.concat([table.dropna(subset=columns) for table in tables])
+        if not len(rows_of):
+            continue
+        by_step = rows_of.groupby("step")
+        counts = by_step.size().to_numpy()
+        kept = thinned(np.flatnonzero(counts == counts.max()), points)
+        keys = [axis.key for axis in X if axis.key in rows_of] + columns
+        mean = pd.DataFrame(by_step[keys].mean()).iloc[kept]
+        band: tuple[dict, dict] = ({}, {})
+        if counts.max() > 1:
+            error = pd.DataFrame(by_step[columns].sem()).iloc[kept]
+            for side, sign in zip(band, (-2, 2), strict=True):
+                side |= {key: (mean[key] + sign * error[key]).tolist() for key in columns}
+        values = {key: mean[key].tolist() for key in keys}
+        found.append(Series(group, values, *band, style=style, colour=colour, hover=label))
+    return found
+
+
+def thinned(indices: np.ndarray, points: int) -> np.ndarray:
+    """Evenly spaced ones, the first and the last among them: every point shown was recorded."""
+    if len(indices) <= points:
+        return indices
+    return indices[np.unique(np.linspace(0, len(indices) - 1, points).round().astype(int))]
+
+
+def others_chart(curves: pd.DataFrame) -> Chart | None:
+    """Of one run, whatever else its rows hold."""
+    known = {"run", "step", TRAINED, *VALIDATED, *(axis.key for axis in X)}
+    names = [
+        name
+        for name in curves
+        if name not in known and not np.isnan(curves[name].to_numpy(dtype=float)).all()
+    ]
+    if not names:
+        return None
+    found = []
+    for name in names:
+        here = curves.dropna(subset=[name])
+        here = here.iloc[thinned(np.arange(len(here)), MOST_POINTS)]
+        found.append(
+            Series("run", {key: here[key].tolist() for key in (*(a.key for a in X), name)}, colour=1)
+        )
+    axes = tuple(Axis(name, name.replace("_", " ")) for name in names)
+    return Chart("Also recorded", tuple(found), X, axes, legend=False, height=320)

@@ -1,0 +1,283 @@
+"""The page of a report: what is on it against what was planted, and what there is where no answer can be given."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import LAW, arms, loss_of, sizes
+
+from scantling.study.ablation import first
+from scantling.study.curve_charts import LINES, POINTS, curves_chart, thinned
+from scantling.study.figures import MOST_ARMS
+from scantling.study.store import load_curves, load_runs
+
+
+def charts_of(page):
+    found = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    titles = re.findall(r'<div class="card chart"><h3>(.*?)</h3>', page)
+    return dict(zip(titles, map(json.loads, found), strict=True))
+
+
+@pytest.fixture
+def page(tmp_path):
+    return lambda name: (tmp_path / "runs" / "reports" / name / "report.html").read_text()
+
+
+def test_the_answer_comes_first_and_with_its_interval(record, report, page, tmp_path):
+    arms(record)
+    assert report("study=parts", "baseline=llama")[0] == 0
+    table = pd.read_csv(tmp_path / "runs/reports/parts/arms.csv").set_index("arm").loc["alibi"]
+    shown = page("parts")
+    answer = re.search(r'<p class="answer">(.*?)</p>', shown)[1]
+    assert (
+        f"Worse than llama: alibi by {table.difference:.4f} ({table.low:.4f} to {table.high:.4f})" in answer
+    )
+    assert "no difference from llama found: gelu by" in answer
+    assert shown.index('class="answer"') < shown.index("<section")
+    forest = charts_of(shown)["Difference from llama"]["series"][0]
+    assert forest["values"]["arm"] == ["gelu", "alibi"]
+    assert forest["low"]["difference"][1] == pytest.approx(table.low, rel=1e-5)
+    curve = charts_of(shown)["Validation and training"]["series"][0]
+    of_arm = load_runs(tmp_path / "runs/parts").query("arm == 'llama'")
+    assert curve["group"] == "llama"
+    assert curve["values"]["val/bpb"][-1] == pytest.approx(of_arm["bpb"].mean(), rel=1e-5)
+    assert curve["high"]["val/loss"][-1] == pytest.approx(
+        of_arm["loss"].mean() + 2 * of_arm["loss"].std() / np.sqrt(5), rel=1e-5
+    )
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(record, report, page, tmp_path):
+    arms(record)
+    report("study=parts", "baseline=llama")
+    shown = page("parts")
+    without_plotly = re.sub(r"<script>(?!\s*\"use strict\").*?</script>", "", shown, flags=re.DOTALL)
+    assert len(without_plotly) < 200_000 < len(shown) < 6_000_000
+    assert shown.count("plotly.js v") == 1
+    assert not re.search(r'(src|href)="(https?:)?//', without_plotly)
+    links = re.findall(r'<td class="word"><a href="(.*?)"', without_plotly)
+    assert len(links) == 15
+    assert all((tmp_path / "runs/reports/parts" / link / "config.yaml").exists() for link in links)
+
+
+def test_what_runs_say_is_no_code(record, report, page, tmp_path):
+    evil = "</script><script>alert(1)</script>"
+    for name, arm in (("a", evil), ("b", "b")):
+        for seed in (0, 1):
+            overrides = [f"seed={seed}", f"arm={arm}"]
+            record("parts", f"{name}{seed}", overrides, loss=3 + 0.1 * seed, seed=seed, arm=arm)
+    directory = tmp_path / "runs" / "parts" / "a0"
+    (directory / "samples.jsonl").write_text(
+        json.dumps({"step": 1, "text": f"<img src=x onerror=alert(2)>{evil}"})
+    )
+    assert report("study=parts", "baseline=b")[0] == 0
+    shown = page("parts")
+    assert "alert(1)" in shown
+    assert evil not in shown
+    assert "<img" not in re.sub(r"<script>.*?</script>", "", shown, flags=re.DOTALL)
+
+
+def test_a_failed_run_takes_its_arm_out_and_the_others_stay(record, report, page, tmp_path):
+    arms(record)
+    lost = tmp_path / "runs/parts/alibi-3-1e+07"
+    (lost / "summary.json").unlink()
+    (lost / "failed.json").write_text(json.dumps({"reason": "loss is not finite <at> step 7"}))
+    code, out, _ = report("study=parts", "baseline=llama")
+    assert code == 0
+    assert "arm alibi is not compared: its seed 3 failed" in out
+    assert "of 1 comparisons with llama" in out
+    shown = page("parts")
+    assert "alibi-3-1e+07 (alibi, seed 3) failed: loss is not finite &lt;at&gt; step 7" in shown
+    assert "alibi" in {series["group"] for series in charts_of(shown)["Validation and training"]["series"]}
+
+
+def test_a_run_that_the_baseline_lacks_takes_its_seed_out(record, report, tmp_path):
+    arms(record)
+    (tmp_path / "runs/parts/llama-3-1e+07/summary.json").unlink()
+    code, out, _ = report("study=parts", "baseline=llama")
+    assert code == 0
+    assert "seed 3 is not compared: the run of llama is not finished" in out
+    assert set(pd.read_csv(tmp_path / "runs/reports/parts/arms.csv")["seeds"]) == {4}
+
+
+def one_seed(record):
+    arms(record, seeds=1)
+
+
+def one_arm(record):
+    arms(record, shifts=(("llama", 0.0),))
+
+
+def none_finished(record):
+    record("parts", "late", ["seed=0", "arm=llama"], loss=3.0, arm="llama", finished=False)
+
+
+def unpaired(record):
+    arms(record)
+    record("parts", "alone", ["seed=7", "arm=llama"], loss=3.0, seed=7, arm="llama")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (one_seed, "one seed only"),
+        (one_arm, "no other arm has a finished run"),
+        (none_finished, "holds no finished run"),
+        (unpaired, "seeds are unpaired"),
+    ],
+)
+def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page, prepare, message):
+    prepare(record)
+    code, _, err = report("study=parts", "baseline=llama")
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert "runs/reports/parts/report.html" in err
+    shown = page("parts")
+    assert re.search(rf'<p class="answer">No answer yet: .*{message}', shown)
+    assert "Validation and training" in charts_of(shown)
+
+
+def test_a_mistyped_baseline_leaves_the_page_alone(record, report, page):
+    arms(record)
+    report("study=parts", "baseline=llama")
+    before = page("parts")
+    assert report("study=parts", "baseline=gpt")[0] == 2
+    assert page("parts") == before
+
+
+def test_mixed_devices_are_warned_of(record, report, page, tmp_path):
+    arms(record, seeds=2)
+    for i, directory in enumerate(sorted((tmp_path / "runs/parts").iterdir())):
+        path = directory / "env.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "GPU" if i else "CPU"}))
+    report("study=parts", "baseline=llama")
+    assert "mixed devices: GPU (5 runs), CPU (1 runs)" in re.search(r"cautions.*?</ul>", page("parts"))[0]
+
+
+def test_what_a_launcher_found_for_an_arm_is_no_part_of_its_name(record, report, tmp_path):
+    for attn, rate in (("mha", 1e-3), ("gqa", 2e-3)):
+        for seed in (0, 1):
+            overrides = [f"attn={attn}", f"seed={seed}", f"lr={rate}", "tuned={lr:[1e-3,2e-3]}", "tune=lr"]
+            overrides += [f"model.d_ff={int(rate * 1e5)}", "matched={by:params}"]
+            record("tuned", f"{attn}{seed}", overrides, loss=3 + rate + 0.01 * seed, seed=seed, lr=rate)
+    code, _, err = report("study=tuned", "baseline=attn=mha")
+    assert (code, err) == (0, "")
+    assert list(pd.read_csv(tmp_path / "runs/reports/tuned/arms.csv")["arm"]) == ["attn=mha", "attn=gqa"]
+
+
+def test_a_law_has_its_valleys_and_what_was_held_out(record, report, page):
+    rng = np.random.default_rng(0)
+    for compute in (1e13, 1e14, 1e15, 1e16):
+        best = 0.3 * np.sqrt(compute / 6)
+        for i, n in enumerate(best * np.geomspace(0.3, 3, 5)):
+            d = compute / 6 / n
+            overrides = [f"budget.flops={compute:g}", "seed=0", f"arm=d{i}", f"model.d_model={i}"]
+            loss = loss_of(n, d) * np.exp(0.001 * rng.standard_normal())
+            record("law", f"{compute:g}-{i}", overrides, loss=loss, params=n, tokens=d, arm=f"d{i}")
+    code, _, err = report("study=law")
+    assert (code, err) == (0, "")
+    shown = charts_of(page("law"))
+    assert len({series["group"] for series in shown["IsoFLOP valleys"]["series"]}) == 4
+    held_out = shown["Held out: 5 runs above 1e+15 FLOPs, predicted from 15"]["series"][1]
+    assert held_out["values"]["predicted"] == pytest.approx(held_out["values"]["loss"], rel=0.02)
+    exponents = shown["How the exponent depends on the way of finding it"]["series"]
+    planted = LAW["beta"] / (LAW["alpha"] + LAW["beta"])
+    assert {series["group"]: len(series["values"]["a"]) for series in exponents}["without a budget"] == 4
+    assert exponents[0]["low"]["a"][0] < planted < exponents[0]["high"]["a"][0]
+
+
+def test_one_run_and_any_runs(record, report, page, tmp_path):
+    arms(record, seeds=2)
+    sizes(record, n=2)
+    (tmp_path / "runs/parts/llama-0-1e+07/samples.jsonl").write_text(
+        "".join(json.dumps({"step": step, "text": f"sample {step}"}) + "\n" for step in range(1, 41))
+    )
+    assert report("run=llama-0-1e+07")[0] == 0
+    shown = page("llama-0-1e+07")
+    captions = re.findall(r"<figcaption>step (\d+)</figcaption>", shown)
+    assert (captions[0], captions[-1]) == ("1", "40")
+    assert "2 arms" not in shown
+    code, out, err = report("runs=[llama-0-1e+07,runs/sizes/0-0-0]")
+    assert (code, err) == (0, "")
+    lowest = min(
+        float(json.loads((tmp_path / "runs" / run / "summary.json").read_text())["val/bpb"])
+        for run in ("parts/llama-0-1e+07", "sizes/0-0-0")
+    )
+    assert f"The lowest of 2: {lowest:.4f} bits per byte" in out
+    assert report("run=nothing")[2] == "error: nothing is no run below runs/\n"
+    assert "must be a list" in report("runs=llama-0-1e+07")[2]
+    assert "give one of fit=FILE" in report("study=parts", "run=llama-0-1e+07")[2]
+
+
+def test_watched_pages_ask_for_themselves_until_the_end(record, report, page, monkeypatch):
+    none_finished(record)
+    reloads = []
+
+    def sleep(seconds):
+        reloads.append(re.search(r'http-equiv="refresh" content="(\d+)"', page("parts"))[1])
+        if len(reloads) == 2:
+            raise KeyboardInterrupt
+        arms(record, seeds=2)
+        (record("parts", "later", ["seed=9", "arm=x"], loss=3.0, seed=9, arm="x", finished=False))
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    code, out, _ = report("study=parts", "baseline=llama", "watch=true", "watch_seconds=7")
+    assert (code, reloads) == (0, ["7", "7"])
+    assert "holds no finished run" in out
+    assert "refresh" not in page("parts").partition("<script>")[0]
+    assert "Worse than llama" in page("parts")
+
+
+def test_many_runs_stay_small():
+    n_arms, n_rows = 60, 3000
+    steps = np.arange(1, n_rows + 1)
+    runs = pd.DataFrame(
+        {
+            "run": [f"r{i}" for i in range(2 * n_arms)],
+            "arm": [f"a{i // 2}" for i in range(2 * n_arms)],
+            "scale": "",
+            "seed": [0, 1] * n_arms,
+            "loss": np.arange(2.0 * n_arms),
+            "bpb": 1.0,
+            "params": 1e6,
+        }
+    )
+    curves = pd.DataFrame(
+        {
+            "run": np.repeat(runs["run"], n_rows),
+            "step": np.tile(steps, 2 * n_arms),
+            "tokens": np.tile(10 * steps, 2 * n_arms),
+            "flops": 1.0,
+            "seconds": 1.0,
+            "val/loss": 1.0,
+            "val/bpb": 1.0,
+        }
+    )
+    chart = curves_chart(curves, runs, metric="loss")
+    assert len(runs) > LINES
+    assert [series.group for series in chart.series] == [f"a{i}" for i in range(MOST_ARMS)]
+    assert sum(len(series.values["tokens"]) for series in chart.series) <= POINTS
+    assert set(chart.series[0].values["tokens"]) <= set(10 * steps)
+    assert (chart.series[0].values["tokens"][0], chart.series[0].values["tokens"][-1]) == (10, 10 * n_rows)
+    assert list(thinned(np.arange(5), 10)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("least", [2, 3, 17, 99_999, 100_000])
+def test_the_least_number_is_found_without_trying_all(least):
+    tried = []
+    assert first(lambda n: bool(tried.append(n)) or n >= least, 100_000) == least
+    assert len(tried) < 20
+    assert first(lambda n: False, 100_000) is None
+
+
+def test_curves_of_a_study_are_those_of_its_records(record, tmp_path):
+    arms(record, seeds=2)
+    runs = load_runs(tmp_path / "runs/parts").assign(scale="")
+    chart = curves_chart(load_curves(tmp_path / "runs/parts"), runs, metric="bpb")
+    lines = [series for series in chart.series if series.style == "thin"]
+    assert len(lines) == len(runs)
+    ends = {series.hover: series.values["val/loss"][-1] for series in lines}
+    for run in runs.to_dict("records"):
+        assert ends[f"{run['arm']}, seed {run['seed']}"] == pytest.approx(run["loss"])
