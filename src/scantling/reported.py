@@ -35,10 +35,10 @@ from scantling.study.store import find, load_curves, load_runs
 PRINTED_WIDTH = 160
 """Of lines that go to a file or a pipe."""
 
-WHOLE = ("arm", "paired t", "verdict")
+WHOLE = ("scale", "arm", "paired t", "verdict")
 """Columns whose cells stay on one line."""
 
-WIDE = ["bootstrap"]
+WIDE = ["bootstrap", "seeds for precision"]
 """Columns that the page has and a terminal has no room for."""
 
 SOURCES = ("fit", "study", "run", "runs")

@@ -63,6 +63,7 @@ def record(tmp_path):
             counts = {"feed-forward": params * 0.9, "embedding": params * 0.1}
             (directory / "summary.json").write_text(json.dumps(last | {"parameters": counts, "best": last}))
 
+    record.runs = tmp_path / "runs"
     return record
 
 

@@ -1,12 +1,13 @@
 """report.py study=…: arms and laws of recorded runs, against what was planted in their records."""
 
+import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from planted import LAW, arms, sizes
-from scipy.stats import ttest_rel
+from planted import LAW, arms, loss_of, sizes
+from scipy.stats import t, ttest_rel
 
 from scantling.study.arms import first_arm, study_runs
 
@@ -41,6 +42,32 @@ def test_a_planted_gain_comes_back_at_every_scale(record, report, tmp_path):
     assert len(re.findall(r"better 6e\+1[345] [\d.]+ × compute|better 6\.000e\+1[345]", out)) == 3
     assert "better: " in out
     assert "per decade of compute" in out
+
+
+def test_noise_of_one_scale_does_not_cancel_that_of_another(record, report):
+    """The trend's interval by the delta method: log m = −shift/(beta·(L − E)) at each scale, a line through three."""
+    arms(record, shifts=(("llama", 0.0), ("alike", 0.0)), scales=(1e7, 1e8, 1e9))
+    sizes(record, noise=1e-5)
+    directory = record.runs / "parts"
+    for path in directory.glob("alike-*/summary.json"):
+        base = json.loads(
+            (directory / path.parent.name.replace("alike", "llama") / "summary.json").read_text()
+        )
+        shift = 0.1 * (-1) ** int(path.parent.name.split("-")[1])
+        path.write_text(json.dumps(base | {"val/loss": base["val/loss"] + shift}))
+    _, out, _ = report("study=parts", "baseline=llama", "law=sizes", "resamples=2000")
+    low, high = map(
+        float, re.search(r"alike: .* per decade of compute \(([\d.]+) to ([\d.]+)\)", out).groups()
+    )
+    spread = np.std([0.1 * (-1) ** seed for seed in range(5)], ddof=1) / np.sqrt(5)
+    gamma = LAW["alpha"] * LAW["beta"] / (LAW["alpha"] + LAW["beta"])
+    ends = []
+    for compute in (6e13, 6e15):
+        n = (LAW["alpha"] * LAW["A"] / LAW["beta"] / LAW["B"]) ** (1 / (LAW["alpha"] + LAW["beta"]))
+        n *= (compute / 6) ** (LAW["beta"] / (LAW["alpha"] + LAW["beta"]))
+        ends.append(spread / gamma / (loss_of(n, compute / 6 / n) - LAW["E"]))
+    expected = 2 * t.ppf(0.975, 4) * np.hypot(*ends) / 2
+    assert np.log(high / low) == pytest.approx(expected, rel=0.15)
 
 
 def test_sizes_alone_make_a_law(record, report, tmp_path):

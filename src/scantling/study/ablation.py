@@ -256,7 +256,8 @@ class Trend:
 
 
 def gain_trend(gains: Sequence[Gain], *, level: float = 0.95) -> Trend:
-    """A line through log multipliers against log₁₀ compute; `gains` at two budgets or more, of the same resamples."""
+    """A line through log multipliers against log₁₀ compute; `gains` at two budgets or more, of the same resamples of the
+    law and, as their runs are others, of different seeds."""
     x = np.log10([gain.compute for gain in gains])
     if len(np.unique(x)) < 2:
         raise ValueError("a trend needs gains at two budgets or more")

@@ -92,7 +92,9 @@ def report_arms(
         compute = mean_of(rows(runs, arm=baseline), "flops")
         for c in shown[1:]:
             assert c is not None
-            gain = gain_of(law, compute, (losses[c.arm] - losses[baseline]).to_numpy(), seed)
+            # Seeds of one scale say nothing of those of another: drawn alike they would cancel in the trend.
+            difference = (losses[c.arm] - losses[baseline]).to_numpy()
+            gain = gain_of(law, compute, difference, seed + study.scales.index(scale))
             row = {"scale": scale, "arm": c.arm, "FLOPs": compute}
             if isinstance(gain, str):
                 gain_rows.append(row | {"gain": np.nan, "low": np.nan, "high": np.nan, "": gain})
@@ -270,9 +272,8 @@ def tables(report: AblationReport) -> dict[str, pd.DataFrame]:
     """By title, those that there are."""
     found = {f"Arms against {report.baseline}, {report.level:.0%} intervals": arms_table(report)}
     if report.gains is not None:
-        found["Compute-equivalent gain by the baseline's law"] = report.gains.drop(
-            columns=["gain", "low", "high"]
-        )
+        said = report.gains.drop(columns=["gain", "low", "high"]).rename(columns={"": "gain"})
+        found["Compute-equivalent gain by the baseline's law"] = said
     return found
 
 

@@ -34,13 +34,26 @@ def forest_chart(report: AblationReport) -> Chart:
     """Every arm's difference from the baseline with its paired t interval, at every scale."""
     scales = list(dict.fromkeys(report.arms["scale"]))
     shown = compared(report)
+    labels = {
+        (row["arm"], row["scale"]): row["arm"] if len(scales) == 1 else f"{row['arm']}, {row['scale']}"
+        for of_arm in list(shown.values())[: max(ARMS // len(scales), 1)]
+        for row in of_arm
+    }
     found = []
     for i, scale in enumerate(scales):
-        here = [row for of_arm in shown.values() for row in of_arm if row["scale"] == scale]
+        here = [
+            row
+            for of_arm in shown.values()
+            for row in of_arm
+            if row["scale"] == scale and (row["arm"], scale) in labels
+        ]
         found.append(
             Series(
                 scale or report.metric,
-                {"arm": column(here, "arm"), "difference": column(here, "difference")},
+                {
+                    "arm": [labels[row["arm"], scale] for row in here],
+                    "difference": column(here, "difference"),
+                },
                 {"difference": column(here, "low")},
                 {"difference": column(here, "high")},
                 style="points",
@@ -49,16 +62,17 @@ def forest_chart(report: AblationReport) -> Chart:
             )
         )
     n_arms = len(set(report.arms["arm"])) - 1
-    more = f"The {ARMS} of {n_arms} arms with the lowest losses. " if n_arms > ARMS else ""
+    n_shown = len({arm for arm, _ in labels})
+    more = f"The {n_shown} of {n_arms} arms with the lowest losses. " if n_arms > n_shown else ""
     return Chart(
         f"Difference from {report.baseline}",
         tuple(found),
         (Axis("difference", f"{UNITS[report.metric]}, left of zero is better", log=None),),
-        (Axis("arm", "arm", words=True),),
+        (Axis("arm", "arm", words=True, order=tuple(labels.values())),),
         note=f"{more}Points: mean over paired seeds. Bars: {report.level:.0%} paired t intervals, not corrected for the "
         "number of arms; the verdicts are.",
         legend=len(scales) > 1,
-        height=max(220, 120 + 34 * len(shown)),
+        height=max(220, 120 + 34 * len(labels)),
     )
 
 

@@ -158,7 +158,7 @@ def chart(block: Chart) -> str:
 
 def axis(a: Axis) -> dict[str, Any]:
     short = "" if a.words else a.title.partition(",")[0]
-    return {**asdict(a), "short": short}
+    return {**asdict(a), "order": [escape(word) for word in a.order], "short": short}
 
 
 def series(s: Series) -> dict[str, Any]:

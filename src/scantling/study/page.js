@@ -130,9 +130,9 @@ class Chart {
     const line = css("--line"), layoutOf = (which) => {
       const a = this.axis(which), state = this.state[which], log = state.log[state.at] && !a.words;
       const range = a.range && (log ? (a.range[0] > 0 ? a.range.map(Math.log10) : null) : a.range);
-      return { title: { text: a.words ? "" : a.title, standoff: 8 }, type: a.words ? "category" : log ? "log" : "linear", gridcolor: line,
-        zerolinecolor: css("--muted"), linecolor: line, automargin: true, exponentformat: a.si ? "SI" : "power", minexponent: a.si ? 3 : 4,
-        ...(a.words ? { autorange: "reversed", tickfont: { size: narrow ? 10 : 12 } } : range ? { range } : {}) };
+      return { title: { text: a.words ? "" : narrow ? a.short : a.title, standoff: 8 }, type: a.words ? "category" : log ? "log" : "linear", gridcolor: line,
+        zerolinecolor: css("--muted"), linecolor: line, automargin: true, tickformat: a.words ? "" : a.si ? "~s" : ".4~g", ...(narrow && which === "x" ? { nticks: 5 } : {}),
+        ...(a.words ? { autorange: "reversed", ...(a.order.length ? { categoryorder: "array", categoryarray: a.order } : {}), tickfont: { size: narrow ? 10 : 12 } } : range ? { range } : {}) };
     };
     Plotly.react(this.plot, this.traces(), {
       height: this.spec.height, margin: { l: 52, r: 14, t: 10, b: 46 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",

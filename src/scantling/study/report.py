@@ -69,7 +69,7 @@ class Samples:
 class Axis:
     """`key`: of the values of a series that it shows. `words`: it has names instead of numbers, the first at the top.
     `log`: whether its scale is at first, None: it cannot be. `si`: ticks as 10k, 2M. `range`: what it shows at first,
-    None: all."""
+    None: all. `order`: of words, from the top, where series do not give it."""
 
     key: str
     title: str
@@ -77,6 +77,7 @@ class Axis:
     words: bool = False
     si: bool = False
     range: tuple[float, float] | None = None
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

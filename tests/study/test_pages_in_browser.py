@@ -1,0 +1,154 @@
+"""The page in a browser: no errors, what toggles do, numbers against the store, a narrow screen."""
+
+import re
+import shutil
+
+import pytest
+from planted import arms, sizes
+
+from scantling.study.store import load_runs
+
+selenium = pytest.importorskip("selenium", reason="selenium is not installed")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None, reason="there is no Chromium with its chromedriver"
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_page_load_timeout(120)
+    driver.execute_cdp_cmd("Network.enable", {})
+    driver.execute_cdp_cmd("Network.emulateNetworkConditions", OFFLINE)
+    yield driver
+    driver.quit()
+
+
+OFFLINE = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """`opened("parts", 390)` is the browser with that study's page, so many pixels wide; at the end it had no errors."""
+
+    def opened(name, width=1200, theme="light"):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+        browser.get(f"file://{tmp_path}/runs/reports/{name}/report.html")
+        return browser
+
+    yield opened
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+SHOWN = """return [...document.querySelectorAll('.chart')].map(card => ({
+    title: card.querySelector('h3').textContent,
+    axis: card.querySelector('.plot').layout.yaxis.type,
+    traces: card.querySelector('.plot').data.map(t => ({name: t.name, visible: t.visible, fill: t.fill, y: t.y}))}))"""
+
+
+def charts(browser):
+    return {chart["title"]: chart for chart in browser.execute_script(SHOWN)}
+
+
+def press(browser, text, chart="Validation and training"):
+    """Click the button of that chart."""
+    pressed = browser.execute_script(
+        "const card = [...document.querySelectorAll('.chart')].find(c => c.querySelector('h3').textContent === arguments[1]);"
+        "const button = [...card.querySelectorAll('button')].find(b => b.textContent === arguments[0]);"
+        "button.click(); return button.getAttribute('aria-pressed')",
+        text,
+        chart,
+    )
+    return pressed
+
+
+def test_arms_are_toggled_and_axes_switched(record, report, opened, tmp_path):
+    arms(record)
+    report("study=parts", "baseline=llama")
+    browser = opened("parts")
+    runs = load_runs(tmp_path / "runs/parts")
+    means = {arm: of_arm[["loss", "bpb"]].mean() for arm, of_arm in runs.groupby("arm")}
+
+    def visible(name):
+        traces = charts(browser)["Validation and training"]["traces"]
+        return {trace["visible"] for trace in traces if trace["name"] == name}
+
+    def ends():
+        traces = charts(browser)["Validation and training"]["traces"]
+        lines = [t for t in traces if not t["fill"]]
+        return {name: next(t["y"][-1] for t in lines if t["name"] == name) for name in means}
+
+    assert ends() == pytest.approx({arm: mean["loss"] for arm, mean in means.items()}, rel=1e-5)
+    assert press(browser, "alibi") == "false"
+    assert (visible("alibi"), visible("llama")) == ({False}, {True})
+    assert press(browser, "alibi") == "true"
+    assert visible("alibi") == {True}
+    press(browser, "bits per byte")
+    assert ends() == pytest.approx({arm: mean["bpb"] for arm, mean in means.items()}, rel=1e-5)
+    assert charts(browser)["Validation and training"]["axis"] == "linear"
+    press(browser, "y log")
+    assert charts(browser)["Validation and training"]["axis"] == "log"
+    browser.refresh()  # what was chosen stays, as a watched page needs it
+    assert charts(browser)["Validation and training"]["axis"] == "log"
+
+
+def test_numbers_are_those_of_the_store(record, report, opened, tmp_path):
+    arms(record)
+    report("study=parts", "baseline=llama")
+    browser = opened("parts")
+    cells = browser.execute_script(
+        "return [...document.querySelectorAll('table')].map(t => [...t.rows].map(r => [...r.cells].map(c => c.textContent)))"
+    )
+    head, *rows = next(table for table in cells if table[0][0] == "run")
+    shown = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    for run in load_runs(tmp_path / "runs/parts").to_dict("records"):
+        assert shown[run["run"]]["nats per token"] == f"{run['loss']:.4f}"
+        assert shown[run["run"]]["bits per byte"] == f"{run['bpb']:.4f}"
+        assert shown[run["run"]]["tokens"] == f"{run['tokens']:,.0f}"
+    verdicts = {row[0]: row for row in next(table for table in cells if table[0][0] == "arm")[1:]}
+    assert "worse" in verdicts["alibi"]
+    assert "undecided" in verdicts["gelu"]
+
+
+@pytest.mark.parametrize("name", ["parts", "sizes", "llama-0-1e+07"])
+def test_a_narrow_screen_needs_no_scrolling_sideways(record, report, opened, name):
+    if name == "sizes":
+        sizes(record)
+    else:
+        arms(record, seeds=2)
+    of = f"run={name}" if name.startswith("llama") else f"study={name}"
+    assert report(of, *(["baseline=llama"] if name == "parts" else []))[0] == 0
+    browser = opened(name, width=390)
+    widths = "return [document.documentElement.scrollWidth, window.innerWidth]"
+    assert browser.execute_script(widths) == [390, 390]
+    assert charts(browser)
+
+
+def test_light_and_dark(record, report, opened):
+    arms(record, seeds=2)
+    report("study=parts", "baseline=llama")
+
+    def paper():
+        shade = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, re.findall(r"\d+", shade)[:3]))
+
+    browser = opened("parts", theme="dark")
+    assert paper() < 150
+    browser.execute_script("document.getElementById('theme').click()")
+    assert paper() > 600
+    browser.refresh()
+    assert paper() > 600
+    browser.execute_script("localStorage.clear()")
