@@ -28,7 +28,7 @@ from scantling.study.html import page
 from scantling.study.law_report import LawReport, report_law
 from scantling.study.observations import Observations, observe, read_table
 from scantling.study.pages import Recorded, arms_page, law_page, partial_page, run_page, runs_page
-from scantling.study.report import Report, figures_of, write
+from scantling.study.report import PAGE, Report, figures_of, write
 from scantling.study.scaling import Fit, fit_hoffmann
 from scantling.study.store import find, load_curves, load_runs
 
@@ -144,6 +144,7 @@ def report_study(config: DictConfig, console: Console) -> None:
         file = written(config, partial_page(recorded, cautions, str(error)), recorded.directory)[0]
         raise ValueError(f"{error}; what there is: {file}") from error
     files = written(config, made, recorded.directory)
+    published(config, console, made, study)
     if isinstance(found, LawReport):
         show_law(console, found, files)
     else:
@@ -151,6 +152,37 @@ def report_study(config: DictConfig, console: Console) -> None:
         for note in ablation_report.notes(found):
             console.print(note, style="yellow" if note.startswith("warning") else "")
         show(console, ablation_report.tables(found), files)
+
+
+def published(config: DictConfig, console: Console, made: Report, study: StudyRuns) -> None:
+    """With publish=wandb. Raises ValueError naming the page where W&B does not take it."""
+    if config.publish is None:
+        return
+    from scantling.study.published import publish, sync  # here, as wandb takes a second
+
+    directory = Path(config.paths.runs) / config.study
+    page_file = directory_of(config, study.name) / PAGE
+    try:
+        project = config.wandb.project or project_of(RunDirectory(study.runs["path"].iloc[0]))
+        sent = sync(directory / "wandb")
+        url = publish(
+            made, entity=config.wandb.entity, project=project, group=study.name, draft=config.wandb.draft
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; the page is {page_file}") from error
+    console.print(
+        f"{sent} runs sent, report {'saved as a draft' if config.wandb.draft else 'published'}: {url}"
+    )
+
+
+def project_of(run: RunDirectory) -> str:
+    """The project that a run was logged to. Raises ValueError where it was logged elsewhere."""
+    logger = yaml.safe_load(run.config.read_text()).get("logger") or {}
+    if "project" not in logger:
+        raise ValueError(
+            "these runs were not logged to W&B (logger=wandb): name a project with wandb.project=…"
+        )
+    return logger["project"]
 
 
 class WrongSetting(ValueError):
@@ -331,6 +363,10 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             f"runs={config.runs} must be a list, as runs=[NAME,NAME]; one run is run={config.runs}"
         )
+    if config.publish not in (None, "wandb"):
+        raise ValueError(f"publish={config.publish} is unknown: use wandb")
+    if config.publish and (config.study is None or config.watch):
+        raise ValueError("publish=wandb is of a study=NAME, once: not of fit=, run=, runs= and watch=true")
     if config.watch and config.fit is not None:
         raise ValueError("watch=true is of study=, run= and runs=: a table of runs does not change")
     if config.watch_seconds <= 0:

@@ -86,7 +86,14 @@ def curves_chart(
     note += "; click a name to hide it, double-click to see it alone." if len(groups) > 1 else "."
     x = tuple(replace(axis, log=by_size) for axis in X)
     return Chart(
-        "Validation and training", tuple(found), x, shown, note=note, legend=len(groups) > 1, height=460
+        "Validation and training",
+        tuple(found),
+        x,
+        shown,
+        note=note,
+        legend=len(groups) > 1,
+        recorded=True,
+        height=460,
     )
 
 

@@ -99,7 +99,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups."""
+    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `recorded`: the keys of its axes are
+    columns of `metrics.jsonl`, which loggers have too."""
 
     title: str
     series: tuple[Series, ...]
@@ -107,6 +108,7 @@ class Chart:
     y: tuple[Axis, ...]
     note: str = ""
     legend: bool = True
+    recorded: bool = False
     height: int = 420
 
 

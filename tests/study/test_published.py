@@ -1,0 +1,224 @@
+"""publish=wandb without an account: the serialised report, and a server on this machine that checks what it is sent."""
+
+import gzip
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from planted import arms
+
+from scantling.study.published import as_wandb, publish, sync
+from scantling.study.report import Axis, Chart, Code, Link, Report, Samples, Section, Table, Text
+
+wandb_reports = pytest.importorskip("wandb_workspaces.reports.v2")
+graphql = pytest.importorskip("graphql")
+
+SCHEMA = """
+scalar JSONString
+type Query { viewer: User, project(name: String!, entityName: String!): Project,
+    models(entityName: String, first: Int, after: String): ProjectConnection }
+type User { id: ID!, entity: String, username: String, name: String, email: String, admin: Boolean, deletedAt: String,
+    flags: JSONString, teams: EntityConnection, apiKeys: ApiKeyConnection }
+type ApiKeyConnection { edges: [ApiKeyEdge!]! }
+type ApiKeyEdge { node: ApiKey }
+type ApiKey { id: ID!, name: String, description: String }
+type EntityConnection { edges: [EntityEdge!]! }
+type EntityEdge { node: Entity }
+type Entity { name: String! }
+type Project { id: ID!, internalId: ID!, name: String!, entityName: String!, createdAt: String, isBenchmark: Boolean,
+    user: User }
+type ProjectConnection { edges: [ProjectEdge!]!, pageInfo: PageInfo! }
+type ProjectEdge { node: Project, cursor: String! }
+type PageInfo { endCursor: String, hasNextPage: Boolean! }
+type Mutation { upsertView(input: UpsertViewInput!): UpsertViewPayload }
+enum ViewSource { WANDB_SDK }
+input UpsertViewInput { id: ID, entityName: String, projectName: String, type: String, name: String, displayName: String,
+    description: String, createdUsing: ViewSource, spec: String! }
+type UpsertViewPayload { view: View, inserted: Boolean }
+type View { id: ID!, type: String!, name: String!, displayName: String, description: String, project: Project, spec: String!,
+    updatedAt: String }
+"""
+"""Of W&B's schema, which is not public, what saving a report asks for: written by hand from what its client sends."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that answers by `SCHEMA`; its `saved` are the variables of every `upsertView`, `refused` what broke it."""
+    import wandb
+
+    project = {"id": "P", "internalId": "1", "name": "scantling", "entityName": "me"}
+    project |= {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False}
+    saved, refused = [], []
+
+    def upsert(_, input):  # noqa: A002
+        saved.append(input)
+        return {"view": {**input, "id": "V", "project": project}, "inserted": True}
+
+    answers = {
+        "viewer": {"id": "U", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}},
+        "project": project,
+        "models": {"edges": [{"node": project, "cursor": "c"}], "pageInfo": {"hasNextPage": False}},
+        "upsertView": upsert,
+    }
+    schema = graphql.build_schema(SCHEMA)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            answer = {}
+            if self.path == "/graphql":
+                asked = json.loads(body)
+                result = graphql.graphql_sync(
+                    schema, asked["query"], root_value=answers, variable_values=asked.get("variables")
+                )
+                refused.extend(error.message for error in result.errors or ())
+                answer = {"data": result.data, "errors": [e.formatted for e in result.errors or ()] or None}
+            text = json.dumps({key: value for key, value in answer.items() if value is not None}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_):
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    listening.saved, listening.refused = saved, refused
+    yield listening
+    wandb.teardown()
+    listening.shutdown()
+    listening.server_close()
+
+
+REPORT = Report(
+    title="norms",
+    kind="4 arms",
+    question="Which norm?",
+    answer="None is better.",
+    cautions=("one device of two",),
+    sections=(
+        Section(
+            "Curves",
+            (
+                Chart(
+                    "Loss",
+                    (),
+                    (Axis("tokens", "tokens"), Axis("flops", "FLOPs", log=True)),
+                    (Axis("val/bpb", "bits per byte"),),
+                    recorded=True,
+                ),
+            ),
+        ),
+        Section(
+            "Words",
+            (
+                Text("a text"),
+                Code("python src/train.py"),
+                Table("Runs", pd.DataFrame({"run": [Link("r", "../r")], "loss": [1.5]})),
+                Samples((("rmsnorm, seed 0", "def f():"),)),
+            ),
+        ),
+        Section("Only on the page", (Chart("Fit", (), (), ()),)),
+    ),
+)
+
+
+def test_a_report_is_saved_with_its_blocks_and_comes_back(server):
+    url = publish(REPORT, entity=None, project="scantling", group="norms", draft=True)
+    assert server.refused == []
+    (saved,) = server.saved
+    assert (saved["entityName"], saved["projectName"], saved["type"]) == ("me", "scantling", "runs/draft")
+    assert (saved["displayName"], saved["description"]) == ("norms", "None is better.")
+    assert "/me/scantling/reports/norms" in url
+    spec = json.loads(saved["spec"])
+    kinds = [block["type"] for block in spec["blocks"]]
+    assert "panel-grid" in kinds
+    text = json.dumps(spec)
+    for said in ("Which norm?", "one device of two", "a text", "python src/train.py", "def f():", "| 1.5 |"):
+        assert said in text
+    assert "Only on the page" not in text
+    (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")
+    panels = [panel["config"] for panel in grid["metadata"]["panelBankSectionConfig"]["panels"]]
+    assert [(panel["xAxis"], panel["metrics"], panel.get("xLogScale", False)) for panel in panels] == [
+        ("tokens", ["val/bpb"], False),
+        ("flops", ["val/bpb"], True),
+    ]
+    assert "norms" in json.dumps(grid["metadata"]["runSets"][0]["filters"])
+    from wandb_workspaces.reports.v2.internal import Spec
+
+    back = Spec.model_validate(spec).model_dump_json(by_alias=True, exclude_none=True)
+    assert json.loads(back.replace(',"inlineComments":[]', "")) == spec
+
+
+def test_published_is_no_draft(server):
+    publish(REPORT, entity="me", project="scantling", group="norms", draft=False)
+    assert server.saved[0]["type"] == "runs"
+
+
+def test_the_command_sends_offline_runs_first(record, report, server, tmp_path, monkeypatch):
+    arms(record, seeds=2)
+    folder = tmp_path / "runs/parts/wandb"
+    for name, is_sent in (("offline-run-1-a", False), ("offline-run-2-b", True)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{name}.wandb").touch()
+        if is_sent:
+            (folder / name / f"{name}.wandb.synced").touch()
+    sent = []
+
+    def sync_command(command, **_):
+        sent.append(command)
+        assert server.saved == []
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("scantling.study.published.subprocess", SimpleNamespace(run=sync_command))
+    code, out, err = report("study=parts", "baseline=llama", "publish=wandb", "wandb.project=scantling")
+    assert (code, err) == (0, "")
+    assert [command[1:] for command in sent] == [
+        ["-m", "wandb", "sync", str(folder.relative_to(tmp_path) / "offline-run-1-a")]
+    ]
+    assert "1 runs sent, report saved as a draft: http" in out
+    assert len(server.saved) == 1
+
+
+def test_a_failed_sync_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "offline-run-1-a").mkdir()
+    (tmp_path / "offline-run-1-a" / "a.wandb").touch()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ValueError, match="wandb sync sent not all of 1 runs"):
+        sync(tmp_path)
+
+
+def test_an_unreachable_server_is_one_line_and_the_page_stands(record, report, tmp_path, monkeypatch):
+    import wandb
+
+    arms(record, seeds=2)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr("scantling.study.published.PATIENCE", 2)
+    wandb.teardown()
+    code, _, err = report("study=parts", "baseline=llama", "publish=wandb", "wandb.project=p")
+    wandb.teardown()
+    assert code == 2
+    assert "W&B does not take the report" in err.splitlines()[-1]
+    assert err.splitlines()[-1].endswith("the page is runs/reports/parts/report.html")
+    assert (tmp_path / "runs/reports/parts/report.html").exists()
+    assert "name a project with wandb.project" in report("study=parts", "baseline=llama", "publish=wandb")[2]
+    assert "publish=tweet is unknown" in report("study=parts", "publish=tweet")[2]
+
+
+def test_panels_are_over_the_runs_of_the_study(server):
+    made = as_wandb(REPORT, entity="me", project="scantling", group="norms")
+    (grid,) = (block for block in made.blocks if isinstance(block, wandb_reports.PanelGrid))
+    assert [(runs.entity, runs.project) for runs in grid.runsets] == [("me", "scantling")]
