@@ -54,7 +54,7 @@ def server(monkeypatch):
     project |= {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False}
     saved, refused = [], []
 
-    def upsert(_, input):  # noqa: A002
+    def upsert(_, input):
         saved.append(input)
         return {"view": {**input, "id": "V", "project": project}, "inserted": True}
 

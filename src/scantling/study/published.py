@@ -100,7 +100,7 @@ def block_of(block: Block, entity: str, project: str, group: str) -> list[Any]:
             filters=f"Metric('Group') = '{group}'",
             groupby=["Tags"],
         )
-        panels = [
+        panels: list[Any] = [
             wr.LinePlot(
                 title=f"{y.title} against {x.title}",
                 x=x.key,
