@@ -46,7 +46,7 @@ def publish(report: Report, *, entity: str | None, project: str, group: str, dra
     import wandb
 
     try:
-        owner = entity or wandb.Api(timeout=PATIENCE).default_entity
+        owner = entity or wandb.Api(timeout=PATIENCE).default_entity or ""
         made = as_wandb(report, entity=owner, project=project, group=group)
         made.save(draft=draft)
     except Exception as error:  # of its service, too, whose errors are of no family
@@ -56,7 +56,7 @@ def publish(report: Report, *, entity: str | None, project: str, group: str, dra
 
 def as_wandb(report: Report, *, entity: str, project: str, group: str) -> Any:
     """`wandb_workspaces`' own object, not saved."""
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
 
     blocks: list[Any] = [wr.P(text=report.question)] if report.question else []
     blocks.append(wr.BlockQuote(text=report.answer))
@@ -78,7 +78,7 @@ def as_wandb(report: Report, *, entity: str, project: str, group: str) -> Any:
 def block_of(block: Block, entity: str, project: str, group: str) -> list[Any]:
     """Charts of numbers that W&B has not, and figures, which it takes by their address only, are left to the page; their
     tables stand."""
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
 
     if isinstance(block, Text):
         return [wr.P(text=block.text)]
