@@ -71,6 +71,24 @@ def command(tmp_path, book, monkeypatch, capsys):
         signal.signal(which, handler)
 
 
+@pytest.fixture
+def runs(monkeypatch, capsys):
+    """`runs("action=ls")` -> (exit code, standard output, standard error)."""
+    from scantling import recorded
+    from scantling.command_line import run_entry
+
+    def call(*overrides):
+        monkeypatch.setattr("sys.argv", ["runs", *overrides])
+        code = 0
+        try:
+            run_entry(recorded.recorded, config_name="runs")
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory):
     from shop import Shop

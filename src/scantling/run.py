@@ -464,7 +464,11 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
         return [instantiate(config)(save_dir=study, name=name)]
     logger: Wandb = instantiate(config)(save_dir=study, name=name, group=run.config.study)
     resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
-    console.print(logger.start(resolved | {"choices": choices(), "environment": environment(run)}))
+    console.print(
+        logger.start(
+            resolved | {"choices": choices(), "environment": environment(run), "parameters": run.plan.counts}
+        )
+    )
     if taken_up:
         logger.catch_up(run.directory.metrics(), read_rows(run.directory.samples))
     return [logger]

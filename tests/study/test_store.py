@@ -7,26 +7,8 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from scantling import recorded
-from scantling.command_line import run_entry
 from scantling.run_directory import RunDirectory
 from scantling.study import store
-
-
-@pytest.fixture
-def runs(monkeypatch, tmp_path, capsys):
-    """`runs("action=ls")` -> (exit code, output, error)."""
-
-    def call(*overrides):
-        monkeypatch.setattr("sys.argv", ["runs", *overrides])
-        code = 0
-        try:
-            run_entry(recorded.recorded, config_name="runs")
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
