@@ -142,7 +142,7 @@ def test_nothing_but_runs_is_removed(study, runs, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("action=list",), "action=list is unknown: use ls, show, diff, export, rm"),
+        (("action=list",), "action=list is unknown: use ls, show, diff, export, import, rm"),
         (("sort=beauty",), "sort=beauty is no column"),
         (("study=none",), "is no directory of a study"),
         (("action=diff", "run=a"), "action=diff wants run=[ONE,OTHER]; 1 are given"),
