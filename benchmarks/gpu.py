@@ -35,9 +35,9 @@ from rich.table import Table
 from torch import nn
 
 from scantling import run as scantling_run
+from scantling.assembly import Run, assemble
 from scantling.composition import build_decoder
 from scantling.model.linear import linear
-from scantling.run import Run, assemble
 from scantling.run_directory import RunDirectory
 from scantling.training import hardware
 from scantling.training.callbacks import StepCallback, StepCallbacks

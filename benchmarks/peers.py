@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from scantling.assembly import Run, training_batches
 from scantling.command_line import CONF
-from scantling.run import Run, training_batches
 
 
 @dataclass(frozen=True)

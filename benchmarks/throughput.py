@@ -40,7 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from scantling import run as scantling_run
-from scantling.run import assemble, build_decoder
+from scantling.assembly import assemble
+from scantling.composition import build_decoder
 from scantling.run_directory import RunDirectory
 from scantling.training import hardware
 from scantling.training.callbacks import StepCallback, StepCallbacks

@@ -38,14 +38,17 @@ MAY_IMPORT = {
     "reported": {"command_line", "study"},
     "recorded": {"command_line", "run_directory", "study"},
     "training": {"training", "model", "data", "accounting", "plan", "run_directory", "wandb_file"},
+    "identity": {"command_line", "composition", "run_directory"},
     "study": {"study", "run_directory", "wandb_file"},
     "sweep": {"sweep", "run_directory", "command_line"},
     "sweep.matching": {"accounting", "composition", "model"},
 }
 MAY_USE_HYDRA = {
+    "assembly",
     "command_line",
     "composition",
     "hub.runs",
+    "identity",
     "parts_table",
     "planned",
     "planned_study",
@@ -91,7 +94,15 @@ def test_imports_stay_in_their_layer(path):
         assert rooms <= MAY_IMPORT[room(path)]
     uses_hydra = any(name.split(".")[0] in ("hydra", "omegaconf") for name in names)
     assert not uses_hydra or room(path) in MAY_USE_HYDRA
-    if room(path) in ("study", "sweep", "recorded", "reported", "run_directory", "command_line", "wandb_file"):
+    if room(path) in (
+        "study",
+        "sweep",
+        "recorded",
+        "reported",
+        "run_directory",
+        "command_line",
+        "wandb_file",
+    ):
         assert not any(name.split(".")[0] == "torch" for name in names)
 
 
