@@ -33,11 +33,15 @@ def book(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, book, monkeypatch, capsys):
-    """Runs an entry in this process: `command("lr=1e-3")` -> (exit code, standard output, standard error)."""
+    """Runs an entry in this process: `command("lr=1e-3")` -> (exit code, standard output, standard error).
+
+    The machine's speed is not measured, which takes longer than the run.
+    """
     from scantling import run, trained
     from scantling.command_line import run_entry
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.hardware, "peak_flops", lambda *_: (1e12, "assumed"))
     signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def call(*overrides, entry="train"):
