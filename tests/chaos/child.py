@@ -10,9 +10,10 @@ from pathlib import Path
 
 from scantling import run as run_module
 from scantling.command_line import run_entry
+from scantling.sweep.processes import Process
 
 
-class Child:
+class Child(Process):
     """`train.py` with these overrides; what it prints goes to `log`, and `before` runs in it first."""
 
     def __init__(self, log: Path, *overrides: str, before: Callable[[], object] = lambda: None):
@@ -32,16 +33,8 @@ class Child:
             finally:
                 sys.stdout.flush()
                 os._exit(code if isinstance(code, int) else 1)
-        self.log, self.pid = log, pid
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code
+        super().__init__(pid)
+        self.log = log
 
     def wait(self) -> int:
         while (code := self.poll()) is None:

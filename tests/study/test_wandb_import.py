@@ -45,8 +45,8 @@ def same_tables(one: Path, other: Path):
         pd.testing.assert_frame_equal(here, there, check_like=True, check_dtype=False)
 
 
-def test_offline_files_come_back_as_the_run_that_wrote_them(logged, runs, tmp_path):
-    code, output, error = runs("action=import", f"source={logged}", f"paths.runs={tmp_path}/back")
+def test_offline_files_come_back_as_the_run_that_wrote_them(logged, entry, tmp_path):
+    code, output, error = entry("runs", "action=import", f"source={logged}", f"paths.runs={tmp_path}/back")
     assert (code, error) == (0, "")
     (run,) = (path for path in logged.iterdir() if path.name.startswith("nano"))
     assert output.split(": ")[1].strip() == f"{len(RunDirectory(run).metrics())} rows"
@@ -55,16 +55,16 @@ def test_offline_files_come_back_as_the_run_that_wrote_them(logged, runs, tmp_pa
     same_tables(logged, tmp_path / "back" / "norms")
 
 
-def test_a_run_that_was_trained_here_stays(logged, runs, tmp_path):
+def test_a_run_that_was_trained_here_stays(logged, entry, tmp_path):
     (run,) = (path for path in logged.iterdir() if path.name.startswith("nano"))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    code, output, _ = runs("action=import", f"source={logged}", f"paths.runs={tmp_path}/runs")
+    code, output, _ = entry("runs", "action=import", f"source={logged}", f"paths.runs={tmp_path}/runs")
     assert code == 0
     assert "was trained here, and stays" in output
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_a_file_cut_short_is_a_run_that_is_not_finished(logged, runs, tmp_path):
+def test_a_file_cut_short_is_a_run_that_is_not_finished(logged, entry, tmp_path):
     """And is renewed when the whole file has come."""
     (segment,) = logged.glob("wandb/offline-run-*")
     (whole,) = segment.glob("*.wandb")
@@ -72,12 +72,12 @@ def test_a_file_cut_short_is_a_run_that_is_not_finished(logged, runs, tmp_path):
     partial.parent.mkdir(parents=True)
     partial.write_bytes(whole.read_bytes()[:-200])
     back = f"paths.runs={tmp_path}/back"
-    code, output, _ = runs("action=import", f"source={tmp_path}/cut", back)
+    code, output, _ = entry("runs", "action=import", f"source={tmp_path}/cut", back)
     assert code == 0
     assert "not finished" in output
     assert list(store.load_runs(tmp_path / "back" / "norms")["status"]) == ["unfinished"]
     shutil.copy(whole, partial)
-    assert runs("action=import", f"source={tmp_path}/cut", back)[0] == 0
+    assert entry("runs", "action=import", f"source={tmp_path}/cut", back)[0] == 0
     same_tables(logged, tmp_path / "back" / "norms")
 
 
@@ -171,16 +171,16 @@ def server(account, monkeypatch):
     listening.server_close()
 
 
-def test_a_project_on_the_server_comes_back_as_the_runs_that_were_logged(command, runs, server, tmp_path):
+def test_a_project_on_the_server_comes_back_as_the_runs_that_were_logged(command, entry, server, tmp_path):
     command("study=norms")
     command("study=norms", "norm=layernorm")
     study = tmp_path / "runs" / "norms"
     Server.runs = {path.name: RunDirectory(path) for path in study.iterdir()}
-    code, output, error = runs("action=import", "source=me/scantling", f"paths.runs={tmp_path}/back")
+    code, output, error = entry("runs", "action=import", "source=me/scantling", f"paths.runs={tmp_path}/back")
     assert (code, error) == (0, "")
     assert len(output.splitlines()) == 2
     same_tables(study, tmp_path / "back" / "norms")
-    code, _, error = runs("action=import", "source=me/nowhere", f"paths.runs={tmp_path}/back")
+    code, _, error = entry("runs", "action=import", "source=me/nowhere", f"paths.runs={tmp_path}/back")
     assert code == 2
     assert error.startswith("error: source=me/nowhere: W&B says:")
 
@@ -195,12 +195,12 @@ def test_a_project_on_the_server_comes_back_as_the_runs_that_were_logged(command
         ("me/scantling", "No API key configured"),
     ],
 )
-def test_what_cannot_be_imported_is_one_line(source, said, runs, account, tmp_path, monkeypatch):
+def test_what_cannot_be_imported_is_one_line(source, said, entry, account, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign" / "offline-run-1-x").mkdir(parents=True)
     (tmp_path / "foreign" / "offline-run-1-x" / "run-x.wandb").write_bytes(b"no file of W&B's")
-    code, _, error = runs("action=import", *([] if source is None else [f"source={source}"]))
+    code, _, error = entry("runs", "action=import", *([] if source is None else [f"source={source}"]))
     assert code == 2
     assert said in error
     assert len(error.splitlines()) == 1
