@@ -15,16 +15,13 @@ last step clocked: contestants that train the same model agree in it but for rou
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import patch
 
 import lightning.pytorch as L
 import torch
@@ -34,13 +31,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from scantling import run as scantling_run
+from scantling.assembly import Run, assemble
 from scantling.composition import build_decoder
 from scantling.model.linear import linear
-from scantling.run import Run, assemble
 from scantling.run_directory import RunDirectory
 from scantling.training import hardware
-from scantling.training.callbacks import StepCallback, StepCallbacks
+from scantling.training.callbacks import StepCallback
 
 SHAPES = {
     "gpt2": Shape("124M", 12, 12, 768, 1024, 32, vocab_size=50257),
@@ -94,17 +90,7 @@ def peak_memory(device: torch.device) -> int:
 def ours(run: Run, steps: int) -> Measured:
     fresh(run.device)
     clock = Clock(steps, run.device)
-
-    class Trainer(L.Trainer):
-        def __init__(self, *, callbacks: StepCallbacks, **settings):
-            callbacks.callbacks.append(clock)
-            super().__init__(callbacks=callbacks, **settings)
-
-    with contextlib.ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(patch.object(scantling_run.L, "Trainer", Trainer))
-        stack.enter_context(contextlib.suppress(Enough))
-        scantling_run.fit(run, Console(file=nowhere, force_terminal=True))
+    fit_watched(run, clock)
     row = run.directory.metrics()[-1]
     assert row["step"] == WARM_UP + steps
     return Measured(clock.seconds, row["train/loss"], peak_memory(run.device))

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
+import lightning.pytorch as L
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from scantling import run as scantling_run
+from scantling.assembly import Run, training_batches
 from scantling.command_line import CONF
-from scantling.run import Run, training_batches
+from scantling.training.callbacks import StepCallback, StepCallbacks
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,22 @@ class PlainBlock(nn.Module):
 
 class Enough(Exception):
     """The last round is over."""
+
+
+def fit_watched(run: Run, last: StepCallback) -> None:
+    """Train as `python src/train.py` does, in silence, with `last` behind the run's own callbacks; it may raise Enough."""
+
+    class Trainer(L.Trainer):
+        def __init__(self, *, callbacks: StepCallbacks, **settings):
+            callbacks.callbacks.append(last)
+            super().__init__(callbacks=callbacks, **settings)
+
+    with (
+        open(os.devnull, "w") as nowhere,
+        patch.object(scantling_run.L, "Trainer", Trainer),
+        contextlib.suppress(Enough),
+    ):
+        scantling_run.fit(run, Console(file=nowhere, force_terminal=True))
 
 
 def configuration(shape: Shape, family: str, scratch: Path, *overrides: str) -> DictConfig:

@@ -18,9 +18,7 @@ the fastest round, ratios the median over the rounds of peer's seconds / our sec
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -28,22 +26,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import lightning.pytorch as L
 import torch
 import transformers
-from peers import FAMILIES, Enough, PlainGPT, Shape, bare_loop, configuration, hugging_face
+from peers import FAMILIES, Enough, PlainGPT, Shape, bare_loop, configuration, fit_watched, hugging_face
 from rich.console import Console
 from rich.table import Table
 
-from scantling import run as scantling_run
-from scantling.run import assemble, build_decoder
+from scantling.assembly import assemble
+from scantling.composition import build_decoder
 from scantling.run_directory import RunDirectory
 from scantling.training import hardware
-from scantling.training.callbacks import StepCallback, StepCallbacks
+from scantling.training.callbacks import StepCallback
 
 # nanoGPT's two settings for tiny Shakespeare, and one larger; a row of metrics falls on every tenth step.
 VOCABULARY = 65
@@ -145,17 +142,7 @@ def measured(
         for name, model in (("plain", PlainGPT(shape)), ("compiled", torch.compile(PlainGPT(shape)))):
             peers[name] = bare_loop(model, model, run)
     rounds = Rounds(peers, steps=shape.steps, seconds=seconds, clock=clock)
-
-    class Trainer(L.Trainer):
-        def __init__(self, *, callbacks: StepCallbacks, **settings):
-            callbacks.callbacks.append(rounds)
-            super().__init__(callbacks=callbacks, **settings)
-
-    with contextlib.ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(patch.object(scantling_run.L, "Trainer", Trainer))
-        stack.enter_context(contextlib.suppress(Enough))
-        scantling_run.fit(run, Console(file=nowhere, force_terminal=True))
+    fit_watched(run, rounds)
     return Cell(shape, family, precision, run.plan.flops_per_token, rounds.rounds[1:])
 
 

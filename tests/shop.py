@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm import Ranks
 
 from scantling.run_directory import RunDirectory
 from scantling.trained import stored_weights
@@ -48,6 +49,13 @@ class Shop:
             text=True,
         )
 
+    def fork(self, *overrides: str, runs: str, processes: int | None = None) -> Ranks:
+        """As `start`, from a process that has imported everything."""
+        if processes is None:
+            processes = 2 if "trainer.devices=2" in overrides else 1
+        argv = [str(TRAIN), *self.options(*overrides), f"paths.runs={runs}"]
+        return Ranks(argv, self.path, processes)
+
     @staticmethod
     def options(*overrides: str) -> list[str]:
         """These, and the usual ones that they leave."""
@@ -55,23 +63,27 @@ class Shop:
         options = [*(o for o in USUAL if o.partition("=")[0] not in given), *overrides]
         return sorted(options, key=lambda option: option != "-m")
 
-    def run(self, *overrides: str, runs: str, **started: Any) -> RunDirectory:
-        process = self.start(*overrides, runs=runs, **started)
+    def run(self, *overrides: str, runs: str, typed: bool = False, **started: Any) -> RunDirectory:
+        """`typed`: as a command of its own, which what `start` takes beyond overrides implies."""
+        new = self.start if typed or started else self.fork
+        process = new(*overrides, runs=runs, **started)
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, out + err
         return self.directory(runs)
 
     def refused(self, *overrides: str) -> str:
         """The one line with which a mistake is answered."""
-        process = self.start(*overrides, runs="refused")
+        process = self.fork(*overrides, runs="refused", processes=1)
         _, err = process.communicate(timeout=200)
         assert process.returncode == 2, err
         (line,) = err.strip().splitlines()
         return line
 
     def entry(self, name: str, *overrides: str) -> str:
-        command = [sys.executable, TRAIN.with_stem(name), *overrides]
-        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=True).stdout
+        process = Ranks([str(TRAIN.with_stem(name)), *overrides], self.path, 1)
+        out, err = process.communicate()
+        assert process.returncode == 0, out + err
+        return out
 
     def directory(self, runs: str) -> RunDirectory:
         (path,) = (self.path / runs / "default").iterdir()

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "run_directory": set(),
     "command_line": set(),
+    "wandb_file": set(),
     "accounting": {"model"},
     "sampling": {"model"},
     "generation": {"model", "sampling"},
@@ -36,15 +37,18 @@ MAY_IMPORT = {
     "parts_table": {"accounting", "command_line", "composition", "hub", "model", "plan"},
     "reported": {"command_line", "run_directory", "study"},
     "recorded": {"command_line", "run_directory", "study"},
-    "training": {"training", "model", "data", "accounting", "plan", "run_directory"},
-    "study": {"study", "run_directory"},
+    "training": {"training", "model", "data", "accounting", "plan", "run_directory", "wandb_file"},
+    "identity": {"command_line", "composition", "run_directory"},
+    "study": {"study", "run_directory", "wandb_file"},
     "sweep": {"sweep", "run_directory", "command_line"},
     "sweep.matching": {"accounting", "composition", "model"},
 }
 MAY_USE_HYDRA = {
+    "assembly",
     "command_line",
     "composition",
     "hub.runs",
+    "identity",
     "parts_table",
     "planned",
     "planned_study",
@@ -90,7 +94,15 @@ def test_imports_stay_in_their_layer(path):
         assert rooms <= MAY_IMPORT[room(path)]
     uses_hydra = any(name.split(".")[0] in ("hydra", "omegaconf") for name in names)
     assert not uses_hydra or room(path) in MAY_USE_HYDRA
-    if room(path) in ("study", "sweep", "recorded", "reported", "run_directory", "command_line"):
+    if room(path) in (
+        "study",
+        "sweep",
+        "recorded",
+        "reported",
+        "run_directory",
+        "command_line",
+        "wandb_file",
+    ):
         assert not any(name.split(".")[0] == "torch" for name in names)
 
 

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.multiprocess
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_one(shop, alone, engine):
-    run = shop.run(*ENGINES[engine], "trainer.devices=2", runs=f"{engine}-whole")
+    typed = engine in ("ddp", "zero2")
+    run = shop.run(*ENGINES[engine], "trainer.devices=2", runs=f"{engine}-whole", typed=typed)
     assert_same_training(run, alone)
     assert run.environment["world_size"] == 2
     ours, single = (texts(directory) for directory in (run, alone))
@@ -46,7 +47,8 @@ def texts(run: RunDirectory) -> list[str]:
 def test_interrupted_engine_goes_on(shop, alone, before, after):
     # 16 sequences a step are 2 processes × 4 micro-batches × 2. The sample at step 10 leaves time for the signal.
     common, runs = ("trainer.devices=2", "micro_batch_size=2"), f"{before}-{after}"
-    process = shop.start(*ENGINES[before], *common, "sample.n_tokens=300", runs=runs)
+    new = shop.start if before == after == "zero2" else shop.fork
+    process = new(*ENGINES[before], *common, "sample.n_tokens=300", runs=runs)
     while not list(shop.path.glob(f"{runs}/default/*/metrics.jsonl")) or not shop.directory(runs).metrics():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -73,26 +75,18 @@ def test_processes_agree_on_a_bad_step(shop, engine, action):
 
 
 def test_torchrun_starts_the_processes(shop, alone):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    run = shop.run("trainer=ddp", "trainer.devices=2", runs="torchrun", launcher=torchrun)
-    assert_same_training(run, alone)
-
-
-def test_loss_in_chunks(shop, alone):
-    """As of a large vocabulary: 100 of the 512 tokens of a process at once."""
+    """With the loss in chunks, as of a large vocabulary: 100 of the 512 tokens of a process at once."""
     script = shop.path / "in_chunks.py"
     script.write_text(
         "import runpy, sys; from scantling.model import cross_entropy as c; c.CHUNK = 100 * 257; "
         "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
-    source = {"PYTHONPATH": str(TRAIN.parent)}
     run = shop.run(
         *ENGINES["fsdp"],
         "trainer.devices=2",
-        runs="chunks",
-        launcher=torchrun,
-        environment=source,
+        runs="torchrun",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)),
+        environment={"PYTHONPATH": str(TRAIN.parent)},
     )
     assert_same_training(run, alone)
 
@@ -153,8 +147,8 @@ def test_entries_read_what_an_engine_trained(shop, alone):
 
 def test_a_repeated_run_has_one_directory(shop):
     short = ("trainer=ddp", "trainer.devices=2", "budget.steps=2", "resume=never")
-    for _ in range(2):
-        process = shop.start(*short, runs="repeated")
+    for new in (shop.fork, shop.start):
+        process = new(*short, runs="repeated")
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, out + err
     first, second = sorted((shop.path / "repeated" / "default").iterdir())

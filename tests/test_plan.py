@@ -1,35 +1,24 @@
 """What plan.py prints, against the counts it prints, and docs/parts.md against what writes it."""
 
 import re
-import sys
 import time
+from functools import partial
 
 import pytest
 from hydra.utils import instantiate
 
 from scantling import parts_table, planned
 from scantling.accounting import CONVENTIONS, cache_bytes, parameter_counts
-from scantling.command_line import run_entry
 from scantling.composition import build_decoder
 from scantling.memory import ENGINES, Sizes, training_memory
 from scantling.plan import bar, duration, first_sentence, short
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Runs plan.py in this process: `command("model=nano")` -> (exit code, standard output, standard error)."""
+def command(monkeypatch, entry, tmp_path):
+    """`command("model=nano")` is `plan.py model=nano`."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*overrides):
-        monkeypatch.setattr(sys, "argv", ["plan", *overrides])
-        code = 0
-        try:
-            run_entry(planned.plan, config_name="plan")
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return call
+    return partial(entry, "plan")
 
 
 def row(output: str, name: str) -> list[str]:

@@ -1,13 +1,12 @@
 """plan.py isoflop.flops=…: the sweep it writes is one that train.py takes as it is, at the cost that was forecast."""
 
 import re
-import sys
 
 import pytest
 import yaml
 
-from scantling import planned, planned_study, run
-from scantling.command_line import ROOT, run_entry
+from scantling import planned_study, run
+from scantling.command_line import ROOT
 from scantling.run_directory import RunDirectory
 from scantling.study.store import load_runs
 
@@ -24,26 +23,15 @@ GRID = ("isoflop.flops=3e11", "isoflop.budgets=2", "isoflop.ratio=2", "isoflop.s
 FAST = ("isoflop.draws=100", "isoflop.throughput=1e9", "batch_size=4")
 
 
-@pytest.fixture
-def entry(monkeypatch, capsys, tmp_path):
-    """`entry("plan", "model=nano")` runs it in this process -> (exit code, standard output, standard error)."""
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """No figure, no measurement of the machine, and no sweep is left behind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "draw_curves", lambda *_, **__: None)
     monkeypatch.setattr(run.hardware, "peak_flops", lambda *_: (1e12, "assumed"))
     path = ROOT / "sweeps" / f"{STUDY}.yaml"
     path.unlink(missing_ok=True)
-
-    def call(name, *overrides):
-        monkeypatch.setattr(sys, "argv", [name, *overrides])
-        task = {"plan": planned.plan, "train": run.train}[name]
-        code = 0
-        try:
-            run_entry(task, config_name=name)
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    yield call
+    yield
     path.unlink(missing_ok=True)
 
 

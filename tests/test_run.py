@@ -250,38 +250,38 @@ def test_resume_refuses_another_architecture_and_another_text(command, tmp_path,
     assert "trained on another text" in err
 
 
-def test_sampling_repeats_with_its_seed_and_takes_any_prompt(command, tmp_path):
+def test_sampling_repeats_with_its_seed_and_takes_any_prompt(command, tmp_path, entry):
     command()
     path = only_run(tmp_path).path
     prompt = "prompt=def f(x, y): # it's 5$ {ok} "
-    texts = [
-        command(f"run={path}", prompt, "n_tokens=20", f"seed={seed}", entry="sample")[1] for seed in (1, 1, 2)
-    ]
+    texts = [entry("sample", f"run={path}", prompt, "n_tokens=20", f"seed={seed}")[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith("def f(x, y): # it's 5$ {ok} ") for text in texts)
 
 
-def test_evaluating_other_text_warns_only_of_unequal_training(command, tmp_path):
+def test_evaluating_other_text_warns_only_of_unequal_training(command, tmp_path, entry):
     command()
     path = only_run(tmp_path).path
     other = tmp_path / "other.txt"
     other.write_text(inspect.getsource(json.decoder))
-    code, out, _ = command(f"run={path}", "data=text", f"data.files={other}", entry="evaluate")
+    code, out, _ = entry("evaluate", "paths.cache=cache", f"run={path}", "data=text", f"data.files={other}")
     assert code == 0
     assert "warning" not in out
     command(f"data.files={other}")
     second = next(p for p in path.parent.iterdir() if p != path)
-    code, out, _ = command(f"run=[{path},{second}]", "data=text", f"data.files={other}", entry="evaluate")
+    code, out, _ = entry(
+        "evaluate", "paths.cache=cache", f"run=[{path},{second}]", "data=text", f"data.files={other}"
+    )
     assert "trained on different texts" in " ".join(out.split())
 
 
-def test_stored_configuration_cannot_name_foreign_code(command, tmp_path):
+def test_stored_configuration_cannot_name_foreign_code(command, tmp_path, entry):
     command()
     directory = only_run(tmp_path)
     directory.config.write_text(
         directory.config.read_text().replace("scantling.model.norm.RMSNorm", "os.system")
     )
-    code, _, err = command(f"run={directory.path}", entry="sample")
+    code, _, err = entry("sample", f"run={directory.path}")
     assert code == 2
     assert "asks for os.system" in err
 

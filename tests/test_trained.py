@@ -4,7 +4,6 @@ import csv
 import inspect
 import json
 import string
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 
 from scantling import trained
-from scantling.command_line import run_entry
 from scantling.data.context_windows import ContextWindows
 from scantling.data.tokenizers import Byte, Char
 from scantling.run_directory import RunDirectory
@@ -49,19 +47,13 @@ def stored(tmp_path, text, nano, composed):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(tmp_path, monkeypatch, entry):
     """`command("evaluate", "run=DIR")` -> (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
-    def command(entry, *overrides):
-        usual = ["paths.cache=cache"] if entry == "evaluate" else []
-        monkeypatch.setattr(sys, "argv", [entry, *usual, *overrides])
-        code = 0
-        try:
-            run_entry({"sample": trained.sample, "evaluate": trained.evaluate}[entry], config_name=entry)
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
+    def command(name, *overrides):
+        usual = ["paths.cache=cache"] if name == "evaluate" else []
+        return entry(name, *usual, *overrides)
 
     return command
 

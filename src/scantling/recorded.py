@@ -1,4 +1,4 @@
-"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, removed."""
+"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, brought from W&B, removed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import pandas as pd
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 from scantling.command_line import mistakes
 from scantling.run_directory import RunDirectory
 from scantling.study.store import differences, find, load_curves, load_runs
+from scantling.study.wandb_import import import_run, mirrored_runs
 
 PRINTED_WIDTH = 140
 """Of lines that go to a file or a pipe."""
@@ -31,6 +33,7 @@ def recorded(config: DictConfig) -> None:
         "show": show,
         "diff": diff,
         "export": export,
+        "import": import_from_wandb,
         "rm": rm,
     }
     with mistakes():
@@ -115,6 +118,24 @@ def export(config: DictConfig, console: Console) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     writers[path.suffix](frame, path)
     console.print(f"{len(frame):,} rows of {len(frame.columns)} columns: {path}")
+
+
+def import_from_wandb(config: DictConfig, console: Console) -> None:
+    """Raises ValueError where nothing could be imported."""
+    if config.source is None:
+        raise ValueError(
+            "action=import wants source=FILE.wandb, a directory with such files, or ENTITY/PROJECT"
+        )
+    imported = 0
+    readers = mirrored_runs(config.source)
+    for read in track(readers, "importing", console=console, transient=True, disable=not console.is_terminal):
+        try:
+            console.print(escape(import_run(read(), Path(config.paths.runs))), soft_wrap=True)
+            imported += 1
+        except ValueError as error:
+            console.print(f"[dim]left out: {escape(str(error))}[/dim]", soft_wrap=True)
+    if not imported:
+        raise ValueError(f"source={config.source} holds no run of this project")
 
 
 def rm(config: DictConfig, console: Console) -> None:

@@ -1,27 +1,22 @@
-"""Configuration -> objects -> fit -> record. With the entries and `command_line`, the only user of Hydra."""
+"""Configuration -> objects -> fit -> record."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import gc
-import hashlib
-import json
 import logging
 import platform
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-import torch.distributed as dist
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
@@ -33,26 +28,18 @@ from rich.markup import escape
 from torch.utils.data import DataLoader
 
 from scantling import __version__
-from scantling.accounting import convention, parameter_counts
-from scantling.command_line import SWEEPS, mistakes
-from scantling.composition import PARTS, build_decoder, choices, plain
+from scantling.assembly import Run, assemble, description, training_batches, what_would_fit
+from scantling.command_line import mistakes
+from scantling.composition import build_decoder, choices, plain
 from scantling.continuation import continuation
-from scantling.data.loading import (
-    BatchSizes,
-    TrainBatches,
-    check_batch_size,
-    place_in_order,
-    validation_batches,
-)
-from scantling.data.tokens import TokenizedCorpus, prepare
-from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
+from scantling.data.loading import validation_batches
+from scantling.identity import already_finished, located
 from scantling.model.decoder import Decoder
-from scantling.plan import Plan, memory_line, short
+from scantling.rollback import guarded, record, roll_back, stop
 from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
-from scantling.training import average, hardware, noise
+from scantling.training import hardware
 from scantling.training.average import WeightAverage
-from scantling.training.budget import steps_for
 from scantling.training.callbacks import (
     CleanStop,
     Interrupted,
@@ -61,12 +48,11 @@ from scantling.training.callbacks import (
     Samples,
     StepCallbacks,
 )
-from scantling.training.checkpoints import CheckpointFiles, Checkpoints, newest_whole
-from scantling.training.guard import BadStep, Guard, GuardSettings
+from scantling.training.checkpoints import CheckpointFiles, Checkpoints
+from scantling.training.guard import BadStep, Guard
 from scantling.training.loggers import Wandb
 from scantling.training.noise import NoiseScale
-from scantling.training.optim import follow_width
-from scantling.training.profiling import LabelledBatches, Profile, check_length
+from scantling.training.profiling import LabelledBatches, Profile
 from scantling.training.ranks import EndTogether, die_with_the_first
 from scantling.training.strategies import (
     WholeCheckpoints,
@@ -75,50 +61,6 @@ from scantling.training.strategies import (
     devices_per_node,
 )
 from scantling.training.task import LanguageModelTask
-
-NOT_IDENTITY = (
-    "study",
-    "arm",
-    "match",
-    "matched",
-    "tune",
-    "tuned",
-    "resume",
-    "dry_run",
-    "log_every",
-    "sample",
-    "checkpoint",
-    "guard",
-    "noise_scale",
-    "profile",
-    "paths",
-    "logger",
-    "trainer",
-)
-"""Settings that do not change what is trained, and so are no part of a run's id; of `trainer`, precision does."""
-
-
-@dataclass
-class Run:
-    """Everything that a fit needs, built and checked."""
-
-    config: DictConfig
-    directory: RunDirectory
-    corpus: TokenizedCorpus
-    plan: Plan
-    device: torch.device
-    precision: str
-    guard: GuardSettings
-    first_step: int
-    checkpoint: Path | None
-    """What the run goes on from; None: it starts."""
-    damaged: list[str]
-    """A line for each newer checkpoint that cannot serve."""
-
-    def new_strategy(self) -> Strategy | None:
-        """How several processes train together; None: Lightning's choice, which for one process is none."""
-        strategy = instantiate(self.config.trainer.strategy)
-        return None if strategy is None else strategy(self.device, self.precision)
 
 
 def train(config: DictConfig) -> RunDirectory:
@@ -171,239 +113,6 @@ def out_of_disk(directory: RunDirectory) -> Iterator[None]:
 
 def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-# --- where a run lives ---
-
-
-def identity(config: DictConfig) -> dict[str, Any]:
-    """What is trained: the resolved configuration less paths, loggers and hardware."""
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    kept = {key: value for key, value in plain.items() if key not in (*NOT_IDENTITY, "choices")}
-    return kept | {"precision": plain["trainer"]["precision"]}
-
-
-def run_id(config: DictConfig) -> str:
-    """The model preset's name, for people, and a hash of the run's identity."""
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
-    return f"{choices()['model']}-{digest[:10]}"
-
-
-def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
-    """The run's configuration and directory, as `resume` says.
-
-    `resume=DIR` composes the overrides of the run in DIR again, with those of this command line after them.
-    """
-    typed = list(HydraConfig.get().overrides.task)
-    if config.resume not in ("auto", "never"):
-        directory = RunDirectory(config.resume)
-        if not directory.config.exists():
-            raise ValueError(
-                f"resume={config.resume} holds no run: use auto, never, or a directory below {config.paths.runs}/"
-            )
-        config = compose("train", overrides=[*directory.environment["overrides"], *typed, SWEEPS])
-        stored = OmegaConf.load(directory.config)
-        assert isinstance(stored, DictConfig)
-        differences = different_keys(identity(stored), identity(config))
-        if differences:
-            raise ValueError(
-                f"{directory.path} is another run and cannot go on as this one: {'; '.join(differences)}"
-            )
-        return config, directory
-    path = Path(config.paths.runs) / config.study / run_id(config)
-    if config.resume == "never":
-        others = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
-        path = path if not path.exists() else next(other for other in others if not other.exists())
-    return config, RunDirectory(path)
-
-
-def different_keys(stored: dict, here: dict, prefix: str = "") -> list[str]:
-    """'key: value there, value here' for every leaf that differs."""
-    found = []
-    for key in sorted({*stored, *here}):
-        there, now = stored.get(key), here.get(key)
-        if isinstance(there, dict) and isinstance(now, dict):
-            found += different_keys(there, now, f"{prefix}{key}.")
-        elif there != now:
-            found.append(f"{prefix}{key} is {there} there, {now} here")
-    return found
-
-
-def already_finished(directory: RunDirectory) -> str:
-    summary = directory.summary
-    return (
-        f"This run is finished: {summary['val/bpb']:.4f} bits/byte after {summary['tokens']:,} tokens, in {directory.path}\n"
-        "Change a setting (seed=1, say) for another run, or repeat it beside this one with resume=never."
-    )
-
-
-# --- building ---
-
-
-def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
-    """The device, the precision and, without memory, the model: what can be known before the text is read.
-
-    Raises ValueError for what cannot be built.
-    """
-    device = hardware.device_of(config.trainer.accelerator)
-    precision = hardware.resolved_precision(config.trainer.precision, device)
-    for key in ("batch_size", "log_every", "val_every", "checkpoint.keep"):
-        if OmegaConf.select(config, key) <= 0:
-            raise ValueError(f"{key}={OmegaConf.select(config, key)} must be positive")
-    if config.checkpoint.every_minutes is not None and config.checkpoint.every_minutes <= 0:
-        raise ValueError(
-            f"checkpoint.every_minutes={config.checkpoint.every_minutes} must be positive, or null"
-        )
-    decoder = build_decoder(config, config.model.vocab_size, "meta")
-    if config.z_loss is not None and not (decoder.head.takes_z_loss and config.z_loss >= 0):
-        raise ValueError(
-            f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"
-        )
-    if config.document_mask:
-        decoder.separate_documents(0)
-    optimizer = optimizer_of_one_matrix(config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    follow_width(optimizer, dict.fromkeys(parameters, decoder.param.hidden_rate))
-    return device, precision, decoder
-
-
-def optimizer_of_one_matrix(config: DictConfig) -> torch.optim.Optimizer:
-    """Of the chosen kind, to ask what it is."""
-    return instantiate(config.optim, _convert_="all")([("weight", torch.nn.Parameter(torch.zeros(2, 2)))])
-
-
-def assemble(config: DictConfig, directory: RunDirectory) -> Run:
-    device, precision, _ = checked(config)
-    corpus = prepare(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
-    decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
-    validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
-    plan = plan_of(config, decoder, device, precision)
-    guard = GuardSettings(**config.guard)
-    run = Run(
-        config,
-        directory,
-        corpus,
-        plan,
-        device,
-        precision,
-        guard,
-        first_step=0,
-        checkpoint=None,
-        damaged=[],
-    )
-    strategy = run.new_strategy()
-    guard.check(strategy, precision, plan.sizes)
-    average.check(config.ema.decay, strategy)
-    if config.noise_scale:
-        noise.check(strategy, precision, plan.micro_batches)
-    if config.trainer.checkpoint_activations and not ENGINES[config.trainer.engine].recomputes:
-        raise ValueError(
-            "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
-        )
-    if isinstance(strategy, WholeCheckpoints):
-        strategy.check(optimizer_of_one_matrix(config))
-    training_batches(run, rank=0)
-    run.checkpoint, run.damaged = newest_whole(directory)
-    if run.checkpoint is not None:
-        before = directory.environment["corpus"]["fingerprint"]
-        if before != corpus.fingerprint:
-            raise ValueError(
-                f"{directory.path} was trained on another text (fingerprint {before[:12]}, now "
-                f"{corpus.fingerprint[:12]}): bring that text back, or start anew with resume=never"
-            )
-        run.first_step = directory.step_of(run.checkpoint)
-    if config.profile:
-        check_length(plan.steps - run.first_step)
-    return run
-
-
-def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precision: str) -> Plan:
-    counts = parameter_counts(decoder)
-    budget: dict[str, Any] = dict(config.budget)
-    flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
-    nodes = config.trainer.nodes
-    if nodes < 1:
-        raise ValueError(f"trainer.nodes={nodes} must be positive")
-    world_size = devices_per_node(config.trainer.devices, device) * nodes
-    micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
-    sizes = BatchSizes(config.batch_size, **config.batch_warmup)
-    check_batch_size(sizes, micro_batch_size, world_size)
-    # As if all were as small as the first; their sizes are multiples of it.
-    steps = steps_for(
-        tokens_per_step=sizes.first * decoder.seq_len,
-        n_params=sum(counts.values()),
-        flops_per_token=flops_per_token,
-        **budget,
-    )
-    return Plan.of(
-        decoder,
-        counts=counts,
-        steps=steps if "steps" in budget else sizes.steps_within(steps * sizes.first),
-        sizes=sizes,
-        micro_batch_size=micro_batch_size,
-        world_size=world_size,
-        memory=forecast(
-            config,
-            decoder,
-            precision,
-            engine=ENGINES[config.trainer.engine],
-            devices=world_size,
-            micro_batch_size=micro_batch_size,
-            checkpoint_activations=config.trainer.checkpoint_activations,
-        ),
-    )
-
-
-def forecast(
-    config: DictConfig,
-    decoder: Decoder,
-    precision: str,
-    *,
-    engine: Engine,
-    devices: int,
-    micro_batch_size: int,
-    checkpoint_activations: bool,
-) -> Memory:
-    """Of one device at its peak, under the run's settings but for these."""
-    return training_memory(
-        Sizes.of(decoder, instantiate(config.optim, _convert_="all")),
-        sequences=micro_batch_size,
-        seq_len=decoder.seq_len,
-        half_precision=precision != "fp32",
-        checkpoint_activations=checkpoint_activations,
-        engine=engine,
-        devices=devices,
-        accumulates=micro_batch_size * devices < config.batch_size,
-        averages=config.ema.decay is not None,
-    )
-
-
-def training_batches(run: Run, rank: int) -> TrainBatches:
-    """Raises ValueError when the text is shorter than the context."""
-    return TrainBatches(
-        tokens=run.corpus.train.tokens,
-        seq_len=run.plan.seq_len,
-        sizes=run.plan.sizes,
-        micro_batch_size=run.plan.micro_batch_size,
-        rank=rank,
-        world_size=run.plan.world_size,
-        seed=run.config.seed,
-        first_step=run.first_step,
-        left_out=left_out(run),
-        pin=run.device.type == "cuda",
-    )
-
-
-def description(run: Run) -> dict[str, str]:
-    """Lines above the plan's numbers."""
-    chosen, corpus = choices(), run.corpus
-    return {
-        "model": f"{chosen['model']}: {', '.join(f'{group}={chosen[group]}' for group in PARTS)}",
-        "data": f"{corpus.description}; {chosen['tokenizer']} tokenizer, {corpus.tokenizer.vocab_size:,} entries; "
-        f"{len(corpus.train.tokens):,} tokens to train, {len(corpus.val.tokens):,} held out",
-        "device": f"{hardware.describe(run.device)}, {run.precision}",
-        "directory": str(run.directory.path),
-    }
 
 
 # --- the record ---
@@ -464,10 +173,32 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
         return [instantiate(config)(save_dir=study, name=name)]
     logger: Wandb = instantiate(config)(save_dir=study, name=name, group=run.config.study)
     resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
-    console.print(logger.start(resolved | {"choices": choices(), "environment": environment(run)}))
+    console.print(
+        logger.start(
+            resolved | {"choices": choices(), "environment": environment(run), "parameters": run.plan.counts}
+        )
+    )
     if taken_up:
         logger.catch_up(run.directory.metrics(), read_rows(run.directory.samples))
     return [logger]
+
+
+@rank_zero_only
+def finish(run: Run, peak: float, peak_source: str) -> None:
+    rows = run.directory.metrics()
+    draw_curves(rows, run.directory.curves, title=run.directory.name)
+    best = min((row for row in rows if "val/loss" in row), key=lambda row: row["val/loss"])
+    run.directory.finish(
+        {
+            **rows[-1],
+            "best": {key: best[key] for key in ("step", "tokens", "val/loss", "val/bpb")},
+            "parameters": run.plan.counts,
+            "flops_convention": "exact",
+            "peak_flops": {"flops": peak, "source": peak_source},
+            "corpus": run.corpus.fingerprint,
+            "guarded": guarded(run, run.plan.steps),
+        }
+    )
 
 
 # --- training ---
@@ -498,35 +229,6 @@ def is_agreed(error: BaseException) -> bool:
 def is_explained(error: BaseException) -> bool:
     """Whether what follows says it in one line, or nothing needs to be said."""
     return isinstance(error, KeyboardInterrupt) or hardware.ran_out_of_memory(error) or is_full_disk(error)
-
-
-def what_would_fit(run: Run) -> str:
-    """Out of memory: what was forecast, and the cheapest settings that are forecast to take half of it at most."""
-    config, plan = run.config, run.plan
-    decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "meta")
-    text = f"out of memory: the forecast was {memory_line(plan.memory)}"
-    for choice in choices_of_memory(plan.micro_batch_size):
-        if choice.engine != config.trainer.engine and plan.world_size == 1:
-            continue
-        memory = forecast(
-            config,
-            decoder,
-            run.precision,
-            engine=ENGINES[choice.engine],
-            devices=plan.world_size,
-            micro_batch_size=choice.micro_batch_size,
-            checkpoint_activations=choice.checkpoint_activations,
-        )
-        if 2 * memory.total <= plan.memory.total:
-            changed = [] if choice.engine == config.trainer.engine else [f"trainer={choice.engine}"]
-            if choice.micro_batch_size != plan.micro_batch_size:
-                changed.append(f"micro_batch_size={choice.micro_batch_size}")
-            if choice.checkpoint_activations and not config.trainer.checkpoint_activations:
-                changed.append("trainer.checkpoint_activations=true")
-            return f"{text}; {' '.join(changed)} would take about {short(memory.total, 'B')}"
-    return (
-        f"{text}; no setting of memory takes half of it: more devices with trainer=fsdp, or a smaller model"
-    )
 
 
 def fit_from_checkpoint(run: Run, console: Console) -> None:
@@ -657,83 +359,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     finish(run, peak, peak_source)
 
 
-# --- steps that went wrong ---
-
-
-def guarded(run: Run, step: int) -> int:
-    """How often training was rolled back, or a step up to this one skipped."""
-    rows = run.directory.guarded()
-    return sum(
-        row["action"] == "rollback" or (row["action"] == "skip" and row["step"] <= step) for row in rows
-    )
-
-
-def left_out(run: Run) -> list[int]:
-    """The places in the order of data that rollbacks passed over."""
-    ranges = [row["samples"] for row in run.directory.guarded() if row["action"] == "rollback"]
-    full = run.plan.sizes.full  # which every step is, where something is left out
-    return [place for a, b in ranges for place in range(a // full, b // full)]
-
-
-def samples_of(run: Run, first: int, last: int) -> list[int]:
-    """The half-open range of samples of these steps, counted from 1."""
-    places = left_out(run)
-    begin, end = (place_in_order(step - 1, places) for step in (max(1, first), last))
-    return [run.plan.sizes.before(begin), run.plan.sizes.before(end + 1)]
-
-
-@rank_zero_only
-def record(run: Run, bad: BadStep, action: str) -> None:
-    first = bad.step - run.guard.batches + 1 if action == "rollback" else bad.step
-    samples = samples_of(run, first, bad.step)
-    run.directory.guard({"step": bad.step, "reason": str(bad), "action": action, "samples": samples})
-
-
-def stop(run: Run, bad: BadStep) -> None:
-    record(run, bad, "stop")
-    if rank_zero_only.rank == 0:
-        first, end = samples_of(run, bad.step, bad.step)
-        before = guarded(run, bad.step)
-        print(
-            f"error: {bad}{f', after {before} others' if before else ''}: a lower lr, more warm-up, a smaller clip or "
-            f"guard.action=skip or rollback may help; its samples {first} to {end - 1} are noted in {run.directory.guards}",
-            file=sys.stderr,
-        )
-    sys.exit(1)
-
-
-def roll_back(run: Run, bad: BadStep) -> None:
-    """Back to the newest checkpoint before the batches that are to be left out, or to the start."""
-    if rank_zero_only.rank == 0:
-        # First these, then the record: whenever the process dies, what is left fits together.
-        for path in run.directory.step_checkpoints():
-            if run.directory.step_of(path) > bad.step - run.guard.batches:
-                path.unlink()
-        if not run.directory.step_checkpoints():
-            run.directory.last.unlink(missing_ok=True)
-        record(run, bad, "rollback")
-    if dist.is_initialized():
-        dist.barrier()
-    run.checkpoint, run.damaged = newest_whole(run.directory)
-    run.first_step = 0 if run.checkpoint is None else run.directory.step_of(run.checkpoint)
-
-
-@rank_zero_only
-def finish(run: Run, peak: float, peak_source: str) -> None:
-    rows = run.directory.metrics()
-    draw_curves(rows, run.directory.curves, title=run.directory.name)
-    best = min((row for row in rows if "val/loss" in row), key=lambda row: row["val/loss"])
-    run.directory.finish(
-        {
-            **rows[-1],
-            "best": {key: best[key] for key in ("step", "tokens", "val/loss", "val/bpb")},
-            "parameters": run.plan.counts,
-            "flops_convention": "exact",
-            "peak_flops": {"flops": peak, "source": peak_source},
-            "corpus": run.corpus.fingerprint,
-            "guarded": guarded(run, run.plan.steps),
-        }
-    )
+# --- samples and the last screen ---
 
 
 def sample_of(run: Run, decoder: Decoder, strategy: Strategy | None) -> str | None:

@@ -27,8 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
-from scantling import run as run_module
-from scantling.command_line import run_entry
+from child import Child
+
 from scantling.run_directory import RunDirectory
 from scantling.training.checkpoints import damage
 from scantling.training.hardware import cpu_name
@@ -45,49 +45,21 @@ FILE_LIMIT = 100_000
 """Bytes, below those of a checkpoint: the limit that stands in for a full disk where nothing may be mounted."""
 
 
-class Job:
-    """One process of a run, forked."""
+class Job(Child):
+    """One process of a run; `limit`: of a file's bytes."""
 
     def __init__(self, place: Path, precision: str, limit: int | None = None):
-        self.log = place.with_name(f"{place.name}.txt")
-        sys.stdout.flush()
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                if limit is not None:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                sys.argv = [
-                    "train.py",
-                    *SETTINGS,
-                    f"data.files={place.parent}/book.txt",
-                    f"trainer.precision={precision}",
-                    f"paths.runs={place}/runs",
-                    f"paths.cache={place.parent}/cache",
-                ]
-                run_entry(run_module.train, config_name="train")
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            finally:
-                sys.stdout.flush()
-                os._exit(code if isinstance(code, int) else 1)
-        self.pid = child
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code
-
-    def wait(self) -> int:
-        while (code := self.poll()) is None:
-            time.sleep(0.002)
-        return code
+        log = place.with_name(f"{place.name}.txt")
+        log.unlink(missing_ok=True)
+        super().__init__(
+            log,
+            *SETTINGS,
+            f"data.files={place.parent}/book.txt",
+            f"trainer.precision={precision}",
+            f"paths.runs={place}/runs",
+            f"paths.cache={place.parent}/cache",
+            before=lambda: limit and resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
 
     def wait_for_rows(self, place: Path, rows: int) -> None:
         """Until so many steps are recorded, or the process has ended."""

@@ -24,8 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
+from child import Child
+
 from scantling import run as run_module
-from scantling.command_line import run_entry
 from scantling.run_directory import RunDirectory
 from scantling.training.hardware import cpu_name
 
@@ -40,44 +41,19 @@ SETTINGS = (
 TIMES = ("seconds", "tokens_per_second", "mfu", "peak_flops")
 
 
-class Launcher:
+class Launcher(Child):
     """The command of the sweep, in a session of its own; `before` runs in it first, and its jobs inherit that."""
 
-    def __init__(self, place: Path, *more: str, before: Callable[[], None] = lambda: None):
-        self.log = place.with_name(f"{place.name}.txt")
-        sys.stdout.flush()
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                os.setsid()
-                out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                before()
-                runs, book, cache = f"{place}/runs", f"{place.parent}/book.txt", f"{place.parent}/cache"
-                paths = (f"data.files={book}", f"paths.runs={runs}", f"paths.cache={cache}")
-                sys.argv = ["train.py", *SETTINGS, *paths, *more]
-                run_entry(run_module.train, config_name="train")
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            finally:
-                sys.stdout.flush()
-                os._exit(code if isinstance(code, int) else 1)
-        self.pid = child
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code
-
-    def wait(self) -> int:
-        while (code := self.poll()) is None:
-            time.sleep(0.005)
-        return code
+    def __init__(self, place: Path, *more: str, before: Callable[[], object] = lambda: None):
+        super().__init__(
+            place.with_name(f"{place.name}.txt"),
+            *SETTINGS,
+            f"data.files={place.parent}/book.txt",
+            f"paths.runs={place}/runs",
+            f"paths.cache={place.parent}/cache",
+            *more,
+            before=lambda: (os.setsid(), before()),
+        )
 
     def wait_for_an_instant(self, place: Path, seconds: float, choose: random.Random) -> None:
         """One of its `seconds`, or, as they are mostly spent on starting, half of the time one of a job's steps."""

@@ -6,7 +6,6 @@ import inspect
 import json
 import shutil
 import string
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from scantling import trained
-from scantling.command_line import CONF, Mistake, run_entry
+from scantling.command_line import CONF, Mistake
 from scantling.data.tokenizers import BPE, Byte, Char, Unigram, WordPiece
 from scantling.hub.files import INDEX
 from scantling.hub.runs import composed, hub
@@ -31,20 +30,11 @@ ENTRIES = {"hub": hub, "sample": trained.sample, "evaluate": trained.evaluate}
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(tmp_path, monkeypatch, entry):
     """`command("hub", "action=import")` -> (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
-    def command(entry, *overrides):
-        monkeypatch.setattr(sys, "argv", [entry, *overrides])
-        code = 0
-        try:
-            run_entry(ENTRIES[entry], config_name=entry)
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return command
+    return entry
 
 
 @pytest.fixture

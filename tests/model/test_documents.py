@@ -62,7 +62,7 @@ def test_flex_attention_hides_the_same(monkeypatch):
     )
 
 
-def test_a_run_with_document_masks(command, tmp_path):
+def test_a_run_with_document_masks(command, tmp_path, entry):
     """It trains, and is evaluated afterwards as it was validated; what forms no scores is refused."""
     from scantling.run_directory import RunDirectory
 
@@ -75,7 +75,7 @@ def test_a_run_with_document_masks(command, tmp_path):
     assert code == 0, err
     (path,) = (tmp_path / "runs" / "default").iterdir()
     row = RunDirectory(path).metrics()[-1]
-    code, out, _ = command(f"run={path}", "checkpoint=last", "n_windows=8", entry="evaluate")
+    code, out, _ = entry("evaluate", "paths.cache=cache", f"run={path}", "checkpoint=last", "n_windows=8")
     assert code == 0
     assert f"{row['val/bpb']:.4f}" in out
     assert command("data.files=texts/*.txt", "data.split=documents", "attn=gqa", "paths.runs=without")[0] == 0

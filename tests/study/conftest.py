@@ -1,13 +1,9 @@
 """Planted records, and report.py run on them."""
 
 import json
-import sys
 
 import pytest
 import yaml
-
-from scantling import reported
-from scantling.command_line import run_entry
 
 
 @pytest.fixture
@@ -68,18 +64,12 @@ def record(tmp_path):
 
 
 @pytest.fixture
-def report(monkeypatch, capsys, tmp_path):
+def report(monkeypatch, entry, tmp_path):
     """`report("study=parts")` -> (exit code, output on one line, error)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*overrides):
-        monkeypatch.setattr(sys, "argv", ["report", "resamples=300", *overrides])
-        code = 0
-        try:
-            run_entry(reported.report, config_name="report")
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
+        code, out, err = entry("report", "resamples=300", *overrides)
         return code, " ".join(out.split()), err
 
     return call

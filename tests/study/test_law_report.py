@@ -2,14 +2,11 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from scantling import reported
-from scantling.command_line import run_entry
 from scantling.study.scaling import fit_hoffmann
 
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
@@ -24,7 +21,7 @@ def runs(noise=0.002, n=40, seed=0):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(monkeypatch, entry, tmp_path):
     """Runs report.py on a table in this process -> (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
@@ -33,13 +30,7 @@ def command(monkeypatch, capsys, tmp_path):
         usual = ["fit=runs.csv", "resamples=200", *columns]
         given = {override.partition("=")[0] for override in overrides}
         kept = [o for o in usual if o.partition("=")[0] not in given]
-        monkeypatch.setattr(sys, "argv", ["report", *kept, *overrides])
-        code = 0
-        try:
-            run_entry(reported.report, config_name="report")
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
+        return entry("report", *kept, *overrides)
 
     return call
 

@@ -7,26 +7,8 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from scantling import recorded
-from scantling.command_line import run_entry
 from scantling.run_directory import RunDirectory
 from scantling.study import store
-
-
-@pytest.fixture
-def runs(monkeypatch, tmp_path, capsys):
-    """`runs("action=ls")` -> (exit code, output, error)."""
-
-    def call(*overrides):
-        monkeypatch.setattr("sys.argv", ["runs", *overrides])
-        code = 0
-        try:
-            run_entry(recorded.recorded, config_name="runs")
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -116,15 +98,15 @@ def test_the_cache_is_read_and_follows_every_change(study, monkeypatch):
     pd.testing.assert_frame_equal(store.load_runs(study), store.load_runs(study), check_dtype=False)
 
 
-def test_runs_are_listed_compared_exported_and_removed(study, runs, tmp_path):
+def test_runs_are_listed_compared_exported_and_removed(study, entry, tmp_path):
     frame = store.load_runs(study)
     one, two = frame["run"]
-    code, out, _ = runs()
+    code, out, _ = entry("runs")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:]] == list(frame.sort_values("bpb")["run"])
-    code, out, _ = runs("action=show", f"run={one}")
+    code, out, _ = entry("runs", "action=show", f"run={one}")
     assert frame["commit"][0] in out
-    code, out, _ = runs("action=diff", f"run=[{one},{two}]")
+    code, out, _ = entry("runs", "action=diff", f"run=[{one},{two}]")
     assert {line.split()[0] for line in out.splitlines()[1:]} >= {"choices.attn", "seed"}
     assert "model.d_model" not in out
     for ending, read in {
@@ -132,42 +114,42 @@ def test_runs_are_listed_compared_exported_and_removed(study, runs, tmp_path):
         "parquet": pd.read_parquet,
         "jsonl": lambda path: pd.read_json(path, lines=True),
     }.items():
-        assert runs("action=export", f"to=table.{ending}")[0] == 0
+        assert entry("runs", "action=export", f"to=table.{ending}")[0] == 0
         assert list(read(tmp_path / f"table.{ending}")["loss"]) == pytest.approx(list(frame["loss"]))
-    code, _, err = runs("action=rm", f"run={one}")
+    code, _, err = entry("runs", "action=rm", f"run={one}")
     assert code == 2
     assert "yes=true removes" in err
     lease = study / one / "lease-1.json"
     lease.touch()
-    assert "is held by a launcher" in runs("action=rm", f"run={one}", "yes=true")[2]
+    assert "is held by a launcher" in entry("runs", "action=rm", f"run={one}", "yes=true")[2]
     lease.unlink()
-    assert runs("action=rm", f"run={one}", "yes=true")[0] == 0
+    assert entry("runs", "action=rm", f"run={one}", "yes=true")[0] == 0
     assert list(store.load_runs(study)["run"]) == [two]
 
 
-def test_nothing_but_runs_is_removed(study, runs, tmp_path):
+def test_nothing_but_runs_is_removed(study, entry, tmp_path):
     elsewhere = tmp_path / "elsewhere" / "study" / "run"
     shutil.copytree(next(p for p in study.iterdir() if p.is_dir()), elsewhere)
     (study / "link").symlink_to(elsewhere)
     for run in (str(elsewhere), "link"):
-        code, _, err = runs("action=rm", f"run={run}", "yes=true")
+        code, _, err = entry("runs", "action=rm", f"run={run}", "yes=true")
         assert code == 2
         assert "is no run in a study of runs/, and stays" in err
     assert (elsewhere / "config.yaml").exists()
-    assert "nothing is no run below runs/" in runs("action=show", "run=nothing")[2]
+    assert "nothing is no run below runs/" in entry("runs", "action=show", "run=nothing")[2]
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("action=list",), "action=list is unknown: use ls, show, diff, export, rm"),
+        (("action=list",), "action=list is unknown: use ls, show, diff, export, import, rm"),
         (("sort=beauty",), "sort=beauty is no column"),
         (("study=none",), "is no directory of a study"),
         (("action=diff", "run=a"), "action=diff wants run=[ONE,OTHER]; 1 are given"),
         (("action=export", "to=a.xls"), "name a file that ends in .csv, .jsonl, .parquet"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path, monkeypatch, runs, overrides, expected):
+def test_mistakes_get_one_line(tmp_path, monkeypatch, entry, overrides, expected):
     monkeypatch.chdir(tmp_path)
     directory = tmp_path / "runs" / "default" / "one"
     directory.mkdir(parents=True)
@@ -177,7 +159,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, runs, overrides, expected)
     }
     for name, text in files.items():
         (directory / name).write_text(text)
-    code, _, err = runs(*overrides)
+    code, _, err = entry("runs", *overrides)
     assert code == 2
     assert expected in err
     assert err.count("\n") == 1

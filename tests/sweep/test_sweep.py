@@ -35,9 +35,8 @@ def starts(directory: RunDirectory) -> int:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Jobs are forked from here and inherit this: no figure, no measurement of the machine."""
+    """Jobs are forked from here and inherit this: no figure."""
     monkeypatch.setattr(run, "draw_curves", lambda *_, **__: None)
-    monkeypatch.setattr(run.hardware, "peak_flops", lambda *_: (1e12, "assumed"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def only_run(path) -> RunDirectory:
     return RunDirectory(directory)
 
 
-def test_average_by_formula_and_what_sees_it(command, tmp_path, nano):
+def test_average_by_formula_and_what_sees_it(command, tmp_path, nano, entry):
     every_step = ("checkpoint.every_minutes=1e-9", "checkpoint.keep=100")
     code, _, err = command("ema.decay=0.5", *every_step)
     assert code == 0, err
@@ -39,7 +39,7 @@ def test_average_by_formula_and_what_sees_it(command, tmp_path, nano):
         assert torch.equal(stored_weights(run, "last")[name], weight)
     assert without.metrics()[-1]["train/loss"] == run.metrics()[-1]["train/loss"]
     assert without.metrics()[-1]["val/loss"] != run.metrics()[-1]["val/loss"]
-    code, _, err = command(f"run={without.path}", "checkpoint=last_average", entry="evaluate")
+    code, _, err = entry("evaluate", "paths.cache=cache", f"run={without.path}", "checkpoint=last_average")
     assert code == 2
     assert "kept no average of its weights" in err
 

@@ -14,7 +14,7 @@ from scantling.model.cache import Buffer, LayerCache
 from scantling.model.linear import Linear, linear
 from scantling.model.norm import NormFactory
 from scantling.model.pattern import Pattern
-from scantling.model.pos import Rotation
+from scantling.model.pos import Rotation, unrotated
 from scantling.model.scores import Scores
 
 QKNorm = Callable[[int, int], nn.Module]
@@ -159,7 +159,9 @@ class Attention(PatternedAttention):
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         qkv_BTNE = qkv.unflatten(-1, (sum(self.heads), self.d_head))
         n_heads, n_kv_heads, _ = self.heads
-        if isinstance(self.q_norm, NoQKNorm):  # then queries and keys turn together
+        if (
+            isinstance(self.q_norm, NoQKNorm) and rotate is not unrotated
+        ):  # then queries and keys turn together
             qk_BTNE, v_BTKE = qkv_BTNE.split([n_heads + n_kv_heads, n_kv_heads], dim=2)
             q_BTHE, k_BTKE = rotate(qk_BTNE).split([n_heads, n_kv_heads], dim=2)
         else:

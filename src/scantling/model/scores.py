@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from scantling.model.cache import Keys, Step
+from scantling.model.linear import ZEN4
 from scantling.model.pattern import Pattern
 from scantling.model.pos import ScoreBias
 
@@ -48,11 +49,12 @@ class Scores:
         causal = plain and keys is None  # the kernel's own mask serves
         all_seen = self.bias is None and keys is not None and keys.all_seen
         slow_bfloat16 = q_BHTE.is_cpu and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
-        # The CPU's flash kernel is slow in bfloat16 without AMX, and slower than the formula up to 64 keys. The
-        # formula takes no more memory than a cast to float32, which serves longer contexts, up to T = 8·E.
+        # The CPU's flash kernel is slow in bfloat16 without AMX, and up to 64 keys slower than the formula, but for Zen 4.
+        # The formula takes no more memory than a cast to float32, which serves longer contexts, up to T = 8·E.
         # For a single query of each of many rows two batched products are faster than the kernel, in bfloat16 above all.
         many = T == 1 and k_BKSE.numel() > (2**16 if dtype == torch.bfloat16 else 2**19)
-        formula = (slow_bfloat16 and T <= 8 * E) or (q_BHTE.is_cpu and (many or (S <= 64 and T > 1)))
+        short = S <= 64 and T > 1 and not ZEN4
+        formula = (slow_bfloat16 and T <= 8 * E) or (q_BHTE.is_cpu and (many or short))
         if softcap is not None or formula:
             mask = None if all_seen else self.mask(keys, pattern)
             return self.written_out(q_BHTE, k_BKSE, v_BKSE, mask, scale, softcap, dropout)

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from scantling import run
+from scantling import assembly, identity
 from scantling.command_line import Mistake, check_numbers, mistakes, one_line
 from scantling.run_directory import RunDirectory
 from scantling.sweep.devices import Devices
@@ -100,7 +100,7 @@ def looked_at(
         overrides = [*overrides, *more]
         config = task_config(compose(overrides))
     check_numbers(config, "train")
-    path = Path(config.paths.runs) / config.study / run.run_id(config)
+    path = Path(config.paths.runs) / config.study / identity.run_id(config)
     on_gpu = config.trainer.accelerator == "gpu"
     if elsewhere:
         config.trainer.accelerator = "cpu"
@@ -110,13 +110,13 @@ def looked_at(
         raise ValueError(
             f"tune=lr finds nothing out: optim.lr={config.optim.lr} does not follow lr; optim.lr=\\${{lr}} makes it"
         )
-    device, precision, decoder = run.checked(config)
+    device, precision, decoder = assembly.checked(config)
     if device.type == "cuda" and config.trainer.devices == "auto":
         config.trainer.devices = 1  # a job of a sweep sees the GPUs that it is given
-    plan = run.plan_of(config, decoder, device, precision)
+    plan = assembly.plan_of(config, decoder, device, precision)
     if config.dry_run:  # with the tokenizer's own vocabulary
-        config, directory = run.located(config)
-        plan = run.assemble(config, directory).plan
+        config, directory = identity.located(config)
+        plan = assembly.assemble(config, directory).plan
     directory = RunDirectory(path)
     return Outlook(
         overrides=overrides,

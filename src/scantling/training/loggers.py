@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import WandbLogger
 
 from scantling.run_directory import Row
+from scantling.wandb_file import records
 
 
 class Wandb(WandbLogger):
@@ -116,10 +115,7 @@ def steps_in_segments(present: Path) -> set[int]:
     steps = set()
     for segment in present.parent.glob(f"offline-run-*-{present.name.split('-', 3)[3]}/*.wandb"):
         if segment.parent != present:
-            command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(segment)]
-            lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-            records = [json.loads(line) for line in lines]
-            steps |= {r["history"]["item"]["_step"] for r in records if r["type"] == "history"}
+            steps |= {r["history"]["item"]["_step"] for r in records(segment) if r["type"] == "history"}
     return steps
 
 

@@ -1,0 +1,98 @@
+"""Where a run lives: its directory is named by what it trains, so that the same command finds it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from scantling.command_line import SWEEPS
+from scantling.composition import choices
+from scantling.run_directory import RunDirectory
+
+NOT_IDENTITY = (
+    "study",
+    "arm",
+    "match",
+    "matched",
+    "tune",
+    "tuned",
+    "resume",
+    "dry_run",
+    "log_every",
+    "sample",
+    "checkpoint",
+    "guard",
+    "noise_scale",
+    "profile",
+    "paths",
+    "logger",
+    "trainer",
+)
+"""Settings that do not change what is trained, and so are no part of a run's id; of `trainer`, precision does."""
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """What is trained: the resolved configuration less paths, loggers and hardware."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    kept = {key: value for key, value in plain.items() if key not in (*NOT_IDENTITY, "choices")}
+    return kept | {"precision": plain["trainer"]["precision"]}
+
+
+def run_id(config: DictConfig) -> str:
+    """The model preset's name, for people, and a hash of the run's identity."""
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+    return f"{choices()['model']}-{digest[:10]}"
+
+
+def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
+    """The run's configuration and directory, as `resume` says.
+
+    `resume=DIR` composes the overrides of the run in DIR again, with those of this command line after them.
+    """
+    typed = list(HydraConfig.get().overrides.task)
+    if config.resume not in ("auto", "never"):
+        directory = RunDirectory(config.resume)
+        if not directory.config.exists():
+            raise ValueError(
+                f"resume={config.resume} holds no run: use auto, never, or a directory below {config.paths.runs}/"
+            )
+        config = compose("train", overrides=[*directory.environment["overrides"], *typed, SWEEPS])
+        stored = OmegaConf.load(directory.config)
+        assert isinstance(stored, DictConfig)
+        differences = different_keys(identity(stored), identity(config))
+        if differences:
+            raise ValueError(
+                f"{directory.path} is another run and cannot go on as this one: {'; '.join(differences)}"
+            )
+        return config, directory
+    path = Path(config.paths.runs) / config.study / run_id(config)
+    if config.resume == "never":
+        others = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
+        path = path if not path.exists() else next(other for other in others if not other.exists())
+    return config, RunDirectory(path)
+
+
+def different_keys(stored: dict, here: dict, prefix: str = "") -> list[str]:
+    """'key: value there, value here' for every leaf that differs."""
+    found = []
+    for key in sorted({*stored, *here}):
+        there, now = stored.get(key), here.get(key)
+        if isinstance(there, dict) and isinstance(now, dict):
+            found += different_keys(there, now, f"{prefix}{key}.")
+        elif there != now:
+            found.append(f"{prefix}{key} is {there} there, {now} here")
+    return found
+
+
+def already_finished(directory: RunDirectory) -> str:
+    summary = directory.summary
+    return (
+        f"This run is finished: {summary['val/bpb']:.4f} bits/byte after {summary['tokens']:,} tokens, in {directory.path}\n"
+        "Change a setting (seed=1, say) for another run, or repeat it beside this one with resume=never."
+    )

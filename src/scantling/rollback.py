@@ -1,0 +1,66 @@
+"""Steps that the guard does not let pass: recorded, and training stopped or taken back behind them."""
+
+from __future__ import annotations
+
+import sys
+
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
+
+from scantling.assembly import Run, left_out
+from scantling.data.loading import (
+    place_in_order,
+)
+from scantling.training.checkpoints import newest_whole
+from scantling.training.guard import BadStep
+
+
+def guarded(run: Run, step: int) -> int:
+    """How often training was rolled back, or a step up to this one skipped."""
+    rows = run.directory.guarded()
+    return sum(
+        row["action"] == "rollback" or (row["action"] == "skip" and row["step"] <= step) for row in rows
+    )
+
+
+def samples_of(run: Run, first: int, last: int) -> list[int]:
+    """The half-open range of samples of these steps, counted from 1."""
+    places = left_out(run)
+    begin, end = (place_in_order(step - 1, places) for step in (max(1, first), last))
+    return [run.plan.sizes.before(begin), run.plan.sizes.before(end + 1)]
+
+
+@rank_zero_only
+def record(run: Run, bad: BadStep, action: str) -> None:
+    first = bad.step - run.guard.batches + 1 if action == "rollback" else bad.step
+    samples = samples_of(run, first, bad.step)
+    run.directory.guard({"step": bad.step, "reason": str(bad), "action": action, "samples": samples})
+
+
+def stop(run: Run, bad: BadStep) -> None:
+    record(run, bad, "stop")
+    if rank_zero_only.rank == 0:
+        first, end = samples_of(run, bad.step, bad.step)
+        before = guarded(run, bad.step)
+        print(
+            f"error: {bad}{f', after {before} others' if before else ''}: a lower lr, more warm-up, a smaller clip or "
+            f"guard.action=skip or rollback may help; its samples {first} to {end - 1} are noted in {run.directory.guards}",
+            file=sys.stderr,
+        )
+    sys.exit(1)
+
+
+def roll_back(run: Run, bad: BadStep) -> None:
+    """Back to the newest checkpoint before the batches that are to be left out, or to the start."""
+    if rank_zero_only.rank == 0:
+        # First these, then the record: whenever the process dies, what is left fits together.
+        for path in run.directory.step_checkpoints():
+            if run.directory.step_of(path) > bad.step - run.guard.batches:
+                path.unlink()
+        if not run.directory.step_checkpoints():
+            run.directory.last.unlink(missing_ok=True)
+        record(run, bad, "rollback")
+    if dist.is_initialized():
+        dist.barrier()
+    run.checkpoint, run.damaged = newest_whole(run.directory)
+    run.first_step = 0 if run.checkpoint is None else run.directory.step_of(run.checkpoint)

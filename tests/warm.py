@@ -1,0 +1,100 @@
+"""`python src/train.py`, or another entry, in processes that are forked from one which has imported everything: the same, but for
+seconds of imports. Several are ranks of one run, with the variables that torchrun gives them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+class Ranks:
+    """The processes of one command, with the little that tests need of `subprocess.Popen`; signals go to the first."""
+
+    def __init__(self, argv: list[str], place: Path, processes: int):
+        self.files = [Path(tempfile.mkstemp(suffix=f".{name}")[1]) for name in ("out", "err")]
+        shared = torchrun_variables(processes) if processes > 1 else {}
+        self.processes = [
+            CONTEXT.Process(target=rank, args=(argv, place, *self.files, {**shared, **of_rank(i, shared)}))
+            for i in range(processes)
+        ]
+        warm_up()
+        for process in self.processes:
+            process.start()
+
+    def poll(self) -> int | None:
+        return self.processes[0].exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.processes[0].exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.processes[0].pid, number)
+
+    def communicate(self, timeout: float = 200) -> tuple[str, str]:
+        """What all of them printed, when they have ended; ends them when the time is over."""
+        until = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, until - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        out, err = (file.read_text() for file in self.files)
+        for file in self.files:
+            file.unlink()
+        return out, err
+
+
+def warm_up() -> None:
+    """Start the server, once in a process that runs tests. It has the path and the device that the commands will have."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    try:
+        CONTEXT.set_forkserver_preload(
+            ["scantling.hub.runs", "scantling.sweep.outlook", "scantling.trained", "deepspeed"]
+        )
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def torchrun_variables(processes: int) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "warm",
+    }
+
+
+def of_rank(i: int, shared: dict[str, str]) -> dict[str, str]:
+    return {"RANK": str(i), "LOCAL_RANK": str(i)} if shared else {}
+
+
+def rank(argv: list[str], place: Path, out: Path, err: Path, variables: dict[str, str]) -> None:
+    for number, file in enumerate((out, err), 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(place)
+    os.environ |= variables
+    sys.argv = argv
+
+    from lightning.pytorch.utilities import rank_zero_only
+
+    rank_zero_only.rank = int(variables.get("RANK", 0))  # Lightning reads it when it is imported
+    runpy.run_path(argv[0], run_name="__main__")
