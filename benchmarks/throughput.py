@@ -100,20 +100,17 @@ class Cell:
 
     @property
     def better_peer(self) -> str:
-        return min(("HF sdpa", "HF eager"), key=self.median_seconds)
+        return min(("HF sdpa", "HF eager"), key=self.ratio)
 
     @property
     def better_plain(self) -> str | None:
-        return min(("plain", "compiled"), key=self.median_seconds) if "plain" in self.rounds[0] else None
+        return min(("plain", "compiled"), key=self.ratio) if "plain" in self.rounds[0] else None
 
     @property
     def targets(self) -> dict[str, float]:
         """How many times as fast as each we want to be."""
         plain = {self.better_plain: 1.0 if self.precision == "fp32" else 1.2} if self.better_plain else {}
         return {"bare loop": 0.95, self.better_peer: 1.3, **plain}
-
-    def median_seconds(self, name: str) -> float:
-        return statistics.median(seconds[name] for seconds in self.rounds)
 
     def tokens_per_second(self, name: str) -> float:
         """Of the fastest round."""
