@@ -35,7 +35,8 @@ MAY_IMPORT = {
     },
     "planned_study": {"accounting", "command_line", "composition", "plan", "study", "training"},
     "parts_table": {"accounting", "command_line", "composition", "hub", "model", "plan"},
-    "reported": {"command_line", "run_directory", "study"},
+    "reported": {"command_line", "report", "run_directory", "study"},
+    "report": {"report", "run_directory", "study"},
     "recorded": {"command_line", "run_directory", "study"},
     "training": {"training", "model", "data", "accounting", "plan", "run_directory", "wandb_file"},
     "identity": {"command_line", "composition", "run_directory"},
@@ -96,6 +97,7 @@ def test_imports_stay_in_their_layer(path):
     assert not uses_hydra or room(path) in MAY_USE_HYDRA
     if room(path) in (
         "study",
+        "report",
         "sweep",
         "recorded",
         "reported",

@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.table import Table
 
 from scantling.command_line import ROOT, Mistake, mistakes
+from scantling.report.html import page
+from scantling.report.pages import Recorded, arms_page, law_page, partial_page, run_page, runs_page
+from scantling.report.spec import PAGE, Report, figures_of, write
 from scantling.run_directory import RunDirectory
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport, report_arms
 from scantling.study.allocation import frontier
 from scantling.study.arms import StudyRuns, first_arm, recorded_runs, study_runs
-from scantling.study.html import page
 from scantling.study.law_report import LawReport, report_law
 from scantling.study.observations import Observations, observe, read_table
-from scantling.study.pages import Recorded, arms_page, law_page, partial_page, run_page, runs_page
-from scantling.study.report import PAGE, Report, figures_of, write
 from scantling.study.scaling import Fit, fit_hoffmann
 from scantling.study.store import find, load_curves, load_runs
 
@@ -158,7 +158,7 @@ def published(config: DictConfig, console: Console, made: Report, study: StudyRu
     """With publish=wandb. Raises ValueError naming the page where W&B does not take it."""
     if config.publish is None:
         return
-    from scantling.study.published import publish, sync  # here, as wandb takes a second
+    from scantling.report.published import publish, sync  # here, as wandb takes a second
 
     directory = Path(config.paths.runs) / config.study
     page_file = directory_of(config, study.name) / PAGE

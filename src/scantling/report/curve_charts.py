@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from scantling.report.spec import Axis, Chart, Series, Style
 from scantling.study.arms import rows
-from scantling.study.report import Axis, Chart, Series, Style
 
 POINTS = 6000
 """Of all curves of a chart together, so that a page stays small whatever the number of runs."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from scantling.report.spec import Axis, Chart, Series
 from scantling.study.allocation import allocation_exponent, optimal_parameters, optimum_table
 from scantling.study.huber import Array
 from scantling.study.isoflop import grouped, parabola_minimum
 from scantling.study.law_report import LawReport
-from scantling.study.report import Axis, Chart, Series
 from scantling.study.scaling import estimate
 
 BEYOND = 100.0

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scantling.report.curve_charts import ARMS
+from scantling.report.spec import Axis, Chart, Series
 from scantling.study.ablation_report import AblationReport
 from scantling.study.arms import rows
-from scantling.study.curve_charts import ARMS
-from scantling.study.report import Axis, Chart, Series
 
 UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from scantling.study.report import (
+from scantling.report.spec import (
     Axis,
     Block,
     Chart,
@@ -40,7 +40,7 @@ PALETTE = 10
 def page(report: Report, *, command: str, reload_seconds: float | None = None) -> str:
     """`command`: what wrote it. `reload_seconds`: the page asks for itself again so often."""
     plotly = files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
-    style, script = (files("scantling.study").joinpath(name).read_text() for name in ("page.css", "page.js"))
+    style, script = (files("scantling.report").joinpath(name).read_text() for name in ("page.css", "page.js"))
     sections = [(f"s{i}", section) for i, section in enumerate(report.sections)]
     body = [f'<p class="kind">{escape(report.kind)}</p><h1>{escape(report.title)}</h1>']
     body += [f'<p class="question">{escape(report.question)}</p>'] if report.question else []

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from planted import LAW, arms, loss_of, sizes
 
+from scantling.report.curve_charts import LINES, POINTS, curves_chart, thinned
 from scantling.study.ablation import first
-from scantling.study.curve_charts import LINES, POINTS, curves_chart, thinned
 from scantling.study.figures import MOST_ARMS
 from scantling.study.store import load_curves, load_runs
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from planted import arms
 
-from scantling.study.published import as_wandb, publish, sync
-from scantling.study.report import Axis, Chart, Code, Link, Report, Samples, Section, Table, Text
+from scantling.report.published import as_wandb, publish, sync
+from scantling.report.spec import Axis, Chart, Code, Link, Report, Samples, Section, Table, Text
 
 wandb_reports = pytest.importorskip("wandb_workspaces.reports.v2")
 graphql = pytest.importorskip("graphql")
@@ -182,7 +182,7 @@ def test_the_command_sends_offline_runs_first(record, report, server, tmp_path, 
         assert server.saved == []
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr("scantling.study.published.subprocess", SimpleNamespace(run=sync_command))
+    monkeypatch.setattr("scantling.report.published.subprocess", SimpleNamespace(run=sync_command))
     code, out, err = report("study=parts", "baseline=llama", "publish=wandb", "wandb.project=scantling")
     assert (code, err) == (0, "")
     assert [command[1:] for command in sent] == [
@@ -206,7 +206,7 @@ def test_an_unreachable_server_is_one_line_and_the_page_stands(record, report, t
     arms(record, seeds=2)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr("scantling.study.published.PATIENCE", 2)
+    monkeypatch.setattr("scantling.report.published.PATIENCE", 2)
     wandb.teardown()
     code, _, err = report("study=parts", "baseline=llama", "publish=wandb", "wandb.project=p")
     wandb.teardown()

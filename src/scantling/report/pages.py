@@ -10,16 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scantling.study import ablation_report, law_report
-from scantling.study.ablation_report import AblationReport
-from scantling.study.arm_charts import forest_chart, gain_chart, lengths_chart, scale_chart
-from scantling.study.arms import StudyRuns, mean_of, rows
-from scantling.study.curve_charts import curves_chart, others_chart
-from scantling.study.figures import draw_arms, draw_law
-from scantling.study.law_charts import law_charts
-from scantling.study.law_report import LawReport
-from scantling.study.lengths import FILES as LENGTHS
-from scantling.study.records import (
+from scantling.report.arm_charts import forest_chart, gain_chart, lengths_chart, scale_chart
+from scantling.report.curve_charts import curves_chart, others_chart
+from scantling.report.law_charts import law_charts
+from scantling.report.records import (
     differing_settings,
     failures,
     last_samples,
@@ -31,7 +25,13 @@ from scantling.study.records import (
     settings_of_run,
     train_command,
 )
-from scantling.study.report import Axis, Block, Chart, Code, Figure, Report, Section, Series, Table, Text
+from scantling.report.spec import Axis, Block, Chart, Code, Figure, Report, Section, Series, Table, Text
+from scantling.study import ablation_report, law_report
+from scantling.study.ablation_report import AblationReport
+from scantling.study.arms import StudyRuns, mean_of, rows
+from scantling.study.figures import draw_arms, draw_law
+from scantling.study.law_report import LawReport
+from scantling.study.lengths import FILES as LENGTHS
 from scantling.study.store import load_tuning
 
 FOLDED = 20

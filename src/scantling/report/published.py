@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scantling.study.report import Block, Chart, Code, Report, Samples, Table, Text, in_markdown
+from scantling.report.spec import Block, Chart, Code, Report, Samples, Table, Text, in_markdown
 
 PATIENCE = 20
 """Seconds for one answer of the server."""

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from scantling.report.spec import Link, Samples
 from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.arms import arms_changes, rows, settings_of
-from scantling.study.report import Link, Samples
 from scantling.study.store import NOTES, Loader, leaves
 
 NO_SETTING = ("seed", "arm", "study", "paths", "logger", "sample", "matched", "tuned", "resume", "dry_run")

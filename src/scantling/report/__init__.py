@@ -1,0 +1,1 @@
+"""A report as data, and the page, files and W&B report that show it."""
