@@ -23,7 +23,9 @@ torch.set_num_threads(1)
 """These tensors are small: a second thread costs more than it brings, and on a busy machine 30 times more."""
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's background command has it, and its children
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # as a shell's background command has it, and its children
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

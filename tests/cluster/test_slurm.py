@@ -55,9 +55,10 @@ def queue(environment) -> dict[str, str]:
 
 
 def hurry(environment: dict[str, str], number: str) -> None:
-    """Once a job is queued again, let it start at once: SLURM would wait for two minutes."""
+    """Once a job is queued again, let it start soon: SLURM would wait for two minutes. Within the same second it would hold
+    its credential for that of the time before, which it has revoked."""
     wait_for(lambda: queue(environment).get(number) == "PENDING")
-    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=environment, check=True)
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now+3"], env=environment, check=True)
 
 
 def runs_of(path: Path) -> list[RunDirectory]:
