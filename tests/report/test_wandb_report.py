@@ -7,15 +7,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import graphql
 import pandas as pd
 import pytest
+import wandb_workspaces.reports.v2 as wandb_reports
 from planted import arms
 
 from scantling.report.published import as_wandb, publish, sync
 from scantling.report.spec import Axis, Chart, Code, Link, Report, Samples, Section, Table, Text
-
-wandb_reports = pytest.importorskip("wandb_workspaces.reports.v2")
-graphql = pytest.importorskip("graphql")
 
 SCHEMA = """
 scalar JSONString
