@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError
 
 from scantling import trained
+from scantling.command_line import one_line
 from scantling.data.loading import BatchSizes, TrainBatches
 from scantling.run_directory import RunDirectory
 from scantling.training.optim import adamw
@@ -219,6 +222,15 @@ def test_mistakes_get_one_line_and_exit_code_2(command, tmp_path, overrides, exp
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not list(tmp_path.glob("runs/default/*/metrics.jsonl"))
+
+
+def test_a_value_that_cannot_be_read_is_named():
+    """Hydra's own error is empty where OmegaConf's grammar does not hold."""
+    with pytest.raises(GrammarParseError) as cause:
+        OmegaConf.create({"lr": "${ladder.d${width}.lr}"})
+    error = ConfigCompositionException()
+    error.__cause__ = cause.value
+    assert "full_key: lr" in one_line(error, "train")
 
 
 def test_gpu_without_one_is_a_mistake(command):

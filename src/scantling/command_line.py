@@ -123,7 +123,9 @@ def one_line(error: Exception, config_name: str) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option} is unknown{nearest(option, error.options or [])}"
-    text = str(error)
+    text = str(error) or str(
+        error.__cause__
+    )  # Hydra says nothing of its own where OmegaConf cannot read a value
     if isinstance(error, MissingMandatoryValue) and (match := re.search(r"value: (\S+)", text)):
         return f"{match[1]} is not set: add {match[1]}=…"
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -171,13 +173,20 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def words_of(config_name: str) -> set[str]:
+    """Settings of the file itself that are words, or null and may be any; not those that an option gives."""
+    own = leaves(OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"), resolve=False))  # type: ignore[arg-type]
+    return {key for key, value in own.items() if value is None or str(value)[:1].isalpha()}
+
+
 def check_numbers(config: DictConfig, config_name: str) -> None:
     """Raise Mistake where a word was typed for a setting whose default is a number."""
     typed = [o.partition("=") for o in HydraConfig.get().overrides.task if not o.startswith(("+", "~"))]
-    groups = [f"{key}={value}" for key, _, value in typed if (CONF / key).is_dir() or key == "sweeps"]
     words = {key: value for key, _, value in typed if isinstance(OmegaConf.select(config, key), str)}
-    if not words:
+    if not words.keys() - words_of(config_name):
         return
+    groups = [f"{key}={value}" for key, _, value in typed if (CONF / key).is_dir() or key == "sweeps"]
     hydra_state = GlobalHydra.instance().hydra
     defaults = leaves(composed(config_name, groups))
     GlobalHydra.instance().hydra = hydra_state

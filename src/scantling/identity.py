@@ -50,6 +50,10 @@ def run_id(config: DictConfig) -> str:
     return f"{choices()['model']}-{digest[:10]}"
 
 
+def path_of(config: DictConfig) -> Path:
+    return Path(config.paths.runs) / config.study / run_id(config)
+
+
 def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
     """The run's configuration and directory, as `resume` says.
 
@@ -71,7 +75,7 @@ def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
                 f"{directory.path} is another run and cannot go on as this one: {'; '.join(differences)}"
             )
         return config, directory
-    path = Path(config.paths.runs) / config.study / run_id(config)
+    path = path_of(config)
     if config.resume == "never":
         others = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
         path = path if not path.exists() else next(other for other in others if not other.exists())

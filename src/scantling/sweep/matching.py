@@ -27,10 +27,10 @@ class Matching:
 
     def __init__(self) -> None:
         self.references: dict[tuple[str, ...], float] = {}
-        self.found: dict[tuple[str, ...], list[str]] = {}
+        self.found: dict[tuple[str, ...], tuple[int, str]] = {}
 
-    def overrides(self, config: DictConfig, typed: list[str]) -> list[str]:
-        """What makes a job as large as its reference. Raises ValueError where no d_ff comes within 1 %."""
+    def match(self, config: DictConfig, typed: list[str]) -> list[str]:
+        """Make a job as large as its reference; the overrides that do so. Raises ValueError where no d_ff comes within 1 %."""
         if config.match not in QUANTITIES:
             raise ValueError(f"match={config.match} is unknown: use {' or '.join(QUANTITIES)}")
         size = tuple(o for o in typed if o.partition("=")[0].partition(".")[0].partition("/")[0] in SIZES)
@@ -38,23 +38,24 @@ class Matching:
         if size not in self.references:
             self.references[size] = measured(config, config.model.d_ff)
         if arm not in self.found:
-            self.found[arm] = match(config, self.references[size])
-        return self.found[arm]
+            self.found[arm] = nearest(config, self.references[size])
+        config.model.d_ff, note = self.found[arm]
+        return [f"model.d_ff={config.model.d_ff}", f"matched={note}"]
 
 
-def match(config: DictConfig, target: float) -> list[str]:
-    """Overrides with the width of the feed-forward that comes nearest to `target`, and a note of how near."""
+def nearest(config: DictConfig, target: float) -> tuple[int, str]:
+    """The width of the feed-forward that comes nearest to `target`, and a note of how near."""
     before = measured(config, config.model.d_ff)
     best, value = config.model.d_ff, before
     if before != target:
-        low, high = 0, 64 * config.model.d_model  # the answer lies above low and is at most high
-        while high - low > 1:
-            middle = (low + high) // 2
-            if measured(config, middle) < target:
-                low = middle
-            else:
-                high = middle
-        tried = {d_ff: measured(config, d_ff) for d_ff in (max(low, 1), high)}
+        low, high = 1, 64 * config.model.d_model
+        tried = {d_ff: measured(config, d_ff) for d_ff in (low, high)}
+        # Sizes are a straight line in d_ff but for rounding: the next guess lies on it, each second one amid.
+        while high - low > 1 and tried[low] < target < tried[high]:
+            share = (target - tried[low]) / (tried[high] - tried[low]) if len(tried) % 2 == 0 else 0.5
+            guess = min(max(low + round(share * (high - low)), low + 1), high - 1)
+            tried[guess] = measured(config, guess)
+            low, high = (guess, high) if tried[guess] < target else (low, guess)
         best = min(tried, key=lambda d_ff: abs(tried[d_ff] - target))
         value = tried[best]
     off = value / target - 1
@@ -63,8 +64,8 @@ def match(config: DictConfig, target: float) -> list[str]:
             f"match={config.match}: no model.d_ff brings this arm within 1 % of the first one's {target:,.0f}; "
             f"{best} is nearest, {off:+.1%} off"
         )
-    note = f"matched={{by:{config.match},reference:{target:.0f},here:{value:.0f},off:{off:.6f},d_ff_before:{config.model.d_ff}}}"
-    return [f"model.d_ff={best}", note]
+    note = f"{{by:{config.match},reference:{target:.0f},here:{value:.0f},off:{off:.6f},d_ff_before:{config.model.d_ff}}}"
+    return best, note
 
 
 def measured(config: DictConfig, d_ff: int) -> float:

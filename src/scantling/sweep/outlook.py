@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,9 @@ class Outlook:
     """A forecast; only where one was asked for."""
 
 
+SEED = re.compile(r"seed=(\d+)")
+"""Jobs that differ in it alone are composed and built once."""
+
 Compose = Callable[[Sequence[str]], DictConfig]
 """The configuration of a job's overrides, with its `hydra` node."""
 
@@ -71,10 +76,14 @@ def look_ahead(
     matching, speeds = Matching(), Speeds(Devices(cores, (), n_jobs, jobs=len(jobs)))
     found: list[Outlook] = []
     places: dict[str, int] = {}
+    arms: dict[tuple[str, ...], Arm] = {}
     for i, overrides in enumerate(jobs):
+        arm = tuple("seed=" if SEED.fullmatch(override) else override for override in overrides)
         try:
             with mistakes():
-                outlook = looked_at(compose, list(overrides), matching, speeds, elsewhere)
+                if arm not in arms:
+                    arms[arm] = looked_at(compose, list(overrides), matching, speeds, elsewhere)
+                outlook = arms[arm].outlook_of(overrides)
         except (Mistake, HydraException, OmegaConfBaseException) as error:
             raise Mistake(f"job {i + 1} of {len(jobs)}, {labels[i]}: {one_line(error, 'train')}") from error
         first = places.setdefault(outlook.directory, i)
@@ -87,20 +96,43 @@ def look_ahead(
     return [asdict(outlook) for outlook in found]
 
 
+@dataclass
+class Arm:
+    """Jobs that differ in their seed alone: the outlook of the first, its configuration, and Hydra's part of that."""
+
+    first: Outlook
+    config: DictConfig
+    hydra: DictConfig
+    more: list[str]
+    """Overrides beyond those typed, which match the arm to others."""
+
+    def outlook_of(self, overrides: Sequence[str]) -> Outlook:
+        """Of the job with these overrides, which is one of the arm's."""
+        HydraConfig.instance().cfg = self.hydra
+        for override in overrides:
+            if match := SEED.fullmatch(override):
+                self.config.seed = int(match[1])
+        directory = RunDirectory(identity.path_of(self.config))
+        return replace(
+            self.first,
+            overrides=[*overrides, *self.more],
+            directory=str(directory.path),
+            finished=directory.is_finished,
+        )
+
+
 def looked_at(
     compose: Compose, overrides: list[str], matching: Matching, speeds: Speeds, elsewhere: bool
-) -> Outlook:
-    config = task_config(compose(overrides))
+) -> Arm:
+    config, more = task_config(compose(overrides)), []
     if config.resume != "auto":
         raise ValueError(
             f"resume={config.resume} is for single runs: a sweep goes on by itself, and anew with another study=NAME"
         )
     if config.match is not None:
-        more = matching.overrides(config, overrides)
-        overrides = [*overrides, *more]
-        config = task_config(compose(overrides))
+        more = matching.match(config, overrides)
     check_numbers(config, "train")
-    path = Path(config.paths.runs) / config.study / identity.run_id(config)
+    as_trained, path = copy.deepcopy(config), identity.path_of(config)
     on_gpu = config.trainer.accelerator == "gpu"
     if elsewhere:
         config.trainer.accelerator = "cpu"
@@ -117,10 +149,9 @@ def looked_at(
     if config.dry_run:  # with the tokenizer's own vocabulary
         config, directory = identity.located(config)
         plan = assembly.assemble(config, directory).plan
-    directory = RunDirectory(path)
-    return Outlook(
+    first = Outlook(
         overrides=overrides,
-        directory=str(directory.path),
+        directory=str(path),
         devices=devices_per_node(config.trainer.devices, device),
         nodes=config.trainer.nodes,
         on_gpu=on_gpu if elsewhere else device.type == "cuda",
@@ -129,13 +160,14 @@ def looked_at(
         parameters=plan.parameters,
         tokens=plan.tokens,
         flops=plan.flops,
-        finished=directory.is_finished,
+        finished=False,
         lr=config.lr,
         budget={key: amount for key, amount in config.budget.items() if key != "convention"},
-        seconds=plan.flops / speeds.of(plan.world_size, device, precision, directory.path.parent)
+        seconds=plan.flops / speeds.of(plan.world_size, device, precision, path.parent)
         if config.dry_run
         else None,
     )
+    return Arm(first, as_trained, HydraConfig.instance().cfg, more)
 
 
 def task_config(config: DictConfig) -> DictConfig:

@@ -66,7 +66,8 @@ class Search:
         """The overrides of a try."""
         shorter = [f"budget.{key}={amount * self.settings.budget:g}" for key, amount in self.budget.items()]
         return [
-            *(o for o in self.overrides if not o.startswith(("tune=", "tune."))),
+            *self.overrides,
+            "tuned={}",  # so that a try is none of the runs that await their rate
             f"seed={self.settings.seed}",
             f"lr={rate:g}",
             *shorter,
