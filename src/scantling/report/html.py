@@ -20,6 +20,7 @@ from scantling.report.spec import (
     Code,
     Figure,
     Link,
+    Maps,
     Report,
     Samples,
     Series,
@@ -94,7 +95,7 @@ def in_html(block: Block) -> str:
             f'<p class="note">For print: <a href="{escape(block.name)}">{escape(block.name)}</a>, '
             f'<a href="{escape(svg)}">{escape(svg)}</a></p>'
         )
-    return chart(block)
+    return maps(block) if isinstance(block, Maps) else chart(block)
 
 
 def printable(text: str) -> str:
@@ -145,13 +146,41 @@ def chart(block: Chart) -> str:
         "series": [series(s) for s in block.series],
         "legend": block.legend,
         "height": block.height,
+        "frames": block.frames,
     }
+    title = escape(block.title)
+    plot = f'<div class="legend"></div><div class="plot" role="img" aria-label="{title}"></div>'
+    return card("chart", title, f'<div class="controls"></div>{plot}', block.note, spec)
+
+
+def maps(block: Maps) -> str:
+    """Of each map the rows one behind the other, each up to its diagonal, in units of 1 / `UNITS`."""
+    below = np.tril_indices(len(block.words))
+    weights = np.rint(block.weights[..., *below] * UNITS).astype(int)
+    spec = {
+        "words": [escape(word) for word in block.words],
+        "layers": block.layers,
+        "heads": block.heads,
+        "weights": weights.tolist(),
+        "units": UNITS,
+    }
+    plot = (
+        '<div class="grid"></div><p class="shown" aria-live="polite"></p><div class="plot" role="img"></div>'
+    )
+    return card("maps", escape(block.title), plot, block.note, spec)
+
+
+UNITS = 10_000
+"""Of an attention weight of one."""
+
+
+def card(kind: str, title: str, inside: str, note: str, spec: dict[str, Any]) -> str:
+    """What page.js draws from `spec`."""
     data = json.dumps(spec, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     data = data.replace("<", "\\u003c")  # no text ends the script that it stands in
-    note = f'<p class="note">{escape(block.note)}</p>' if block.note else ""
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
-        f'<div class="card chart"><h3>{escape(block.title)}</h3><div class="controls"></div><div class="legend"></div>'
-        f'<div class="plot" role="img" aria-label="{escape(block.title)}"></div>{note}'
+        f'<div class="card {kind}"><h3>{title}</h3>{inside}{below}'
         f'<script type="application/json">{data}</script></div>'
     )
 
@@ -170,6 +199,7 @@ def series(s: Series) -> dict[str, Any]:
         "high": {key: numbers(values) for key, values in s.high.items()},
         "style": s.style,
         "colour": colour(s.colour),
+        "frame": s.frame,
         # plotly reads tags in it
         "hover": escape(hover) if isinstance(hover, str) else [escape(text) for text in hover],
     }
