@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +29,7 @@ STEPS = 12
 WORDS = 12
 """Tokens whose neighbours are listed where none are asked for."""
 
-NEAREST = 8
+NEAREST = 6
 """Neighbours of each."""
 
 AMONG = 8192
@@ -55,18 +56,17 @@ LARGE = 200_000_000
 
 @dataclass
 class Opened:
-    """A run with its last weights. `prompt`: of its samples. `held_out`: of its text, where the cache still has it."""
+    """A run with its last weights. `held_out`: of its text, where the cache still has it."""
 
     directory: RunDirectory
-    prompt: str | None
     decoder: Decoder
     tokenizer: Tokenizer
     held_out: np.ndarray | None
 
 
 def views_of(directory: RunDirectory, *, tokens: Sequence[str] | None, prompt: str | None) -> Views:
-    """Of every checkpoint that is kept the embeddings, of the last one the attention to `prompt`; None: the run's own
-    prompt, its most frequent words.
+    """Of every checkpoint that is kept the embeddings, of the last one the attention to `prompt`; None: the most frequent
+    words, the first ones of the held-out text.
 
     Raises ValueError for a run that cannot be read, and for what is asked for and cannot be shown.
     """
@@ -83,7 +83,7 @@ def views_of(directory: RunDirectory, *, tokens: Sequence[str] | None, prompt: s
     fingerprint = directory.environment["corpus"]["fingerprint"]
     corpus = cached_tokens(fingerprint, tokenizer, Path(config.paths.cache))
     held_out = None if corpus is None else corpus.val.tokens
-    run = Opened(directory, config.sample.prompt, decoder, tokenizer, held_out)
+    run = Opened(directory, decoder, tokenizer, held_out)
     notes = [kept(steps), *(f"{file} cannot be read, and is left out." for file in unreadable)]
     if run.held_out is None:
         notes.append(
@@ -227,11 +227,11 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
 def label(tokenizer: Tokenizer, id_: int) -> str:
-    """A token that can be seen; of what is no text of its own, as a part of a character, the id."""
+    """A token that can be seen, what is repeated counted; of what is no text of its own, as a part of a character, the id."""
     seen = text_of(tokenizer, id_).translate(VISIBLE)
     if not seen.isprintable() or not seen or "\N{REPLACEMENT CHARACTER}" in seen:
         return f"⟨{id_}⟩"
-    return f"{seen[0]}×{len(seen)}" if len(seen) > 3 and len(set(seen)) == 1 else seen
+    return re.sub(r"(.)\1{3,}", lambda run: f"{run[1]}×{len(run[0])}", seen)
 
 
 def kind(text: str) -> str:
@@ -278,12 +278,10 @@ def prompt_ids(run: Opened, prompt: str | None) -> list[int]:
 
 
 def own_text(run: Opened) -> list[int]:
-    """The run's prompt, else the beginning of its held-out text, else of what it wrote."""
-    if run.prompt:
-        return run.tokenizer.encode(run.prompt)
+    """The beginning of its held-out text, the same for all runs on that text, else of what it wrote last."""
     if run.held_out is not None:
         return run.held_out[:BEGINNING].tolist()
     written = read_rows(run.directory.samples)
     if not written:
-        raise ValueError("the run has no prompt of its own, and none was given with prompt=…")
+        raise ValueError("the run's text is not in the cache, nor has it written any: give one with prompt=…")
     return run.tokenizer.encode(written[-1]["text"])

@@ -158,20 +158,25 @@ def maps(block: Maps) -> str:
     below = np.tril_indices(len(block.words))
     weights = np.rint(block.weights[..., *below] * UNITS).astype(int)
     spec = {
-        "words": [escape(word) for word in block.words],
+        "words": [untagged(word) for word in block.words],
+        "ticks": [untagged(word if len(word) <= TICK else f"{word[: TICK - 1]}…") for word in block.words],
         "layers": block.layers,
         "heads": block.heads,
         "weights": weights.tolist(),
         "units": UNITS,
     }
-    plot = (
-        '<div class="grid"></div><p class="shown" aria-live="polite"></p><div class="plot" role="img"></div>'
+    large = (
+        '<div class="large"><p class="shown" aria-live="polite"></p><div class="plot" role="img"></div></div>'
     )
-    return card("maps", escape(block.title), plot, block.note, spec)
+    both = f'<div class="both"><div class="grid"></div>{large}</div>'
+    return card("maps", escape(block.title), both, block.note, spec)
 
 
 UNITS = 10_000
 """Of an attention weight of one."""
+
+TICK = 9
+"""Characters of a word at an axis."""
 
 
 def card(kind: str, title: str, inside: str, note: str, spec: dict[str, Any]) -> str:
@@ -187,7 +192,7 @@ def card(kind: str, title: str, inside: str, note: str, spec: dict[str, Any]) ->
 
 def axis(a: Axis) -> dict[str, Any]:
     short = "" if a.words else a.title.partition(",")[0]
-    return {**asdict(a), "order": [escape(word) for word in a.order], "short": short}
+    return {**asdict(a), "order": [untagged(word) for word in a.order], "short": short}
 
 
 def series(s: Series) -> dict[str, Any]:
@@ -200,15 +205,14 @@ def series(s: Series) -> dict[str, Any]:
         "style": s.style,
         "colour": colour(s.colour),
         "frame": s.frame,
-        # plotly reads tags in it
-        "hover": escape(hover) if isinstance(hover, str) else [escape(text) for text in hover],
+        "hover": untagged(hover) if isinstance(hover, str) else [untagged(text) for text in hover],
     }
 
 
 def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
-    """With six digits, which no screen shows more of; None for what is not finite. plotly reads tags in words."""
+    """With six digits, which no screen shows more of; None for what is not finite."""
     return [
-        escape(v)
+        untagged(v)
         if isinstance(v, str)
         else short(float(v))
         if isinstance(v, (float, np.floating))
@@ -217,6 +221,11 @@ def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
         else v
         for v in values
     ]
+
+
+def untagged(text: str) -> str:
+    """For plotly, which reads tags in texts, and of entities those of < > & alone."""
+    return escape(text, quote=False)
 
 
 def short(value: float) -> float | int | None:

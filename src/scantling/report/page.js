@@ -130,7 +130,7 @@ class Chart {
         ...common, x: X, y: Y, type: "scatter", mode: isWords ? "markers+text" : isPoints ? "markers" : X.length > 1 ? "lines" : "markers",
         line: { color: Array.isArray(tint) ? tint[0] : tint, width: s.style === "thin" ? 0.8 : 2, dash: s.style === "dashed" ? "dash" : "solid" },
         opacity: s.style === "thin" ? 0.5 : 1,
-        marker: { color: tint, size: s.style === "rings" ? 13 : 7, symbol: s.style === "rings" ? "circle-open" : "circle" },
+        marker: { color: tint, size: s.style === "rings" ? 13 : isWords ? 10 : 7, ...(isWords ? { line: { width: 2, color: css("--card") } } : {}), symbol: s.style === "rings" ? "circle-open" : "circle" },
         ...(isPoints ? { error_x: bars(x.key) || undefined, error_y: bars(y.key) || undefined } : {}),
         ...(isWords ? { textposition: "top center", textfont: { color: css("--ink"), size: 13 } } : {}),
         text: s.hover, hovertemplate: `%{text}${x.words ? "" : "<br>%{x:.4~g} " + x.short}${y.words ? "" : "<br>%{y:.5~g} " + y.short}<extra></extra>`,
@@ -168,7 +168,7 @@ class Maps { // a small picture of every head, and one of them large
     this.said = card.querySelector(".shown");
     this.pictures = [];
     const grid = card.querySelector(".grid"), { layers, heads } = this.spec;
-    grid.style.gridTemplateColumns = `auto repeat(${heads.length}, minmax(2.7rem, 1fr))`;
+    grid.style.gridTemplateColumns = `auto repeat(${heads.length}, minmax(2.7rem, 6.5rem))`;
     element("span", grid);
     for (const head of heads) element("span", grid, { textContent: `head ${head}` });
     layers.forEach((name, layer) => {
@@ -211,18 +211,18 @@ class Maps { // a small picture of every head, and one of them large
     this.pictures.forEach((p) => this.paint(p));
     this.said.textContent = `${this.named(layer, head)}: rows attend to columns`;
     this.plot.setAttribute("aria-label", `Attention in ${this.named(layer, head)}`);
-    const narrow = this.plot.clientWidth < PHONE;
+    const narrow = innerWidth < PHONE;
     const shades = [0, 0.25, 0.5, 0.75, 1].map((s) => [s * s, `rgb(${this.ends[0].map((x, i) => Math.round(x + s * (this.ends[1][i] - x))).join(",")})`]);
-    const axis = { tickvals: at, ticktext: words, showgrid: false, zeroline: false, automargin: true, fixedrange: true, ticks: "",
-      tickfont: { size: Math.max(7, Math.min(13, Math.floor((narrow ? 260 : 440) / n))) } };
+    const axis = { tickvals: at, ticktext: this.spec.ticks, showgrid: false, zeroline: false, automargin: true, fixedrange: true, ticks: "",
+      tickfont: { size: Math.max(7, Math.min(13, Math.floor((narrow ? 210 : 360) / n))) } };
     Plotly.react(this.plot, [{
       type: "heatmap", zmin: 0, zmax: 1, colorscale: shades, hoverongaps: false, xgap: 1, ygap: 1,
       z: at.map((query) => at.map((key) => (key <= query ? this.weight(layer, head, query, key) : null))),
       text: at.map((query) => at.map((key) => `${words[query]} attends to ${words[key]}`)),
       hovertemplate: "%{text}<br>%{z:.4f}<extra></extra>",
-      colorbar: { thickness: 10, len: 0.6, outlinewidth: 0, tickfont: { color: css("--quiet") } }, showscale: !narrow,
+      colorbar: { thickness: 10, len: 0.6, outlinewidth: 0, tickfont: { color: css("--quiet") } }, showscale: this.plot.clientWidth > PHONE,
     }], {
-      height: narrow ? 400 : 560, margin: { l: 20, r: 10, t: 6, b: 20 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      height: narrow ? 400 : 480, margin: { l: 20, r: 10, t: 6, b: 20 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: css("--ink"), family: "inherit", size: 12 }, dragmode: false,
       hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
       xaxis: { ...axis, tickangle: -90 }, yaxis: { ...axis, autorange: "reversed" },

@@ -78,7 +78,10 @@ def neighbours_table(found: Neighbours) -> Table:
     table: dict[str, list[str]] = {"token": list(found.words)}
     for i in thinned(np.arange(len(found.steps)), COMPARED):
         lists = found.nearest[i]
-        cells = [" · ".join(f"{word} {cosine:.2f}" for word, cosine in nearest) for nearest in lists]
+        cells = [
+            " · ".join(f"{word}\N{NO-BREAK SPACE}{cosine:.2f}" for word, cosine in nearest)
+            for nearest in lists
+        ]
         table[f"step {found.steps[i]:,}"] = cells
     title = f"Nearest of {found.among:,} token embeddings, by the cosine of the angle between"
     return Table(title, pd.DataFrame(table))
@@ -152,9 +155,14 @@ def attention_table(found: Attention) -> Table:
         "keys in effect": np.exp(entropy).mean(-1),
     }
     rows = [
-        {"layer": layer, "head": head, **{name: float(column[i, j]) for name, column in columns.items()}}
+        {
+            "layer": layer,
+            "head": head,
+            **{name: round(float(column[i, j]), 3) for name, column in columns.items()},
+        }
         for i, layer in enumerate(found.layers)
         for j, head in enumerate(found.heads)
     ]
-    title = f"Where heads look in “{''.join(found.words)}”: mean weights, and the exponential of the entropy"
+    prompt = "".join(found.words).replace("␣", " ")
+    title = f"Where heads look in “{prompt}”: mean weights, and the exponential of the entropy"
     return Table(title, pd.DataFrame(rows), folded=True)
