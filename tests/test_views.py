@@ -151,7 +151,8 @@ def test_of_a_mixer_without_weights_the_rest_is_shown(run):
             {"tokens": ["self", "selfself"]},
             'tokens: "selfself" is no token of this run, whose tokenizer cuts it into "self", "self"',
         ),
-        ({"tokens": [""]}, 'tokens: "" is no token of this run; with a space'),
+        ({"tokens": ["def"]}, 'cuts it into "de", "f"; with a space before it is one: tokens=.*" def"'),
+        ({"tokens": [""]}, 'tokens: "" is no token of this run; with a space before it is one: tokens='),
     ],
 )
 def test_what_cannot_be_shown_is_refused(run, asked, complaint):

@@ -207,11 +207,10 @@ def only_token(tokenizer: Tokenizer, text: str) -> int:
     ids = tokenizer.encode(text)
     if len(ids) != 1:
         pieces = ", ".join(f'"{text_of(tokenizer, id_)}"' for id_ in ids)
-        raise ValueError(
-            f'tokens: "{text}" is no token of this run'
-            + (f", whose tokenizer cuts it into {pieces}" if ids else "")
-            + '; with a space before it, tokens=[" def"], a word may be one'
-        )
+        cut = f", whose tokenizer cuts it into {pieces}" if ids else ""
+        is_one = len(tokenizer.encode(f" {text}")) == 1
+        hint = f'; with a space before it is one: tokens=[" {text}"]' if is_one else ""
+        raise ValueError(f'tokens: "{text}" is no token of this run{cut}{hint}')
     return ids[0]
 
 
