@@ -77,12 +77,11 @@ def weights_by_step(directory: RunDirectory) -> tuple[dict[int, dict[str, Tensor
     for file in (directory.best, directory.last, *directory.step_checkpoints()):
         try:
             stored = loaded(file)
+            found[stored["global_step"]] = weights_of(stored)
         except FileNotFoundError:  # never written, or let go of by a run that goes on
             continue
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):  # cut short, overwritten
+        except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError):  # cut short, or another's
             unreadable.append(file)
-            continue
-        found[stored["global_step"]] = weights_of(stored)
     return dict(sorted(found.items())), unreadable
 
 

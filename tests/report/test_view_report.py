@@ -98,23 +98,19 @@ def test_a_configuration_that_asks_for_foreign_code_is_not_followed(run, report)
     assert "asks for os.system: only scantling.model." in written(run)
 
 
-@pytest.mark.parametrize(
-    ("asked", "complaint"),
-    [
+def test_what_cannot_be_shown_is_one_line(run, report):
+    for asked, complaint in (
         ("prompt=", "the prompt is empty"),
-        ("prompt=" + "x = 1 + 2; " * 20, "and the model reads 64: shorten it"),
         (
             "tokens=[self,selfself]",
             '"selfself" is no token of this run, whose tokenizer cuts it into "self", "self"',
         ),
         ("tokens=def", "tokens=def must be a list, as tokens=[def,self]"),
         ("tokens=[]", "must be a list"),
-    ],
-)
-def test_what_cannot_be_shown_is_one_line(run, report, asked, complaint):
-    code, _, err = report("run=seen", asked)
-    assert (code, err.count("\n")) == (2, 1)
-    assert complaint in err
+    ):
+        code, _, err = report("run=seen", asked)
+        assert (code, err.count("\n")) == (2, 1)
+        assert complaint in err
 
 
 def test_views_are_of_one_run(record, report):
