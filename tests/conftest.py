@@ -15,9 +15,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from scantling.data.tokenizers import Byte
 from scantling.model.decoder import Decoder
+from scantling.run_directory import RunDirectory
 
 torch.set_num_threads(1)
 """These tensors are small: a second thread costs more than it brings, and on a busy machine 30 times more."""
@@ -235,6 +237,32 @@ def llama_pair(nano) -> Callable[..., tuple[Decoder, torch.nn.Module]]:
         return ours.eval(), theirs
 
     return llama_pair
+
+
+@pytest.fixture
+def checkpointed(nano, composed, book, tmp_path) -> Callable[..., tuple[RunDirectory, list[Decoder]]]:
+    """`checkpointed(directory, "attn=gqa", steps=(5, 10))` leaves in it configuration, tokenizer and checkpoints of the
+    nano model, each of other weights -> the run, its decoder after each step.
+    """
+
+    def checkpointed(directory, *overrides, steps=(5, 10), kind=None):
+        codec = (kind or Byte()).train(iter([book.read_text()]))
+        sized = (f"model.vocab_size={codec.vocab_size}", *overrides)
+        paths = (f"data.files={book}", f"paths.cache={tmp_path / 'cache'}")
+        config = composed("model=nano", "data=text", *paths, *sized)
+        run = RunDirectory(directory)
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        record = OmegaConf.to_yaml(config, resolve=True) + OmegaConf.to_yaml({"choices": {"attn": "mha"}})
+        run.config.write_text(record)
+        codec.save(run.tokenizer)
+        decoders = [nano(*sized, gain=8, seed=seed).eval() for seed in range(len(steps))]
+        for step, decoder in zip(steps, decoders, strict=True):
+            weights = {f"decoder.{name}": weight for name, weight in decoder.state_dict().items()}
+            torch.save({"state_dict": weights, "global_step": step}, run.checkpoint(step))
+        run.last.hardlink_to(run.checkpoint(steps[-1]))
+        return run, decoders
+
+    return checkpointed
 
 
 GPT = ("norm=layernorm", "pos=learned", "attn=mha", "ffn=gelu_tanh", "embed=tied", "model.bias=true")

@@ -16,7 +16,7 @@ import torch
 from warm import Ranks
 
 from scantling.run_directory import RunDirectory
-from scantling.trained import stored_weights
+from scantling.stored import stored_weights
 
 TRAIN = Path(__file__).parents[1] / "src" / "train.py"
 USUAL = (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from shop import TRAIN, assert_same_training
 
 from scantling.run_directory import RunDirectory
-from scantling.trained import stored_weights
+from scantling.stored import stored_weights
 
 WHOLE = "trainer.strategy.zero_optimization.stage3_param_persistence_threshold=0"  # cut up small tensors too
 ENGINES = {

@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +24,7 @@ from scantling.command_line import ROOT, Mistake, mistakes
 from scantling.report.html import page
 from scantling.report.pages import Recorded, arms_page, law_page, partial_page, run_page, runs_page
 from scantling.report.spec import PAGE, Report, figures_of, write
+from scantling.report.view_charts import Views
 from scantling.run_directory import RunDirectory
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport, report_arms
@@ -282,12 +285,29 @@ def report_run(config: DictConfig, console: Console) -> None:
         question="",
         command=command(),
     )
-    made = run_page(recorded) if config.runs is None else runs_page(recorded)
+    made = runs_page(recorded) if config.runs is not None else run_page(recorded, views(config, found[0]))
     files = written(config, made, recorded.directory)
     console.print(made.answer)
     for caution in made.cautions:
         console.print(f"warning: {caution}", style="yellow")
     console.print(", ".join(map(str, files)))
+
+
+def views(config: DictConfig, run: RunDirectory) -> Views:
+    """Of its checkpoints. Raises ValueError for what was asked for and cannot be shown; else the page says why."""
+    try:
+        if not any(run.checkpoints.glob("*.ckpt")):
+            raise ValueError(f"{run.checkpoints} holds no checkpoint")
+        from scantling.views import views_of  # here, as PyTorch takes a second
+
+        return views_of(
+            run, tokens=None if config.tokens is None else list(config.tokens), prompt=config.prompt
+        )
+    except (ValueError, OSError, RuntimeError, HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())  # of other versions' runs too
+        if config.tokens is not None or config.prompt is not None:
+            raise ValueError(reason) from error
+        return Views((f"No embeddings and no attention: {reason}.",))
 
 
 def rows_of(found: list[RunDirectory], load: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
@@ -363,6 +383,11 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             f"runs={config.runs} must be a list, as runs=[NAME,NAME]; one run is run={config.runs}"
         )
+    for name in ("tokens", "prompt"):
+        if config[name] is not None and source(config) != "run":
+            raise ValueError(f"{name}= is of the page of one run: add run=NAME")
+    if config.tokens is not None and not (isinstance(config.tokens, ListConfig) and len(config.tokens)):
+        raise ValueError(f"tokens={config.tokens} must be a list, as tokens=[def,self]")
     if config.publish not in (None, "wandb"):
         raise ValueError(f"publish={config.publish} is unknown: use wandb")
     if config.publish and (config.study is None or config.watch):

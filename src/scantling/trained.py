@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
-from torch import Tensor
 
 from scantling.command_line import mistakes
 from scantling.continuation import continuations
@@ -29,19 +28,10 @@ from scantling.model.cross_entropy import IGNORED
 from scantling.model.decoder import Decoder
 from scantling.run_directory import RunDirectory
 from scantling.sampling import Settings
+from scantling.stored import check_targets, opened, stored_weights
 from scantling.study.lengths import FILES, write_lengths
 from scantling.training.hardware import keep_freed_memory
 from scantling.training.task import TextLoss
-
-LOADABLE = (
-    "scantling.model.",
-    "scantling.data.",
-    "torch.nn.ReLU",
-    "torch.nn.GELU",
-    "torch.nn.SiLU",
-    "torch.nn.Identity",
-)
-"""Where a stored configuration may take classes from: nothing else is built because a file was read."""
 
 
 @dataclass
@@ -59,19 +49,9 @@ class TrainedRun:
             raise ValueError(
                 f"run={path} holds no run: give a directory that holds a config.yaml, as below runs/"
             )
-        weights = stored_weights(directory, checkpoint)
-        config: Any = OmegaConf.load(directory.config)
-        check_targets(config.decoder, directory.config)
-        tokenizer = Tokenizer.load(directory.tokenizer)
-        rows = len(
-            weights["embed.tokens.weight"]
-        )  # an imported table may have more than the tokenizer has entries
-        decoder: Decoder = instantiate(config.decoder, vocab_size=rows)
-        decoder.load_state_dict(weights)
-        if config.document_mask:
-            decoder.separate_documents(tokenizer.end_of_text)
+        config, decoder, tokenizer = opened(directory, stored_weights(directory, checkpoint))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(directory, config, decoder.eval().to(device), tokenizer)
+        return cls(directory, config, decoder.to(device), tokenizer)
 
     def corpus(self, chosen: DictConfig | None, cache: Path) -> TokenizedCorpus:
         """The run's own text, or another, in the run's tokens."""
@@ -119,46 +99,6 @@ class TrainedRun:
                     result.add(self.decoder(inputs_BT, targets_BT=targets_BT), targets_BT)
                     progress.advance(bar, inputs_BT.numel())
                 yield length, stride, result
-
-
-def stored_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
-    """The decoder's state dict, as it is on disk; of `best_average` and `last_average` with the averaged weights in it.
-
-    Raises ValueError where there is no such checkpoint.
-    """
-    averaged = checkpoint.endswith("_average")
-    file = {"best": directory.best, "last": directory.last}.get(checkpoint.removesuffix("_average"))
-    if file is None:
-        raise ValueError(
-            f"checkpoint={checkpoint} is unknown: use best or last, or best_average or last_average"
-        )
-    if not file.exists():
-        raise ValueError(f"{directory.path} has no {checkpoint} checkpoint yet: {file} is missing")
-    stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    weights = {key.removeprefix("decoder."): value for key, value in stored["state_dict"].items()}
-    if not averaged:
-        return weights
-    callbacks = stored.get("callbacks", {})  # an imported model has none
-    if "WeightAverage" not in callbacks:
-        raise ValueError(
-            f"{directory.path} kept no average of its weights, which ema.decay asks for: use checkpoint=best"
-        )
-    return weights | callbacks["WeightAverage"]["weights"]
-
-
-def check_targets(config: Any, source: Path) -> None:
-    """Raise ValueError when a stored configuration names code outside of `LOADABLE`."""
-    if isinstance(config, DictConfig):
-        target = config.get("_target_")
-        if target is not None and not target.startswith(LOADABLE):
-            raise ValueError(
-                f"{source} asks for {target}: only {', '.join(LOADABLE)} may be loaded from a file"
-            )
-        children = [config[key] for key in config]
-    else:
-        children = list(config) if isinstance(config, ListConfig) else []
-    for child in children:
-        check_targets(child, source)
 
 
 def sample(config: DictConfig) -> None:

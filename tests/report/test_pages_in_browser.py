@@ -9,6 +9,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 from scantling.study.store import load_runs
+from scantling.views import views_of
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -133,6 +134,57 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(record, report, opened, nam
     widths = "return [document.documentElement.scrollWidth, window.innerWidth]"
     assert browser.execute_script(widths) == [390, 390]
     assert charts(browser)
+
+
+def test_a_run_is_looked_into(record, report, checkpointed, opened):
+    """Embeddings step by step, and the attention of one head after another."""
+    record("study", "seen", ["seed=0", "arm=a"], loss=3.0, arm="a")
+    run, _ = checkpointed(record.runs / "study" / "seen", steps=(40, 100))
+    assert report("run=seen", "tokens=[d,e]", "prompt=def f(x):")[0] == 0
+    found = views_of(run, tokens=["d", "e"], prompt="def f(x):")
+    browser = opened("seen", width=390)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+
+    def places():
+        drawn = browser.execute_script(
+            "const plot = [...document.querySelectorAll('.chart')].find(c => c.querySelector('.slider')).querySelector('.plot');"
+            "return [plot.data.flatMap(t => t.text.map((w, i) => [w, [t.x[i], t.y[i]]])), plot.layout.xaxis.range,"
+            "        plot.parentElement.querySelector('output').textContent]"
+        )
+        return dict(drawn[0]), *drawn[1:]
+
+    def slide(to):
+        browser.execute_script(
+            "const range = document.querySelector('.slider input'); range.value = arguments[0];"
+            "range.dispatchEvent(new Event('input'))",
+            to,
+        )
+
+    last, axis, said = places()
+    assert said.startswith("step 100: ")
+    slide(0)
+    first, same_axis, said = places()
+    assert said.startswith("step 40: ")
+    assert same_axis == axis
+    for shown, expected in ((first, found.map.places[0]), (last, found.map.places[1])):
+        for i, word in enumerate(("d", "e")):
+            assert shown[word] == pytest.approx(expected[i], rel=1e-5)
+    slide(1)
+    assert places()[:2] == (last, axis)
+
+    def large():
+        return browser.execute_script(
+            "const plot = document.querySelector('.maps .plot');"
+            "return [document.querySelector('.shown').textContent, plot.data[0].z]"
+        )
+
+    browser.execute_script("document.querySelectorAll('.maps button')[6].click()")
+    said, weights = large()
+    assert said.startswith("layer 2, head 3")
+    for query, row in enumerate(weights):
+        assert row[query + 1 :] == [None] * (len(weights) - query - 1)
+        expected = found.attention.weights[1, 2, query, : query + 1]
+        assert row[: query + 1] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_light_and_dark(record, report, opened):

@@ -8,13 +8,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import graphql
+import numpy as np
 import pandas as pd
 import pytest
 import wandb_workspaces.reports.v2 as wandb_reports
 from planted import arms
 
 from scantling.report.published import as_wandb, publish, sync
-from scantling.report.spec import Axis, Chart, Code, Link, Report, Samples, Section, Table, Text
+from scantling.report.spec import Axis, Chart, Code, Link, Maps, Report, Samples, Section, Table, Text
 
 SCHEMA = """
 scalar JSONString
@@ -101,6 +102,8 @@ def server(monkeypatch):
     listening.server_close()
 
 
+ONE_MAP = Maps("Attention", ("a",), (1,), (1,), np.ones((1, 1, 1, 1)))
+
 REPORT = Report(
     title="norms",
     kind="4 arms",
@@ -129,7 +132,7 @@ REPORT = Report(
                 Samples((("rmsnorm, seed 0", "def f():"),)),
             ),
         ),
-        Section("Only on the page", (Chart("Fit", (), (), ()),)),
+        Section("Only on the page", (Chart("Fit", (), (), ()), ONE_MAP)),
     ),
 )
 

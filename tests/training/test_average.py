@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from scantling.run_directory import RunDirectory
-from scantling.trained import TrainedRun, stored_weights
+from scantling.stored import stored_weights
+from scantling.trained import TrainedRun
 
 
 def only_run(path) -> RunDirectory:

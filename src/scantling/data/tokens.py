@@ -85,7 +85,7 @@ def prepare(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> T
     Raises PermissionError where the cache cannot be written, ValueError where the disk is full
     or the corpus is at fault, and what the corpus raises.
     """
-    cache_dir = Path(cache_dir).expanduser().absolute()
+    cache_dir = _absolute(cache_dir)
     kind = type(tokenizer_kind).__name__
     made_from = {
         "format": FORMAT,
@@ -95,15 +95,29 @@ def prepare(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> T
     }
     try:
         tokenizer = _prepare_tokenizer(corpus, tokenizer_kind, cache_dir / "tokenizers" / _key(made_from))
-        # The tokens belong to the tokenizer, however it came about: trained here or read from a run's directory.
-        tokens_from = {"format": FORMAT, "corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-        return _prepare_tokens(corpus, tokenizer, made_from, cache_dir / "tokens" / _key(tokens_from))
+        directory = _tokens_directory(corpus.fingerprint, tokenizer, cache_dir)
+        return _prepare_tokens(corpus, tokenizer, made_from, directory)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(
                 f"no space left for tokens in {cache_dir}; free some or choose another cache_dir"
             ) from None
         raise
+
+
+def cached_tokens(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> TokenizedCorpus | None:
+    """What `prepare` made of the corpus of this fingerprint, where the cache still has it."""
+    return _open_tokens(_tokens_directory(fingerprint, tokenizer, _absolute(cache_dir)), tokenizer)
+
+
+def _absolute(cache_dir: Path) -> Path:
+    return cache_dir.expanduser().absolute()
+
+
+def _tokens_directory(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """The tokens belong to the tokenizer, however it came about: trained here or read from a run's directory."""
+    tokens_from = {"format": FORMAT, "corpus": fingerprint, "tokenizer": tokenizer.fingerprint}
+    return cache_dir / "tokens" / _key(tokens_from)
 
 
 def _key(made_from: dict[str, Any]) -> str:

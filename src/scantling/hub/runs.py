@@ -29,7 +29,8 @@ from scantling.hub.files import Tensors, exported, imported, read_json, write_te
 from scantling.hub.weights import rules_of, shapes_of
 from scantling.model.decoder import Decoder
 from scantling.run_directory import RunDirectory
-from scantling.trained import TrainedRun, stored_weights
+from scantling.stored import stored_weights
+from scantling.trained import TrainedRun
 
 PADDING = 0.05
 """A model may have so many more rows, as a share, than its tokenizer has entries: tables are padded to round sizes."""

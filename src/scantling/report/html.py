@@ -20,6 +20,7 @@ from scantling.report.spec import (
     Code,
     Figure,
     Link,
+    Maps,
     Report,
     Samples,
     Series,
@@ -94,7 +95,7 @@ def in_html(block: Block) -> str:
             f'<p class="note">For print: <a href="{escape(block.name)}">{escape(block.name)}</a>, '
             f'<a href="{escape(svg)}">{escape(svg)}</a></p>'
         )
-    return chart(block)
+    return maps(block) if isinstance(block, Maps) else chart(block)
 
 
 def printable(text: str) -> str:
@@ -145,20 +146,53 @@ def chart(block: Chart) -> str:
         "series": [series(s) for s in block.series],
         "legend": block.legend,
         "height": block.height,
+        "frames": block.frames,
     }
+    title = escape(block.title)
+    plot = f'<div class="legend"></div><div class="plot" role="img" aria-label="{title}"></div>'
+    return card("chart", title, f'<div class="controls"></div>{plot}', block.note, spec)
+
+
+def maps(block: Maps) -> str:
+    """Of each map the rows one behind the other, each up to its diagonal, in units of 1 / `UNITS`."""
+    below = np.tril_indices(len(block.words))
+    weights = np.rint(block.weights[..., *below] * UNITS).astype(int)
+    spec = {
+        "words": [untagged(word) for word in block.words],
+        "ticks": [untagged(word if len(word) <= TICK else f"{word[: TICK - 1]}…") for word in block.words],
+        "layers": block.layers,
+        "heads": block.heads,
+        "weights": weights.tolist(),
+        "units": UNITS,
+    }
+    large = (
+        '<div class="large"><p class="shown" aria-live="polite"></p><div class="plot" role="img"></div></div>'
+    )
+    both = f'<div class="both"><div class="grid"></div>{large}</div>'
+    return card("maps", escape(block.title), both, block.note, spec)
+
+
+UNITS = 10_000
+"""Of an attention weight of one."""
+
+TICK = 9
+"""Characters of a word at an axis."""
+
+
+def card(kind: str, title: str, inside: str, note: str, spec: dict[str, Any]) -> str:
+    """What page.js draws from `spec`."""
     data = json.dumps(spec, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     data = data.replace("<", "\\u003c")  # no text ends the script that it stands in
-    note = f'<p class="note">{escape(block.note)}</p>' if block.note else ""
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
-        f'<div class="card chart"><h3>{escape(block.title)}</h3><div class="controls"></div><div class="legend"></div>'
-        f'<div class="plot" role="img" aria-label="{escape(block.title)}"></div>{note}'
+        f'<div class="card {kind}"><h3>{title}</h3>{inside}{below}'
         f'<script type="application/json">{data}</script></div>'
     )
 
 
 def axis(a: Axis) -> dict[str, Any]:
     short = "" if a.words else a.title.partition(",")[0]
-    return {**asdict(a), "order": [escape(word) for word in a.order], "short": short}
+    return {**asdict(a), "order": [untagged(word) for word in a.order], "short": short}
 
 
 def series(s: Series) -> dict[str, Any]:
@@ -170,15 +204,15 @@ def series(s: Series) -> dict[str, Any]:
         "high": {key: numbers(values) for key, values in s.high.items()},
         "style": s.style,
         "colour": colour(s.colour),
-        # plotly reads tags in it
-        "hover": escape(hover) if isinstance(hover, str) else [escape(text) for text in hover],
+        "frame": s.frame,
+        "hover": untagged(hover) if isinstance(hover, str) else [untagged(text) for text in hover],
     }
 
 
 def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
-    """With six digits, which no screen shows more of; None for what is not finite. plotly reads tags in words."""
+    """With six digits, which no screen shows more of; None for what is not finite."""
     return [
-        escape(v)
+        untagged(v)
         if isinstance(v, str)
         else short(float(v))
         if isinstance(v, (float, np.floating))
@@ -187,6 +221,11 @@ def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
         else v
         for v in values
     ]
+
+
+def untagged(text: str) -> str:
+    """For plotly, which reads tags in texts, and of entities those of < > & alone."""
+    return escape(text, quote=False)
 
 
 def short(value: float) -> float | int | None:

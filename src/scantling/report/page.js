@@ -36,7 +36,8 @@ class Chart {
     this.spec = JSON.parse(card.querySelector("script").textContent);
     this.key = `${location.pathname}#${index}`;
     const axis = (axes) => ({ at: 0, log: axes.map((a) => a.log) });
-    this.state = { x: axis(this.spec.x), y: axis(this.spec.y), hidden: [], ...JSON.parse(kept(sessionStorage, this.key) || "{}") };
+    this.frames = this.spec.frames.length;
+    this.state = { x: axis(this.spec.x), y: axis(this.spec.y), hidden: [], frame: this.frames - 1, ...JSON.parse(kept(sessionStorage, this.key) || "{}") };
     this.controls(card.querySelector(".controls"));
     this.legend(card.querySelector(".legend"));
     this.plot = card.querySelector(".plot");
@@ -70,6 +71,19 @@ class Chart {
         button(scale, `${which} ${log ? "log" : "linear"}`, () => state.log[state.at] === log, () => { state.log[state.at] = log; });
     }
     refreshers.forEach((f) => f());
+    if (this.frames > 1) this.slider(bar);
+  }
+
+  slider(bar) {
+    this.state.frame = Math.min(this.state.frame, this.frames - 1);
+    const label = element("label", bar, { className: "slider" });
+    const range = element("input", label, { type: "range", min: 0, max: this.frames - 1, value: this.state.frame });
+    const name = element("output", label, { textContent: this.spec.frames[this.state.frame] });
+    range.oninput = () => {
+      this.state.frame = Number(range.value);
+      name.textContent = this.spec.frames[this.state.frame];
+      this.changed();
+    };
   }
 
   legend(bar) {
@@ -103,21 +117,22 @@ class Chart {
     const x = this.axis("x"), y = this.axis("y"), found = [];
     for (const s of this.spec.series) {
       const X = s.values[x.key], Y = s.values[y.key];
-      if (!X || !Y) continue;
+      if (!X || !Y || (s.frame !== null && s.frame !== this.state.frame)) continue;
       const tint = Array.isArray(s.colour) ? s.colour.map(colour) : colour(s.colour);
       const common = { legendgroup: s.group, name: s.group, showlegend: false, visible: !this.state.hidden.includes(s.group) };
-      const isPoints = s.style === "points" || s.style === "rings";
+      const isWords = s.style === "words", isPoints = isWords || s.style === "points" || s.style === "rings";
       const bars = (key) => s.low[key] && { type: "data", symmetric: false, color: tint, thickness: 2, width: 0,
         array: s.high[key].map((h, i) => h - s.values[key][i]), arrayminus: s.low[key].map((l, i) => s.values[key][i] - l) };
       if (!isPoints && s.low[y.key])
         found.push({ ...common, x: [...X, ...[...X].reverse()], y: [...s.high[y.key], ...[...s.low[y.key]].reverse()], type: "scatter",
           mode: "lines", fill: "toself", fillcolor: faint(tint, 0.18), line: { width: 0 }, hoverinfo: "skip" });
       found.push({
-        ...common, x: X, y: Y, type: "scatter", mode: isPoints ? "markers" : X.length > 1 ? "lines" : "markers",
+        ...common, x: X, y: Y, type: "scatter", mode: isWords ? "markers+text" : isPoints ? "markers" : X.length > 1 ? "lines" : "markers",
         line: { color: Array.isArray(tint) ? tint[0] : tint, width: s.style === "thin" ? 0.8 : 2, dash: s.style === "dashed" ? "dash" : "solid" },
         opacity: s.style === "thin" ? 0.5 : 1,
-        marker: { color: tint, size: s.style === "rings" ? 13 : 7, symbol: s.style === "rings" ? "circle-open" : "circle" },
+        marker: { color: tint, size: s.style === "rings" ? 13 : isWords ? 10 : 7, ...(isWords ? { line: { width: 2, color: css("--card") } } : {}), symbol: s.style === "rings" ? "circle-open" : "circle" },
         ...(isPoints ? { error_x: bars(x.key) || undefined, error_y: bars(y.key) || undefined } : {}),
+        ...(isWords ? { textposition: "top center", textfont: { color: css("--ink"), size: 13 } } : {}),
         text: s.hover, hovertemplate: `%{text}${x.words ? "" : "<br>%{x:.4~g} " + x.short}${y.words ? "" : "<br>%{y:.5~g} " + y.short}<extra></extra>`,
       });
     }
@@ -139,8 +154,79 @@ class Chart {
       font: { color: css("--ink"), family: "inherit", size: 12 }, hovermode: "closest", dragmode: narrow ? false : "zoom",
       hoverlabel: { align: "left", bgcolor: css("--card"), bordercolor: line, font: { color: css("--ink") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--accent") },
-      xaxis: layoutOf("x"), yaxis: layoutOf("y"),
+      xaxis: layoutOf("x"), yaxis: layoutOf("y"), uirevision: JSON.stringify([this.state.x, this.state.y]), // a closer look outlives the next frame
     }, { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", modeBarButtons: [["toImage", "autoScale2d"]] });
+  }
+}
+
+class Maps { // a small picture of every head, and one of them large
+  constructor(card, index) {
+    this.spec = JSON.parse(card.querySelector("script").textContent);
+    this.key = `${location.pathname}#${index}`;
+    this.state = { layer: 0, head: 0, ...JSON.parse(kept(sessionStorage, this.key) || "{}") };
+    this.plot = card.querySelector(".plot");
+    this.said = card.querySelector(".shown");
+    this.pictures = [];
+    const grid = card.querySelector(".grid"), { layers, heads } = this.spec;
+    grid.style.gridTemplateColumns = `auto repeat(${heads.length}, minmax(2.7rem, 6.5rem))`;
+    element("span", grid);
+    for (const head of heads) element("span", grid, { textContent: `head ${head}` });
+    layers.forEach((name, layer) => {
+      element("span", grid, { textContent: `layer ${name}` });
+      heads.forEach((_, head) => this.pictures.push(this.picture(grid, layer, head)));
+    });
+    this.draw();
+  }
+
+  weight(layer, head, query, key) { return this.spec.weights[layer][head][query * (query + 1) / 2 + key] / this.spec.units; }
+  named(layer, head) { return `layer ${this.spec.layers[layer]}, head ${this.spec.heads[head]}`; }
+
+  picture(grid, layer, head) {
+    const n = this.spec.words.length, b = element("button", grid, { type: "button", title: this.named(layer, head) });
+    const canvas = element("canvas", b, { width: n, height: n });
+    b.onclick = () => {
+      Object.assign(this.state, { layer, head });
+      kept(sessionStorage, this.key, JSON.stringify(this.state));
+      this.draw();
+    };
+    return { b, layer, head, pen: canvas.getContext("2d") };
+  }
+
+  paint({ b, layer, head, pen }) {
+    const n = this.spec.words.length, image = pen.createImageData(n, n), [low, high] = this.ends;
+    for (let query = 0; query < n; query++)
+      for (let key = 0; key <= query; key++) {
+        const shade = Math.sqrt(this.weight(layer, head, query, key));
+        image.data.set([...low.map((x, i) => x + shade * (high[i] - x)), 255], 4 * (query * n + key));
+      }
+    pen.putImageData(image, 0, 0);
+    b.setAttribute("aria-pressed", layer === this.state.layer && head === this.state.head);
+  }
+
+  draw() {
+    this.state.layer = Math.min(this.state.layer, this.spec.layers.length - 1);
+    this.state.head = Math.min(this.state.head, this.spec.heads.length - 1);
+    const { words } = this.spec, { layer, head } = this.state, n = words.length, at = words.map((_, i) => i);
+    this.ends = [parts(css("--empty")), parts(css("--accent"))];
+    this.pictures.forEach((p) => this.paint(p));
+    this.said.textContent = `${this.named(layer, head)}: rows attend to columns`;
+    this.plot.setAttribute("aria-label", `Attention in ${this.named(layer, head)}`);
+    const narrow = innerWidth < PHONE;
+    const shades = [0, 0.25, 0.5, 0.75, 1].map((s) => [s * s, `rgb(${this.ends[0].map((x, i) => Math.round(x + s * (this.ends[1][i] - x))).join(",")})`]);
+    const axis = { tickvals: at, ticktext: this.spec.ticks, showgrid: false, zeroline: false, automargin: true, fixedrange: true, ticks: "",
+      tickfont: { size: Math.max(7, Math.min(13, Math.floor((narrow ? 210 : 360) / n))) } };
+    Plotly.react(this.plot, [{
+      type: "heatmap", zmin: 0, zmax: 1, colorscale: shades, hoverongaps: false, xgap: 1, ygap: 1,
+      z: at.map((query) => at.map((key) => (key <= query ? this.weight(layer, head, query, key) : null))),
+      text: at.map((query) => at.map((key) => `${words[query]} attends to ${words[key]}`)),
+      hovertemplate: "%{text}<br>%{z:.4f}<extra></extra>",
+      colorbar: { thickness: 10, len: 0.6, outlinewidth: 0, tickfont: { color: css("--quiet") } }, showscale: this.plot.clientWidth > PHONE,
+    }], {
+      height: narrow ? 400 : 480, margin: { l: 20, r: 10, t: 6, b: 20 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: css("--ink"), family: "inherit", size: 12 }, dragmode: false,
+      hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
+      xaxis: { ...axis, tickangle: -90 }, yaxis: { ...axis, autorange: "reversed" },
+    }, { responsive: true, displaylogo: false, displayModeBar: false });
   }
 }
 
@@ -148,7 +234,7 @@ const theme = document.getElementById("theme");
 const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
 const saved = kept(localStorage, "theme");
 if (saved) root.dataset.theme = saved;
-const charts = [...document.querySelectorAll(".chart")].map((card, i) => new Chart(card, i));
+const charts = [...document.querySelectorAll(".chart, .maps")].map((card, i) => new (card.classList.contains("maps") ? Maps : Chart)(card, i));
 const repaint = () => { theme.textContent = dark() ? "light" : "dark"; charts.forEach((c) => c.draw()); };
 theme.textContent = dark() ? "light" : "dark";
 theme.onclick = () => { root.dataset.theme = dark() ? "light" : "dark"; kept(localStorage, "theme", root.dataset.theme); repaint(); };

@@ -26,6 +26,7 @@ from scantling.report.records import (
     train_command,
 )
 from scantling.report.spec import Axis, Block, Chart, Code, Figure, Report, Section, Series, Table, Text
+from scantling.report.view_charts import Views, view_section
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport
 from scantling.study.arms import StudyRuns, mean_of, rows
@@ -156,8 +157,8 @@ def partial_page(recorded: Recorded, cautions: list[str], why: str) -> Report:
     )
 
 
-def run_page(recorded: Recorded) -> Report:
-    """One run."""
+def run_page(recorded: Recorded, views: Views) -> Report:
+    """One run, and what its checkpoints show."""
     run = recorded.runs.to_dict("records")[0]
     samples = samples_over_training(run)
     numbers = runs_table(recorded.runs, recorded.directory)
@@ -175,6 +176,7 @@ def run_page(recorded: Recorded) -> Report:
         *([Section("Other curves", (others,))] if others else []),
         Section("Numbers", (Table("At the last step", transposed(numbers)),)),
         *([Section("Samples over training", (samples,))] if samples else []),
+        view_section(views),
         Section("Settings", (Table("Every setting", settings_of_run(run), folded=True),)),
         provenance_of(recorded),
     ]

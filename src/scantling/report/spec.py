@@ -17,7 +17,8 @@ MARKDOWN_ROWS = 60
 """Longer tables stand in the page and in CSV alone."""
 
 Values = Sequence[float] | Sequence[str]
-Style = Literal["line", "dashed", "thin", "points", "rings"]
+Style = Literal["line", "dashed", "thin", "points", "rings", "words"]
+"""`words` are points that bear their `hover`."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,13 @@ class Series:
     style: Style = "line"
     colour: int | float | Sequence[float] | None = None
     hover: str | Sequence[str] = ""
+    frame: int | None = None
 
 
 @dataclass(frozen=True)
 class Chart:
-    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `recorded`: the keys of its axes are
-    columns of `metrics.jsonl`, which loggers have too."""
+    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `frames`: what a slider goes through,
+    the last is shown first. `recorded`: the keys of its axes are columns of `metrics.jsonl`, which loggers have too."""
 
     title: str
     series: tuple[Series, ...]
@@ -110,9 +112,23 @@ class Chart:
     legend: bool = True
     recorded: bool = False
     height: int = 420
+    frames: tuple[str, ...] = ()
 
 
-Block = Text | Code | Table | Figure | Samples | Chart
+@dataclass(frozen=True)
+class Maps:
+    """Squares of a grid, a row a layer, a column a head, of which one at a time is shown large: `weights` [layer, head,
+    query, key] between the tokens `words`, nothing above the diagonal."""
+
+    title: str
+    words: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    weights: np.ndarray
+    note: str = ""
+
+
+Block = Text | Code | Table | Figure | Samples | Chart | Maps
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,7 @@ def blocks(report: Report) -> list[Block]:
 
 
 def markdown(report: Report) -> str:
-    """Text, tables and figures; charts and samples are of the page."""
+    """Text, tables and figures; charts, maps and samples are of the page."""
     lines = [f"# {report.title}", "", *([report.question, ""] if report.question else [])]
     lines += [f"**{report.answer}**", "", *(f"- {caution}" for caution in report.cautions), ""]
     for section in report.sections:
