@@ -119,9 +119,16 @@ def unpaired(record):
     record("parts", "alone", ["seed=7", "arm=llama"], loss=3.0, seed=7, arm="llama")
 
 
+def mid_sweep(record):
+    for arm, seed, finished in (("llama", 0, True), ("llama", 1, True), ("alibi", 0, True), ("alibi", 1, False)):
+        overrides = [f"seed={seed}", f"arm={arm}"]
+        record("parts", f"{arm}-{seed}", overrides, loss=3.0 + seed, seed=seed, arm=arm, finished=finished)
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
+        (mid_sweep, "nothing to compare yet: arm alibi is not compared: its seed 1 is not finished"),
         (one_seed, "one seed only"),
         (one_arm, "no other arm has a finished run"),
         (none_finished, "holds no finished run"),

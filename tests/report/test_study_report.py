@@ -9,7 +9,9 @@ import pytest
 from planted import LAW, arms, loss_of, sizes
 from scipy.stats import t, ttest_rel
 
-from scantling.study.arms import first_arm, study_runs
+from scantling.report.curve_charts import curves_chart
+from scantling.study.arms import first_arm, pairable_runs, recorded_runs, study_runs
+from scantling.study.store import load_curves
 
 
 def test_arms_are_compared_over_seeds(record, report, tmp_path):
@@ -118,6 +120,48 @@ def test_settings_typed_without_names_are_arms(record, tmp_path):
     assert not study.is_law
     assert study.scales == ["budget.tokens=1e6", "budget.tokens=2e6"]
     assert set(study.runs["arm"]) == {"attn=mha", "attn=gqa"}
+
+
+def test_runs_of_a_law_are_alike_only_where_size_and_length_are(record):
+    sizes(record, seeds=2, n=3)
+    study = study_runs(record.runs / "sizes")
+    assert study.is_law
+    for (arm, scale), runs in study.runs.groupby(["arm", "scale"]):
+        assert set(runs["seed"]) == {0, 1}, (arm, scale)
+        assert runs["tokens"].nunique() == 1
+    chart = curves_chart(load_curves(record.runs / "sizes"), study.runs, metric="loss", by_size=True)
+    validated = [series for series in chart.series if "val/loss" in series.values]
+    assert len([series for series in validated if series.style == "line"]) == 3 * 5
+    losses = study.runs.groupby(["params", "tokens"])["loss"].mean()
+    assert sorted(series.values["val/loss"][-1] for series in validated if series.style == "line") == (
+        pytest.approx(sorted(losses))
+    )
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_seed_that_the_baseline_lacks_costs_no_other_arm_its_place(record, names):
+    """Whichever of the two lost runs is listed first."""
+    arms(record, seeds=3)
+    for arm, name in zip(("llama", "alibi"), names, strict=True):
+        (record.runs / f"parts/{arm}-2-1e+07").rename(record.runs / "parts" / name)
+        (record.runs / "parts" / name / "summary.json").unlink()
+    runs, cautions = pairable_runs(study_runs(record.runs / "parts"), "llama")
+    assert {(arm, seed) for arm, seed in zip(runs["arm"], runs["seed"], strict=True)} == {
+        (arm, seed) for arm in ("llama", "alibi", "gelu") for seed in (0, 1)
+    }
+    assert cautions == ["seed 2 is not compared: the run of llama is not finished"]
+
+
+def test_a_run_that_goes_on_with_another_setting_is_another_arm(record):
+    for attn in ("mha", "gqa"):
+        for seed in (0, 1):
+            record("grid", f"{attn}-{seed}", [f"attn={attn}", f"seed={seed}"], loss=3.0, seed=seed)
+    record("grid", "going", ["attn=gqa", "seed=1", "qk_norm=on"], loss=3.0, seed=1, finished=False)
+    study = study_runs(record.runs / "grid")
+    assert study.recorded["arm"]["going"] == "attn=gqa qk_norm=on"
+    assert set(study.runs["arm"]) == {"attn=mha", "attn=gqa"}
+    partial, _ = recorded_runs(record.runs / "grid")
+    assert list(partial["arm"]) == list(study.recorded["arm"])
 
 
 def unpaired(record):

@@ -64,7 +64,7 @@ def curves_chart(
             colour = float((size - np.nanmin(sizes)) / (np.nanmax(sizes) - np.nanmin(sizes)))
         else:
             colour = colours.setdefault(arm, len(colours))
-        label = arm if scale in ("", arm) else f"{arm}, {scale}"
+        label = arm if set(scale.split()) <= set(arm.split()) else f"{arm}, {scale}"
         tables = [of_run[name] for name in group["run"] if name in of_run]
         found += mean_curve(tables, arm, label, colour, points)
         if each and len(tables) > 1:

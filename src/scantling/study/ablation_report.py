@@ -65,22 +65,21 @@ def report_arms(
     if baseline not in set(study.runs["arm"]):
         arms = ", ".join(sorted(set(study.runs["arm"])))
         raise ValueError(f"no runs of the baseline {baseline}: arms are {arms}")
-    if set(study.runs["arm"]) == {baseline}:
-        raise ValueError(f"nothing to compare with {baseline}: no other arm has a finished run")
     all_runs, incomplete = pairable_runs(study, baseline)
+    scales = [scale for scale in study.scales if len(set(rows(all_runs, scale=scale)["arm"])) > 1]
+    if not scales:
+        why = "; ".join(incomplete) or "no other arm has a finished run"
+        raise ValueError(f"nothing to compare yet: {why}")
     cautions = [*study.cautions, *incomplete]
-    if law is None and metric == "loss" and len(study.scales) >= OWN_LAW:
-        own = rows(all_runs, arm=baseline)
+    cautions += [f"nothing is compared at {scale}" for scale in study.scales if scale not in scales]
+    own = rows(all_runs, arm=baseline)
+    if law is None and metric == "loss" and len(set(own["scale"])) >= OWN_LAW:
         law = fit(
             saturating("C"), {"C": own["flops"]}, own["loss"], resamples=resamples, level=level, seed=seed
         )
         cautions += [f"law of the baseline: {text}" for text in law.warnings]
     lines, gain_rows, gains = [], [], {}
-    scales = [scale for scale in study.scales if len(set(rows(all_runs, scale=scale)["arm"])) > 1]
-    cautions += [
-        f"nothing is compared at {scale}" for scale in study.scales if scales and scale not in scales
-    ]
-    for scale in scales or study.scales:
+    for scale in scales:
         runs = rows(all_runs, scale=scale)
         runs = runs.assign(loss=runs[metric])
         losses = paired_losses(runs, baseline)
@@ -235,8 +234,6 @@ def answer(report: AblationReport) -> str:
     that cannot be said."""
     scale = report.arms["scale"].iloc[-1]
     here = [row for row in rows(report.arms, scale=scale).to_dict("records") if row["arm"] != report.baseline]
-    if not here:
-        return f"There is no other arm than {report.baseline}."
     unit = {"loss": "nats per token", "bpb": "bits per byte"}[report.metric]
     of_verdict = {verdict: [row for row in here if row["verdict"] == verdict] for verdict in VERDICTS}
     undecided = of_verdict["undecided"]
