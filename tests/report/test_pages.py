@@ -120,7 +120,12 @@ def unpaired(record):
 
 
 def mid_sweep(record):
-    for arm, seed, finished in (("llama", 0, True), ("llama", 1, True), ("alibi", 0, True), ("alibi", 1, False)):
+    for arm, seed, finished in (
+        ("llama", 0, True),
+        ("llama", 1, True),
+        ("alibi", 0, True),
+        ("alibi", 1, False),
+    ):
         overrides = [f"seed={seed}", f"arm={arm}"]
         record("parts", f"{arm}-{seed}", overrides, loss=3.0 + seed, seed=seed, arm=arm, finished=finished)
 

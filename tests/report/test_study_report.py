@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,10 @@ from planted import LAW, arms, loss_of, sizes
 from scipy.stats import t, ttest_rel
 
 from scantling.report.curve_charts import curves_chart
+from scantling.reported import law_of, of_study
+from scantling.study.allocation import frontier
 from scantling.study.arms import first_arm, pairable_runs, recorded_runs, study_runs
+from scantling.study.law_report import report_law
 from scantling.study.store import load_curves
 
 
@@ -82,6 +86,23 @@ def test_sizes_alone_make_a_law(record, report, tmp_path):
     assert "held-out gate passed" in out
     assert "params_without_embeddings" in out
     assert "repeated epochs" not in out
+
+
+def test_a_law_has_one_interval_wherever_it_is_asked_for(record):
+    """On a planned grid, whose bootstrap draws noise: as the law of its own study, and as law= of another."""
+    for budget in (1e12, 1e13, 1e14, 1e15):
+        for i, n in enumerate(0.3 * np.sqrt(budget / 6) * np.geomspace(0.3, 3, 5)):
+            loss = loss_of(n, budget / 6 / n) * (1 + 0.002 * np.cos(7 * i))
+            overrides = [f"budget.flops={budget:g}", f"model.d_model={i}"]
+            record("grid", f"{budget:g}-{i}", overrides, loss=loss, params=n, tokens=budget / 6 / n)
+    settings = {"resamples": 100, "level": 0.9, "seed": 0}
+    config = SimpleNamespace(paths=SimpleNamespace(runs=record.runs), law="grid", study="grid", **settings)
+    config.drop_highest, config.irreducible = 0, None
+    study = study_runs(record.runs / "grid")
+    own = report_law(
+        of_study(config, study), source="grid", held_out=0, tolerance=0.01, budgets=None, **settings
+    )
+    assert law_of(config, study).intervals == frontier(own.fit).intervals
 
 
 def test_repeated_data_and_schedules_that_do_not_end_are_warned_of(record, report):

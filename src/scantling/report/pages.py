@@ -105,6 +105,7 @@ def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: R
         laws.fit,
         runs["C"].to_numpy(),
         path,
+        k=laws.observations.k,
         title=law_report.headline(laws).partition(":")[0],
         cutoff=None if laws.gate is None else laws.gate.cutoff,
         caution=laws.fit.verdict if laws.gate is not None and not laws.gate.passed else None,
