@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,17 @@ import pytest
 from planted import LAW, arms, loss_of, sizes
 from scipy.stats import t, ttest_rel
 
+from scantling.report.arm_charts import compared as compared_rows
+from scantling.report.arm_charts import gain_chart
 from scantling.report.curve_charts import curves_chart
 from scantling.reported import law_of, of_study
+from scantling.study.ablation import holm
+from scantling.study.ablation_report import headline, report_arms
 from scantling.study.allocation import frontier
 from scantling.study.arms import first_arm, pairable_runs, recorded_runs, study_runs
+from scantling.study.forms import saturating
 from scantling.study.law_report import report_law
+from scantling.study.scaling import fit
 from scantling.study.store import load_curves
 
 
@@ -183,6 +190,87 @@ def test_a_run_that_goes_on_with_another_setting_is_another_arm(record):
     assert set(study.runs["arm"]) == {"attn=mha", "attn=gqa"}
     partial, _ = recorded_runs(record.runs / "grid")
     assert list(partial["arm"]) == list(study.recorded["arm"])
+
+
+OF_A_SIZE = {
+    "E": LAW["E"] + LAW["A"] / 1e6 ** LAW["alpha"],
+    "B": LAW["B"] * 6e6 ** LAW["beta"],
+    "beta": LAW["beta"],
+}
+"""The law of the baseline of `arms` against C = 6ND, N its million parameters."""
+
+
+def compared(record, *, study="parts", shift=0.0, **changed):
+    """Arms against llama, with the law of its baseline, all of its losses off by `shift`."""
+    c = np.geomspace(1e12, 1e17, 20)
+    loss = shift + OF_A_SIZE["E"] + OF_A_SIZE["B"] / c ** OF_A_SIZE["beta"]
+    loss *= np.exp(0.002 * np.random.default_rng(0).standard_normal(20))
+    law = fit(saturating("C"), {"C": c}, loss, resamples=200)
+    settings = {"baseline": "llama", "metric": "loss", "precision": 0.002, "level": 0.95, "resamples": 200}
+    return report_arms(study_runs(record.runs / study), law=law, seed=0, **settings | changed)
+
+
+@pytest.mark.parametrize(("shift", "is_off"), [(0.0, False), (-1.0, True), (0.2, True)])
+def test_a_baseline_that_is_not_on_the_law_is_said(record, shift, is_off):
+    arms(record, scales=(1e7, 1e9))
+    found = compared(record, shift=shift)
+    said = [text for text in found.cautions if "the law says" in text]
+    assert len(said) == (2 if is_off else 0)
+    if is_off:
+        own = found.arms[found.arms["arm"] == "llama"]["loss"].iloc[-1]
+        assert f"at budget.tokens=1e+09 the baseline comes to {own:.4f} where the law says" in said[1]
+
+
+def test_gains_that_have_no_end_are_named(record):
+    """At 10⁹ tokens the law leaves 0.98 to gain: a difference of 1.2 is beyond it, one of 0.97 not surely within."""
+    scales = (1e7, 1e8, 1e9)
+    shifts = (("llama", 0.0), ("far", -1.2), ("near", -0.97), ("gelu", 0.05), ("out", -6.0))
+    arms(record, shifts=shifts, scales=scales)
+    found = compared(record)
+    note = gain_chart(found, {name: i for i, name in enumerate(found.order)}).note
+    at = "budget.tokens=1e+09"
+    assert f"far at {at} (no compute reaches its loss)" in note
+    assert f"near at {at} (its interval has no upper end)" in note
+    assert "gelu" not in note
+    lines = {line.partition(":")[0]: line for line in found.trends}
+    assert lines["far"].endswith(f"; without {at}, where no compute reaches its loss")
+    assert "without" not in lines["gelu"]
+    assert lines["out"].endswith(f"no compute reaches its loss at {', '.join(found.arms['scale'].unique())}")
+
+
+def test_trends_are_corrected_for_their_number(record):
+    shifts = (("llama", 0.0), ("a", -0.1), ("b", 0.05), ("c", 0.001))
+    arms(record, shifts=shifts, scales=(1e7, 1e8))
+    found = compared(record)
+    alone = {
+        arm: float(re.search(r"p ([\d.e-]+)", compared_alone(record, arm).trends[0])[1]) for arm in "abc"
+    }
+    for line, p in zip(sorted(found.trends), holm(list(alone.values())), strict=True):
+        assert float(re.search(r"p ([\d.e-]+) by Holm over 3 arms", line)[1]) == pytest.approx(p, rel=0.02)
+
+
+def compared_alone(record, arm):
+    """Without the others' records."""
+    study, parts = f"only-{arm}", record.runs / "parts"
+    for path in parts.iterdir():
+        if path.name.startswith(("llama", f"{arm}-")):
+            shutil.copytree(path, record.runs / study / path.name)
+    return compared(record, study=study)
+
+
+def test_the_largest_scale_speaks_for_the_study(record):
+    """Its noise in the headline, its order of arms; colours go by that order, the baseline's first."""
+    for scale, losses in {1e7: (3.0, 3.1, 2.9), 1e8: (2.5, 2.3, 2.6)}.items():
+        for arm, loss in zip(("llama", "alibi", "gelu"), losses, strict=True):
+            for seed in (0, 1, 2):
+                overrides = [f"budget.tokens={scale:g}", f"seed={seed}", f"arm={arm}"]
+                noise = 0.02 * seed * (scale / 1e7)
+                name = f"{arm}-{seed}-{scale:g}"
+                record("parts", name, overrides, loss=loss + noise, tokens=scale, seed=seed, arm=arm)
+    found = compared(record)
+    assert found.order == ["llama", "alibi", "gelu"]
+    assert f"noise {np.std([0, 0.2, 0.4], ddof=1):.4f} between seeds" in headline(found)
+    assert list(compared_rows(found)) == ["alibi", "gelu"]
 
 
 def unpaired(record):

@@ -20,6 +20,7 @@ from scantling.study.arms import rows
 from scantling.study.budgets import drawn_budgets, larger
 from scantling.study.huber import Array
 from scantling.study.scaling import Fit
+from scantling.study.store import UNITS
 
 TRAIN, VALIDATION = "#9aa5b1", "#c2410c"
 
@@ -196,7 +197,7 @@ def draw_arms(
         error = by_step[f"val/{metric}"].sem().fillna(0)
         left.plot(tokens, mean, color=colour, lw=1.5, label=arm)
         left.fill_between(tokens, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
-    unit = {"loss": "nats per token", "bpb": "bits per byte"}[metric]
+    unit = UNITS[metric]
     left.set(xlabel="training tokens", ylabel=f"validation, {unit}", title=largest)
     ends = [row["loss"] for row in here]
     left.set_ylim(0.98 * min(ends), 1.15 * max(ends))

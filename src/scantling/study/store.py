@@ -41,6 +41,9 @@ FORMAT = 3
 FILES = ("summary.json", "metrics.jsonl", "config.yaml", "env.json", "failed.json")
 """What a run's rows depend on."""
 
+UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
+"""Of the losses that runs are compared by."""
+
 NOT_RUNS = ("wandb", "checkpoints", "tuning")
 """Directories that stand among runs by right."""
 
