@@ -122,8 +122,10 @@ def test_repeated_data_and_schedules_that_do_not_end_are_warned_of(record, repor
 def test_what_is_not_finished_is_named(record, report):
     arms(record)
     record("parts", "late", ["seed=9", "arm=llama"], loss=3.0, seed=9, arm="llama", finished=False)
+    record("parts", "stray", ["seed=0", "attn=gqa"], loss=3.0, finished=False)
     _, out, _ = report("study=parts", "baseline=llama")
-    assert "warning: left out, not finished: late" in out
+    assert "warning: left out, not finished: late, stray" in out
+    assert "of 2 comparisons with llama" in out
 
 
 def test_the_baseline_is_the_first_of_the_sweep():

@@ -122,11 +122,12 @@ def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(scale=[joined(setting, scale_keys) for setting in settings])
     changes = arms_changes(settings)
     scale_keys = [key for key in scale_keys if key not in changes]
-    frame = frame.assign(scale=[joined(setting, scale_keys) for setting in settings])
-    if all("arm" in setting for setting in settings):
-        return frame
     rest = [key for key in varied if key not in scale_keys]
-    return frame.assign(arm=[joined(setting, rest) or "default" for setting in settings])
+    arms = [
+        name if "arm" in setting else joined(setting, rest) or "default"
+        for name, setting in zip(frame["arm"], settings, strict=True)
+    ]
+    return frame.assign(scale=[joined(setting, scale_keys) for setting in settings], arm=arms)
 
 
 def differ_in_size_alone(runs: pd.DataFrame) -> bool:
