@@ -24,7 +24,7 @@ from scantling.accounting import convention, exact, parameter_counts
 from scantling.command_line import CONF, ROOT
 from scantling.composition import build_decoder, choices
 from scantling.plan import duration, short, titled
-from scantling.study.allocation import FLOPS_PER_PARAMETER_AND_TOKEN
+from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN
 from scantling.study.design import (
     LEARNING_RATES,
     PORIAN_RANGE,

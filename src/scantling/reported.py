@@ -30,9 +30,9 @@ from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport, report_arms
 from scantling.study.allocation import frontier
 from scantling.study.arms import StudyRuns, first_arm, recorded_runs, study_runs
-from scantling.study.law_report import LawReport, report_law
+from scantling.study.law_report import LawReport, fit_law, report_law
 from scantling.study.observations import Observations, observe, read_table
-from scantling.study.scaling import Fit, fit_hoffmann
+from scantling.study.scaling import Fit
 from scantling.study.store import find, load_curves, load_runs
 
 PRINTED_WIDTH = 160
@@ -226,12 +226,9 @@ def law_of(config: DictConfig, study: StudyRuns) -> Fit:
             raise WrongSetting(
                 f"law={config.law} is of another {name} than study={config.study}: losses do not compare"
             )
-    runs = of_study(config, sizes).runs
-    settings = {"resamples": config.resamples, "level": config.level, "seed": config.seed}
-    law = fit_hoffmann(runs["N"], runs["D"], runs["loss"], **settings)
-    return frontier(
-        law, k=float(np.median(runs["C"].to_numpy() / runs["N"].to_numpy() / runs["D"].to_numpy()))
-    )
+    observations = of_study(config, sizes)
+    law = fit_law(observations, resamples=config.resamples, level=config.level, seed=config.seed)
+    return frontier(law, k=observations.k)
 
 
 def recorded_study(config: DictConfig, directory: Path, runs: pd.DataFrame) -> Recorded:
@@ -355,9 +352,8 @@ def show(console: Console, tables: dict[str, pd.DataFrame], files: list[Path]) -
 def printed(table: pd.DataFrame, title: str) -> Table:
     shown = Table(title=f"\n{title}", box=None, title_justify="left")
     for name in table:
-        heading = str(name).replace("tokens_per_parameter", "D/N")
         shown.add_column(
-            heading, justify="left" if name in ("arm", "scale") else "right", no_wrap=name in WHOLE
+            str(name), justify="left" if name in ("arm", "scale") else "right", no_wrap=name in WHOLE
         )
     for row in table.itertuples(index=False):
         shown.add_row(*map(figures_of, row))

@@ -54,6 +54,7 @@ def sizes(record, study="sizes", seeds=1, noise=0.002, n=6, **changed):
                     loss=loss,
                     params=params,
                     tokens=tokens,
+                    seed=seed,
                     arm=f"d{i}",
                     **changed,
                 )

@@ -37,9 +37,10 @@ def test_the_answer_comes_first_and_with_its_interval(record, report, page, tmp_
     )
     assert "no difference from llama found: gelu by" in answer
     assert shown.index('class="answer"') < shown.index("<section")
-    forest = charts_of(shown)["Difference from llama"]["series"][0]
-    assert forest["values"]["arm"] == ["gelu", "alibi"]
-    assert forest["low"]["difference"][1] == pytest.approx(table.low, rel=1e-5)
+    forest = charts_of(shown)["Difference from llama"]["series"]
+    assert [series["values"]["arm"] for series in forest] == [["gelu"], ["alibi"]]
+    assert [series["colour"] for series in forest] == ["c1", "c2"]
+    assert forest[1]["low"]["difference"] == [pytest.approx(table.low, rel=1e-5)]
     curve = charts_of(shown)["Validation and training"]["series"][0]
     of_arm = load_runs(tmp_path / "runs/parts").query("arm == 'llama'")
     assert curve["group"] == "llama"
@@ -119,9 +120,21 @@ def unpaired(record):
     record("parts", "alone", ["seed=7", "arm=llama"], loss=3.0, seed=7, arm="llama")
 
 
+def mid_sweep(record):
+    for arm, seed, finished in (
+        ("llama", 0, True),
+        ("llama", 1, True),
+        ("alibi", 0, True),
+        ("alibi", 1, False),
+    ):
+        overrides = [f"seed={seed}", f"arm={arm}"]
+        record("parts", f"{arm}-{seed}", overrides, loss=3.0 + seed, seed=seed, arm=arm, finished=finished)
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
+        (mid_sweep, "nothing to compare yet: arm alibi is not compared: its seed 1 is not finished"),
         (one_seed, "one seed only"),
         (one_arm, "no other arm has a finished run"),
         (none_finished, "holds no finished run"),
@@ -186,6 +199,32 @@ def test_a_law_has_its_valleys_and_what_was_held_out(record, report, page):
     planted = LAW["beta"] / (LAW["alpha"] + LAW["beta"])
     assert {series["group"]: len(series["values"]["a"]) for series in exponents}["without a budget"] == 4
     assert exponents[0]["low"]["a"][0] < planted < exponents[0]["high"]["a"][0]
+
+
+def test_an_arm_has_one_colour_in_all_charts(record, report, page, tmp_path):
+    arms(
+        record,
+        seeds=2,
+        shifts=(("llama", 0.0), ("alibi", 0.02), ("gelu", -0.01)),
+        scales=(1e7, 1e8, 1e9, 1e10),
+    )
+    read = [
+        {"run": f"{arm} seed=0", "sliding": False, "length": 64, "trained_at": 64, "loss": 3.0, "bpb": 1.0}
+        for arm in ("gelu", "llama", "another")
+    ]
+    (tmp_path / "runs/parts/lengths.json").write_text(json.dumps(read))
+    assert report("study=parts", "baseline=llama")[0] == 0
+    shown = charts_of(page("parts"))
+    expected = {"llama": "c0", "gelu": "c1", "alibi": "c2", "another": "c3"}
+    for title in (
+        "Validation and training",
+        "Difference from llama over scale",
+        "Compute-equivalent gain",
+        "Loss by length of context",
+    ):
+        colours = {series["group"]: series["colour"] for series in shown[title]["series"]}
+        assert len(colours) > 1
+        assert colours.items() <= expected.items(), title
 
 
 def test_one_run_and_any_runs(record, report, page, tmp_path):

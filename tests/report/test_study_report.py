@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,18 @@ import pytest
 from planted import LAW, arms, loss_of, sizes
 from scipy.stats import t, ttest_rel
 
-from scantling.study.arms import first_arm, study_runs
+from scantling.report.arm_charts import compared as compared_rows
+from scantling.report.arm_charts import gain_chart
+from scantling.report.curve_charts import curves_chart
+from scantling.reported import law_of, of_study
+from scantling.study.ablation import holm
+from scantling.study.ablation_report import headline, report_arms
+from scantling.study.allocation import frontier
+from scantling.study.arms import first_arm, pairable_runs, recorded_runs, study_runs
+from scantling.study.forms import saturating
+from scantling.study.law_report import report_law
+from scantling.study.scaling import fit
+from scantling.study.store import load_curves
 
 
 def test_arms_are_compared_over_seeds(record, report, tmp_path):
@@ -82,6 +95,23 @@ def test_sizes_alone_make_a_law(record, report, tmp_path):
     assert "repeated epochs" not in out
 
 
+def test_a_law_has_one_interval_wherever_it_is_asked_for(record):
+    """On a planned grid, whose bootstrap draws noise: as the law of its own study, and as law= of another."""
+    for budget in (1e12, 1e13, 1e14, 1e15):
+        for i, n in enumerate(0.3 * np.sqrt(budget / 6) * np.geomspace(0.3, 3, 5)):
+            loss = loss_of(n, budget / 6 / n) * (1 + 0.002 * np.cos(7 * i))
+            overrides = [f"budget.flops={budget:g}", f"model.d_model={i}"]
+            record("grid", f"{budget:g}-{i}", overrides, loss=loss, params=n, tokens=budget / 6 / n)
+    settings = {"resamples": 100, "level": 0.9, "seed": 0}
+    config = SimpleNamespace(paths=SimpleNamespace(runs=record.runs), law="grid", study="grid", **settings)
+    config.drop_highest, config.irreducible = 0, None
+    study = study_runs(record.runs / "grid")
+    own = report_law(
+        of_study(config, study), source="grid", held_out=0, tolerance=0.01, budgets=None, **settings
+    )
+    assert law_of(config, study).intervals == frontier(own.fit).intervals
+
+
 def test_repeated_data_and_schedules_that_do_not_end_are_warned_of(record, report):
     sizes(record, unique=5e8, schedule="constant")
     _, out, _ = report("study=sizes", "gate.held_out=0")
@@ -92,8 +122,10 @@ def test_repeated_data_and_schedules_that_do_not_end_are_warned_of(record, repor
 def test_what_is_not_finished_is_named(record, report):
     arms(record)
     record("parts", "late", ["seed=9", "arm=llama"], loss=3.0, seed=9, arm="llama", finished=False)
+    record("parts", "stray", ["seed=0", "attn=gqa"], loss=3.0, finished=False)
     _, out, _ = report("study=parts", "baseline=llama")
-    assert "warning: left out, not finished: late" in out
+    assert "warning: left out, not finished: late, stray" in out
+    assert "of 2 comparisons with llama" in out
 
 
 def test_the_baseline_is_the_first_of_the_sweep():
@@ -118,6 +150,129 @@ def test_settings_typed_without_names_are_arms(record, tmp_path):
     assert not study.is_law
     assert study.scales == ["budget.tokens=1e6", "budget.tokens=2e6"]
     assert set(study.runs["arm"]) == {"attn=mha", "attn=gqa"}
+
+
+def test_runs_of_a_law_are_alike_only_where_size_and_length_are(record):
+    sizes(record, seeds=2, n=3)
+    study = study_runs(record.runs / "sizes")
+    assert study.is_law
+    for (arm, scale), runs in study.runs.groupby(["arm", "scale"]):
+        assert set(runs["seed"]) == {0, 1}, (arm, scale)
+        assert runs["tokens"].nunique() == 1
+    chart = curves_chart(load_curves(record.runs / "sizes"), study.runs, metric="loss", by_size=True)
+    validated = [series for series in chart.series if "val/loss" in series.values]
+    assert len([series for series in validated if series.style == "line"]) == 3 * 5
+    losses = study.runs.groupby(["params", "tokens"])["loss"].mean()
+    assert sorted(series.values["val/loss"][-1] for series in validated if series.style == "line") == (
+        pytest.approx(sorted(losses))
+    )
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_seed_that_the_baseline_lacks_costs_no_other_arm_its_place(record, names):
+    """Whichever of the two lost runs is listed first."""
+    arms(record, seeds=3)
+    for arm, name in zip(("llama", "alibi"), names, strict=True):
+        (record.runs / f"parts/{arm}-2-1e+07").rename(record.runs / "parts" / name)
+        (record.runs / "parts" / name / "summary.json").unlink()
+    runs, cautions = pairable_runs(study_runs(record.runs / "parts"), "llama")
+    assert {(arm, seed) for arm, seed in zip(runs["arm"], runs["seed"], strict=True)} == {
+        (arm, seed) for arm in ("llama", "alibi", "gelu") for seed in (0, 1)
+    }
+    assert cautions == ["seed 2 is not compared: the run of llama is not finished"]
+
+
+def test_a_run_that_goes_on_with_another_setting_is_another_arm(record):
+    for attn in ("mha", "gqa"):
+        for seed in (0, 1):
+            record("grid", f"{attn}-{seed}", [f"attn={attn}", f"seed={seed}"], loss=3.0, seed=seed)
+    record("grid", "going", ["attn=gqa", "seed=1", "qk_norm=on"], loss=3.0, seed=1, finished=False)
+    study = study_runs(record.runs / "grid")
+    assert study.recorded["arm"]["going"] == "attn=gqa qk_norm=on"
+    assert set(study.runs["arm"]) == {"attn=mha", "attn=gqa"}
+    partial, _ = recorded_runs(record.runs / "grid")
+    assert list(partial["arm"]) == list(study.recorded["arm"])
+
+
+OF_A_SIZE = {
+    "E": LAW["E"] + LAW["A"] / 1e6 ** LAW["alpha"],
+    "B": LAW["B"] * 6e6 ** LAW["beta"],
+    "beta": LAW["beta"],
+}
+"""The law of the baseline of `arms` against C = 6ND, N its million parameters."""
+
+
+def compared(record, *, study="parts", shift=0.0, **changed):
+    """Arms against llama, with the law of its baseline, all of its losses off by `shift`."""
+    c = np.geomspace(1e12, 1e17, 20)
+    loss = shift + OF_A_SIZE["E"] + OF_A_SIZE["B"] / c ** OF_A_SIZE["beta"]
+    loss *= np.exp(0.002 * np.random.default_rng(0).standard_normal(20))
+    law = fit(saturating("C"), {"C": c}, loss, resamples=200)
+    settings = {"baseline": "llama", "metric": "loss", "precision": 0.002, "level": 0.95, "resamples": 200}
+    return report_arms(study_runs(record.runs / study), law=law, seed=0, **settings | changed)
+
+
+@pytest.mark.parametrize(("shift", "is_off"), [(0.0, False), (-1.0, True), (0.2, True)])
+def test_a_baseline_that_is_not_on_the_law_is_said(record, shift, is_off):
+    arms(record, scales=(1e7, 1e9))
+    found = compared(record, shift=shift)
+    said = [text for text in found.cautions if "the law says" in text]
+    assert len(said) == (2 if is_off else 0)
+    if is_off:
+        own = found.arms[found.arms["arm"] == "llama"]["loss"].iloc[-1]
+        assert f"at budget.tokens=1e+09 the baseline comes to {own:.4f} where the law says" in said[1]
+
+
+def test_gains_that_have_no_end_are_named(record):
+    """At 10⁹ tokens the law leaves 0.98 to gain: a difference of 1.2 is beyond it, one of 0.97 not surely within."""
+    scales = (1e7, 1e8, 1e9)
+    shifts = (("llama", 0.0), ("far", -1.2), ("near", -0.97), ("gelu", 0.05), ("out", -6.0))
+    arms(record, shifts=shifts, scales=scales)
+    found = compared(record)
+    note = gain_chart(found, {name: i for i, name in enumerate(found.order)}).note
+    at = "budget.tokens=1e+09"
+    assert f"far at {at} (no compute reaches its loss)" in note
+    assert f"near at {at} (its interval has no upper end)" in note
+    assert "gelu" not in note
+    lines = {line.partition(":")[0]: line for line in found.trends}
+    assert lines["far"].endswith(f"; without {at}, where no compute reaches its loss")
+    assert "without" not in lines["gelu"]
+    assert lines["out"].endswith(f"no compute reaches its loss at {', '.join(found.arms['scale'].unique())}")
+
+
+def test_trends_are_corrected_for_their_number(record):
+    shifts = (("llama", 0.0), ("a", -0.1), ("b", 0.05), ("c", 0.001))
+    arms(record, shifts=shifts, scales=(1e7, 1e8))
+    found = compared(record)
+    alone = {
+        arm: float(re.search(r"p ([\d.e-]+)", compared_alone(record, arm).trends[0])[1]) for arm in "abc"
+    }
+    for line, p in zip(sorted(found.trends), holm(list(alone.values())), strict=True):
+        assert float(re.search(r"p ([\d.e-]+) by Holm over 3 arms", line)[1]) == pytest.approx(p, rel=0.02)
+
+
+def compared_alone(record, arm):
+    """Without the others' records."""
+    study, parts = f"only-{arm}", record.runs / "parts"
+    for path in parts.iterdir():
+        if path.name.startswith(("llama", f"{arm}-")):
+            shutil.copytree(path, record.runs / study / path.name)
+    return compared(record, study=study)
+
+
+def test_the_largest_scale_speaks_for_the_study(record):
+    """Its noise in the headline, its order of arms; colours go by that order, the baseline's first."""
+    for scale, losses in {1e7: (3.0, 3.1, 2.9), 1e8: (2.5, 2.3, 2.6)}.items():
+        for arm, loss in zip(("llama", "alibi", "gelu"), losses, strict=True):
+            for seed in (0, 1, 2):
+                overrides = [f"budget.tokens={scale:g}", f"seed={seed}", f"arm={arm}"]
+                noise = 0.02 * seed * (scale / 1e7)
+                name = f"{arm}-{seed}-{scale:g}"
+                record("parts", name, overrides, loss=loss + noise, tokens=scale, seed=seed, arm=arm)
+    found = compared(record)
+    assert found.order == ["llama", "alibi", "gelu"]
+    assert f"noise {np.std([0, 0.2, 0.4], ddof=1):.4f} between seeds" in headline(found)
+    assert list(compared_rows(found)) == ["alibi", "gelu"]
 
 
 def unpaired(record):

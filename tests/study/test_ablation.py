@@ -153,7 +153,20 @@ def test_a_trend_over_scale_is_seen_when_there_is_one(baseline):
         for i, (c, m) in enumerate(zip(scales, (1.6, 1.3, 1.05), strict=True))
     ]
     assert gain_trend(fading).verdict == "fades with scale"
+    assert gain_trend(fading).p < 0.05 < gain_trend(same).p
     assert gain_trend(fading).per_decade == pytest.approx(np.log(1.05 / 1.6) / 2, rel=0.1)
+
+
+def test_trends_of_gains_without_one_are_seen_as_often_as_they_may(baseline):
+    """Of 200 arms without a trend, 5 % at most and two standard errors."""
+    seen = 0
+    for seed in range(200):
+        gains = [
+            compute_equivalent_gain(baseline, c, planted_difference(c, 1.2, seed=3 * seed + i), seed=i)
+            for i, c in enumerate((1e17, 1e18, 1e19))
+        ]
+        seen += gain_trend(gains).verdict != "no trend seen"
+    assert seen <= 16
 
 
 def test_a_loss_below_the_laws_E_is_worth_no_multiplier(baseline):

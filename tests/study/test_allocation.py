@@ -1,9 +1,11 @@
 """Optima against SciPy's minimiser, gates against planted laws, approaches 1 and 2 against planted exponents."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 
+from scantling.report.law_charts import law_charts
 from scantling.study.allocation import (
     allocation_exponent,
     convention_table,
@@ -13,6 +15,8 @@ from scantling.study.allocation import (
 )
 from scantling.study.forms import HOFFMANN, KaplanSum
 from scantling.study.isoflop import fit_envelope, fit_isoflop, parabola_bias
+from scantling.study.law_report import LawReport, answer, report_law, tables
+from scantling.study.observations import observe
 from scantling.study.scaling import fit
 
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
@@ -25,20 +29,20 @@ def loss_of(n, d, law=LAW):
     return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
 
 
-def grid(budgets=(1e18, 1e19, 1e20, 1e21), sizes=9, width=0.6, off=0.0, law=LAW):
-    """N, C and noiseless loss of an IsoFLOP grid around each budget's optimum, or `off` decades beside it."""
+def grid(budgets=(1e18, 1e19, 1e20, 1e21), sizes=9, width=0.6, off=0.0, law=LAW, k=6.0):
+    """N, C and noiseless loss of an IsoFLOP grid around each budget's optimum, or `off` decades beside it; C = kND."""
     n, c = [], []
     for budget in budgets:
-        optimum = minimise_by_scipy(budget, law)
+        optimum = minimise_by_scipy(budget, law, k)
         n += list(optimum * 10 ** (off + np.linspace(-width, width, sizes)))
         c += [budget] * sizes
     n, c = np.array(n), np.array(c)
-    return n, c, loss_of(n, c / 6 / n, law)
+    return n, c, loss_of(n, c / k / n, law)
 
 
-def minimise_by_scipy(budget, law=LAW):
+def minimise_by_scipy(budget, law=LAW, k=6.0):
     best = minimize_scalar(
-        lambda x: loss_of(np.exp(x), budget / 6 / np.exp(x), law),
+        lambda x: loss_of(np.exp(x), budget / k / np.exp(x), law),
         bounds=(5, 35),
         method="bounded",
         options={"xatol": 1e-10},
@@ -175,3 +179,58 @@ def test_the_envelope_of_ideal_curves_has_the_planted_exponent():
     law = fit_envelope(n, n, d, loss_of(n, d), resamples=50)
     assert law.exponent == pytest.approx(EXPONENT, abs=0.01)
     assert "not decayed" in law.warnings[0] or "before the end of a schedule" in law.warnings[0]
+
+
+def reported(n, d, c, loss, *, noise=1e-4, **changed) -> LawReport:
+    loss = loss * np.exp(noise * np.random.default_rng(0).standard_normal(len(loss)))
+    table = pd.DataFrame({"N": n, "D": d, "C": c, "loss": loss}, index=range(1, len(n) + 1))
+    columns = {"n": "N", "d": "D", "c": "C", "loss": "loss", "run": None, "unique": None, "same": ()}
+    settings = {"source": "runs", "resamples": 100, "level": 0.95, "seed": 0, "held_out": 0.0}
+    settings |= {"tolerance": 0.01, "budgets": None}
+    return report_law(observe(table, **columns, drop_highest=0, irreducible=None), **settings | changed)
+
+
+def test_measured_flops_are_divided_as_they_were_measured():
+    """Where a parameter and token take 9 FLOPs: the optimum of C = 9ND, which approach 2 has without any such number."""
+    n, c, loss = grid(k=9)
+    report = reported(n, c / 9 / n, c, loss)
+    expected = minimise_by_scipy(1e21, k=9)
+    assert expected < 0.85 * minimise_by_scipy(1e21)
+    optimum = report.optimum.set_index("C")
+    assert optimum["N"][1e21] == pytest.approx(expected, rel=0.02)
+    assert optimum["D"][1e21] == pytest.approx(1e21 / 9 / expected, rel=0.02)
+    assert report.isoflop.optima[-1] == pytest.approx(optimum["N"][1e21], rel=0.05)
+    charts = {chart.title: chart.series for chart in law_charts(report)}
+    at = 1e21 * np.array([0.9, 1.1])
+    for title, line in {"Compute-optimal size": 1, "Frontier": 1}.items():
+        values = charts[title][line].values
+        drawn = np.exp(np.interp(np.log(at), np.log(values["C"]), np.log(values["N"])))
+        np.testing.assert_allclose(drawn, [minimise_by_scipy(x, k=9) for x in at], rtol=0.02)
+    assert any("C = 9ND" in title for title in tables(report))
+
+
+def test_a_small_table_is_fitted_without_the_budgets_that_it_can_spare():
+    """Eight rows in budgets of 3, 3, 1 and 1: without one of three, five are left for five parameters."""
+    n = np.array([1e8, 2e8, 4e8, 2e8, 4e8, 8e8, 8e8, 1.6e9])
+    c = np.array([1e18] * 3 + [1e19] * 3 + [1e20, 1e21])
+    without = reported(n, c / 6 / n, c, loss_of(n, c / 6 / n)).without
+    assert list(without["without the runs of"]) == ["1e+20 FLOPs", "1e+21 FLOPs"]
+    c = np.array([1e18] * 3 + [1e19] * 3 + [1e20] * 2 + [1e21] * 2)[[0, 1, 3, 4, 6, 8, 9]]
+    n, d = n[[0, 1, 3, 4, 6, 7, 2]], c / 6 / n[[0, 1, 3, 4, 6, 7, 2]]
+    assert reported(n, d, c, loss_of(n, d)).without is None
+
+
+def test_the_answer_is_of_the_largest_budget_asked_for():
+    n, c, loss = grid()
+    assert answer(reported(n, c / 6 / n, c, loss)).startswith("At 1e+21 FLOPs")
+    for budgets in ([1e18, 1e20], [1e20, 1e18]):
+        assert answer(reported(n, c / 6 / n, c, loss, budgets=budgets)).startswith("At 1e+20 FLOPs")
+
+
+def test_the_gate_has_the_level_and_the_resampling_of_the_fit():
+    n, c, loss = grid(sizes=6)
+    report = reported(n, c / 6 / n, c, loss, noise=0.002, held_out=0.25, level=0.8)
+    losses = report.observations.runs["loss"]
+    settings = {"compute": c, "share": 0.25, "tolerance": 0.01, "resamples": 100}
+    expected = held_out_gate(n, c / 6 / n, losses, **settings, level=0.8, resampling="noise")
+    pd.testing.assert_frame_equal(report.gate.held_out, expected.held_out)

@@ -96,6 +96,9 @@ def test_the_cache_is_read_and_follows_every_change(study, monkeypatch):
     assert len(store.load_runs(study)) == 2
     (study / "runs.parquet").unlink()
     pd.testing.assert_frame_equal(store.load_runs(study), store.load_runs(study), check_dtype=False)
+    moved = study.rename(study.with_name("moved"))
+    frame = store.load_runs(moved)
+    assert list(frame["path"]) == [str(moved / run) for run in frame["run"]]
 
 
 def test_runs_are_listed_compared_exported_and_removed(study, entry, tmp_path):

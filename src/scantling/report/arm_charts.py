@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from scantling.report.curve_charts import ARMS
+from scantling.report.curve_charts import ARMS, with_others
 from scantling.report.spec import Axis, Chart, Series
 from scantling.study.ablation_report import AblationReport
 from scantling.study.arms import rows
+from scantling.study.lengths import arm_of
+from scantling.study.store import UNITS
 
-UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
+NAMED = 10
+"""Gains that a note names."""
 
 
 def compared(report: AblationReport) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the arms' table by arm, without the baseline; those of the first arms, which have the lowest losses."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in report.arms.to_dict("records"):
-        if row["arm"] != report.baseline:
-            found.setdefault(row["arm"], []).append(row)
-    return dict(list(found.items())[:ARMS])
+    """Rows of the arms' table by arm, without the baseline; those of the first arms, which have the lowest losses at the
+    largest scale."""
+    others = [arm for arm in report.order if arm != report.baseline]
+    return {arm: rows(report.arms, arm=arm).to_dict("records") for arm in others[:ARMS]}
 
 
 def column(table: Sequence[dict[str, Any]], name: str) -> list[Any]:
     return [row[name] for row in table]
 
 
-def forest_chart(report: AblationReport) -> Chart:
-    """Every arm's difference from the baseline with its paired t interval, at every scale."""
+def forest_chart(report: AblationReport, colours: Mapping[str, int]) -> Chart:
+    """Every arm's difference from the baseline with its paired t interval, at every scale: of several each has a colour."""
     scales = list(dict.fromkeys(report.arms["scale"]))
     shown = compared(report)
     labels = {
@@ -39,31 +39,33 @@ def forest_chart(report: AblationReport) -> Chart:
         for of_arm in list(shown.values())[: max(ARMS // len(scales), 1)]
         for row in of_arm
     }
-    found = []
-    for i, scale in enumerate(scales):
-        here = [
-            row
-            for of_arm in shown.values()
-            for row in of_arm
-            if row["scale"] == scale and (row["arm"], scale) in labels
-        ]
-        found.append(
-            Series(
-                scale or report.metric,
-                {
-                    "arm": [labels[row["arm"], scale] for row in here],
-                    "difference": column(here, "difference"),
-                },
-                {"difference": column(here, "low")},
-                {"difference": column(here, "high")},
-                style="points",
-                colour=i / (len(scales) - 1) if len(scales) > 1 else 0,
-                hover=[f"{r['arm']}: {r['low']:+.4f} to {r['high']:+.4f}, {r['verdict']}" for r in here],
-            )
+    kept = [row for of_arm in shown.values() for row in of_arm if (row["arm"], row["scale"]) in labels]
+    if len(scales) == 1:
+        groups = {row["arm"]: (colours[row["arm"]], [row]) for row in kept}
+    else:
+        groups = {
+            scale: (i / (len(scales) - 1), [row for row in kept if row["scale"] == scale])
+            for i, scale in enumerate(scales)
+        }
+    found = [
+        Series(
+            group,
+            {
+                "arm": [labels[row["arm"], row["scale"]] for row in here],
+                "difference": column(here, "difference"),
+            },
+            {"difference": column(here, "low")},
+            {"difference": column(here, "high")},
+            style="points",
+            colour=colour,
+            hover=[f"{r['arm']}: {r['low']:+.4f} to {r['high']:+.4f}, {r['verdict']}" for r in here],
         )
+        for group, (colour, here) in groups.items()
+    ]
     n_arms = len(set(report.arms["arm"])) - 1
     n_shown = len({arm for arm, _ in labels})
-    more = f"The {n_shown} of {n_arms} arms with the lowest losses. " if n_arms > n_shown else ""
+    where = f" at {report.largest}" if report.largest else ""
+    more = f"The {n_shown} of {n_arms} arms with the lowest losses{where}. " if n_arms > n_shown else ""
     return Chart(
         f"Difference from {report.baseline}",
         tuple(found),
@@ -76,7 +78,9 @@ def forest_chart(report: AblationReport) -> Chart:
     )
 
 
-def scale_chart(report: AblationReport, compute: dict[str, float]) -> Chart | None:
+def scale_chart(
+    report: AblationReport, compute: Mapping[str, float], colours: Mapping[str, int]
+) -> Chart | None:
     """Differences against compute, where arms were compared at several scales; `compute`: FLOPs of the baseline by scale."""
     if len(compute) < 2:
         return None
@@ -86,9 +90,9 @@ def scale_chart(report: AblationReport, compute: dict[str, float]) -> Chart | No
             {"C": [compute[row["scale"]] for row in here], "difference": column(here, "difference")},
             {"difference": column(here, "low")},
             {"difference": column(here, "high")},
-            colour=i,
+            colour=colours[arm],
         )
-        for i, (arm, here) in enumerate(compared(report).items())
+        for arm, here in compared(report).items()
     ]
     return Chart(
         f"Difference from {report.baseline} over scale",
@@ -99,44 +103,59 @@ def scale_chart(report: AblationReport, compute: dict[str, float]) -> Chart | No
     )
 
 
-def gain_chart(report: AblationReport) -> Chart | None:
-    """Compute-equivalent gains against compute, where a law is at hand."""
+def gain_chart(report: AblationReport, colours: Mapping[str, int]) -> Chart | None:
+    """Compute-equivalent gains against compute, where a law is at hand; those without an end are named in its note."""
     gains = [] if report.gains is None else report.gains.to_dict("records")
     known = [row for row in gains if np.isfinite(row["high"])]
     if not known:
         return None
     found = []
-    for i, arm in enumerate(dict.fromkeys(column(known, "arm"))):
+    for arm in dict.fromkeys(column(known, "arm")):
         here = [row for row in known if row["arm"] == arm]
         values = {"C": column(here, "FLOPs"), "gain": column(here, "gain")}
         bars = {"gain": column(here, "low")}, {"gain": column(here, "high")}
-        found.append(Series(arm, values, *bars, style="points", colour=i))
+        found.append(Series(arm, values, *bars, style="points", colour=colours[arm]))
     return Chart(
         "Compute-equivalent gain",
         tuple(found),
         (Axis("C", "FLOPs", log=True),),
         (Axis("gain", "× compute", log=True),),
-        note="What the baseline would need, as a multiple of the compute, to reach the arm's loss: above 1 is better.",
+        note="How many times the compute a difference as large takes on the baseline's law: above 1 is better."
+        + not_drawn([row for row in gains if not np.isfinite(row["high"])]),
     )
 
 
-def lengths_chart(records: Sequence[dict[str, Any]]) -> Chart:
+def not_drawn(gains: Sequence[dict[str, Any]]) -> str:
+    """Gains without an end, of many the first."""
+    texts = []
+    for row in gains[:NAMED]:
+        where = f" at {row['scale']}" if row["scale"] else ""
+        why = "no compute reaches its loss" if np.isnan(row["gain"]) else "its interval has no upper end"
+        texts.append(f"{row['arm']}{where} ({why})")
+    more = f" and {len(gains) - NAMED} more" if len(gains) > NAMED else ""
+    return f" Not drawn: {', '.join(texts)}{more}." if texts else ""
+
+
+def lengths_chart(records: Sequence[dict[str, Any]], colours: Mapping[str, int]) -> Chart:
     """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of training."""
     frame = pd.DataFrame(records)
-    frame["arm"] = [re.sub(r" ?seed=\d+", "", name) or name for name in frame["run"]]
+    frame["arm"] = [arm_of(name) for name in frame["run"]]
+    colours = with_others(colours, frame["arm"])
     slides = bool(frame["sliding"].any())
     found = []
-    for i, arm in enumerate(dict.fromkeys(frame["arm"])):
+    for arm in dict.fromkeys(frame["arm"]):
         for sliding in (False, True) if slides else (False,):
             here = rows(frame, arm=arm, sliding=sliding)
             hover = f"{arm}{', sliding' if sliding else ''}"
             style = "dashed" if slides and not sliding else "line"
-            found.append(Series(arm, *by_length(here), style=style, colour=i, hover=hover))
+            found.append(Series(arm, *by_length(here), style=style, colour=colours[arm], hover=hover))
             at = here.iloc[np.flatnonzero(here["length"] == here["trained_at"])]
             if len(at):
                 rings = by_length(at)[0]
                 found.append(
-                    Series(arm, rings, style="rings", colour=i, hover=f"{hover}, length of training")
+                    Series(
+                        arm, rings, style="rings", colour=colours[arm], hover=f"{hover}, length of training"
+                    )
                 )
     return Chart(
         "Loss by length of context",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -33,12 +34,18 @@ VALIDATED, TRAINED = ("val/bpb", "val/loss"), "train/loss"
 
 
 def curves_chart(
-    curves: pd.DataFrame, runs: pd.DataFrame, *, metric: str, by_size: bool = False
+    curves: pd.DataFrame,
+    runs: pd.DataFrame,
+    *,
+    metric: str,
+    by_size: bool = False,
+    colours: Mapping[str, int] = MappingProxyType({}),
 ) -> Chart | None:
     """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean over seeds
     with a band of ± two standard errors, and the runs themselves where they are few.
 
-    `metric`: the one shown first. `by_size`: colours by parameters, from small to large. None where nothing was recorded.
+    `metric`: the one shown first. `by_size`: colours by parameters, from small to large; else `colours`, by arm. None where
+    nothing was recorded.
     """
     if not len(curves) or not set(VALIDATED) <= set(curves):
         return None
@@ -55,7 +62,7 @@ def curves_chart(
     n_lines = sum(len(group) for *_, group in groups)
     each = n_lines <= LINES
     points = int(np.clip(POINTS // max(len(groups) + (n_lines if each else 0), 1), 8, MOST_POINTS))
-    colours: dict[str, int | float] = {}
+    colours = with_others(colours, [arm for arm, *_ in groups])
     sizes = np.log(runs["params"].to_numpy(dtype=float))
     found = []
     for arm, scale, group in groups:
@@ -63,8 +70,8 @@ def curves_chart(
             size = float(np.log(group["params"].mean()))
             colour = float((size - np.nanmin(sizes)) / (np.nanmax(sizes) - np.nanmin(sizes)))
         else:
-            colour = colours.setdefault(arm, len(colours))
-        label = arm if scale in ("", arm) else f"{arm}, {scale}"
+            colour = colours[arm]
+        label = arm if set(scale.split()) <= set(arm.split()) else f"{arm}, {scale}"
         tables = [of_run[name] for name in group["run"] if name in of_run]
         found += mean_curve(tables, arm, label, colour, points)
         if each and len(tables) > 1:
@@ -95,6 +102,14 @@ def curves_chart(
         recorded=True,
         height=460,
     )
+
+
+def with_others(colours: Mapping[str, int], arms: Iterable[str]) -> dict[str, int]:
+    """The colour of every arm: those that have none take the next."""
+    found = dict(colours)
+    for arm in arms:
+        found.setdefault(arm, len(found))
+    return found
 
 
 def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:

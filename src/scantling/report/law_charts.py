@@ -6,13 +6,11 @@ import numpy as np
 
 from scantling.report.spec import Axis, Chart, Series
 from scantling.study.allocation import allocation_exponent, optimal_parameters, optimum_table
+from scantling.study.budgets import drawn_budgets, grouped
 from scantling.study.huber import Array
-from scantling.study.isoflop import grouped, parabola_minimum
+from scantling.study.isoflop import parabola_minimum
 from scantling.study.law_report import LawReport
 from scantling.study.scaling import estimate
-
-BEYOND = 100.0
-"""How far above the largest run's FLOPs the frontier is drawn."""
 
 MOST_RUNS = 2000
 """Points of a chart; of more runs so many are drawn evenly."""
@@ -42,8 +40,8 @@ def law_charts(report: LawReport) -> list[Chart]:
     ]
 
 
-def by_rank(values: Array) -> Array:
-    """From 0 to 1 by logarithm."""
+def by_logarithm(values: Array) -> Array:
+    """From 0, the smallest, to 1."""
     logs = np.log(values)
     return (logs - logs.min()) / max(float(np.ptp(logs)), 1e-12)
 
@@ -58,7 +56,7 @@ def valleys_chart(report: LawReport) -> Chart | None:
         return None
     runs = report.observations.runs
     n, c, loss = (runs[name].to_numpy() for name in ("N", "C", "loss"))
-    budgets = grouped(np.log(c), 0.05)
+    budgets = grouped(np.log(c))
     found = []
     for i, rows in enumerate(budgets):
         group, colour = f"{c[rows].mean():.3g} FLOPs", i / (len(budgets) - 1)
@@ -113,7 +111,7 @@ def frontier_chart(report: LawReport) -> Chart:
             "runs",
             {"C": c.tolist(), "N": n.tolist(), "D": d.tolist(), "loss": loss.tolist()},
             style="points",
-            colour=by_rank(n).tolist(),
+            colour=by_logarithm(n).tolist(),
             hover=[
                 f"run {run}: {size:.3g} parameters, {tokens:.3g} tokens"
                 for run, size, tokens in zip(runs["run"].iloc[kept], n, d, strict=True)
@@ -121,8 +119,8 @@ def frontier_chart(report: LawReport) -> Chart:
         )
     ]
     if fit.alpha > 0 and fit.beta > 0:
-        budgets = np.geomspace(runs["C"].min(), BEYOND * runs["C"].max(), 60)
-        optimum = optimum_table(fit, budgets.tolist())
+        budgets = drawn_budgets(runs["C"].to_numpy(), 60)
+        optimum = optimum_table(fit, budgets.tolist(), k=report.observations.k)
         name = f"compute-optimal, with {fit.level:.0%} of its bootstrap"
         found.append(
             Series(
@@ -150,11 +148,11 @@ def optimum_chart(report: LawReport) -> Chart | None:
     if fit.alpha <= 0 or fit.beta <= 0:
         return None
     kept = drawn(len(runs))
-    budgets = np.geomspace(runs["C"].min(), BEYOND * runs["C"].max(), 40)
+    budgets, k = drawn_budgets(runs["C"].to_numpy(), 40), report.observations.k
     sizes, low, high = [], [], []
     for budget in budgets:
         with np.errstate(invalid="ignore"):
-            value, interval = estimate(fit, lambda law, c=budget: optimal_parameters(law, c, 6.0))
+            value, interval = estimate(fit, lambda law, c=budget: optimal_parameters(law, c, k))
         sizes.append(value)
         low.append(interval[0] if interval else value)
         high.append(interval[1] if interval else value)
@@ -195,7 +193,7 @@ def residuals_chart(report: LawReport) -> Chart:
     hover = [f"run {run}" for run in runs["run"].iloc[kept]]
     return Chart(
         "Residuals",
-        (Series("runs", values, style="points", colour=by_rank(n).tolist(), hover=hover),),
+        (Series("runs", values, style="points", colour=by_logarithm(n).tolist(), hover=hover),),
         SIZES,
         (Axis("residual", "observed over predicted, %", log=None),),
         note="A trend along an axis is what the form does not describe. Coloured by parameters.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.report.arm_charts import forest_chart, gain_chart, lengths_chart, scale_chart
-from scantling.report.curve_charts import curves_chart, others_chart
+from scantling.report.curve_charts import curves_chart, others_chart, with_others
 from scantling.report.law_charts import law_charts
 from scantling.report.records import (
     differing_settings,
@@ -60,28 +61,33 @@ class Recorded:
 
 def arms_page(found: AblationReport, study: StudyRuns, recorded: Recorded) -> Report:
     """Arms against the baseline."""
-    order = dict.fromkeys(found.arms["arm"])
-    runs = in_order(study.runs, list(order))
-    recorded = replace(recorded, runs=in_order(study.recorded, list(order)))
+    order = found.order
+    runs = in_order(study.runs, order)
+    recorded = replace(recorded, runs=in_order(study.recorded, order))
+    colours = with_others({}, recorded.runs["arm"])
     compute = {
         scale: mean_of(rows(study.runs, scale=scale, arm=found.baseline), "flops")
         for scale in dict.fromkeys(found.arms["scale"])
     }
     tables = ablation_report.tables(found)
-    compared: list[Block] = [forest_chart(found)]
-    compared += [chart for chart in (scale_chart(found, compute), gain_chart(found)) if chart is not None]
+    compared: list[Block] = [forest_chart(found, colours)]
+    compared += [
+        chart
+        for chart in (scale_chart(found, compute, colours), gain_chart(found, colours))
+        if chart is not None
+    ]
     compared += [Table(title, table) for title, table in tables.items()]
     compared += [Text(trend) for trend in found.trends]
     draw = lambda path: draw_arms(  # noqa: E731
         recorded.curves, study.runs, found.arms, path, metric=found.metric, baseline=found.baseline
     )
     compared.append(Figure("Curves of the arms, and their differences", "arms.png", draw))
-    largest = runs.iloc[np.flatnonzero(runs["scale"] == found.arms["scale"].iloc[-1])]
+    largest = runs.iloc[np.flatnonzero(runs["scale"] == found.largest)]
     sections = [
-        *training(recorded.runs, recorded.curves, found.metric),
+        *training(recorded.runs, recorded.curves, found.metric, colours=colours),
         Section("Arms compared", tuple(compared)),
-        *tuning(recorded),
-        *lengths(recorded),
+        *tuning(recorded, colours),
+        *lengths(recorded, colours),
         *records(of_each_arm(largest), recorded),
     ]
     cautions = [*found.cautions, *failures(study.recorded), *mixed(study.runs)]
@@ -106,6 +112,7 @@ def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: R
         laws.fit,
         runs["C"].to_numpy(),
         path,
+        k=laws.observations.k,
         title=law_report.headline(laws).partition(":")[0],
         cutoff=None if laws.gate is None else laws.gate.cutoff,
         caution=laws.fit.verdict if laws.gate is not None and not laws.gate.passed else None,
@@ -225,23 +232,25 @@ def in_order(runs: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
     )
 
 
-def training(runs: pd.DataFrame, curves: pd.DataFrame, metric: str, by_size: bool = False) -> list[Section]:
-    chart = curves_chart(curves, runs, metric=metric, by_size=by_size)
+def training(runs: pd.DataFrame, curves: pd.DataFrame, metric: str, **settings) -> list[Section]:
+    """`settings`: those of `curves_chart`."""
+    chart = curves_chart(curves, runs, metric=metric, **settings)
     return [] if chart is None else [Section("Loss over training", (chart,))]
 
 
-def tuning(recorded: Recorded) -> list[Section]:
+def tuning(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
     """What `tune=lr` tried."""
     if recorded.study is None or all(pd.isna(note) for note in recorded.runs["tuned"].tolist()):
         return []
     tried = load_tuning(recorded.study)
+    colours = with_others(colours, tried["arm"])
     found = []
-    for i, arm in enumerate(dict.fromkeys(tried["arm"])):
+    for arm in dict.fromkeys(tried["arm"]):
         of_arm, chosen = rows(tried, arm=arm), rows(tried, arm=arm, chosen=True)
         values = {"lr": of_arm["lr"].tolist(), "bpb": of_arm["bpb"].tolist()}
-        found.append(Series(str(arm), values, colour=i))
+        found.append(Series(str(arm), values, colour=colours[arm]))
         ring = {"lr": chosen["lr"].tolist(), "bpb": chosen["bpb"].tolist()}
-        found.append(Series(str(arm), ring, style="rings", colour=i, hover=f"{arm}: chosen"))
+        found.append(Series(str(arm), ring, style="rings", colour=colours[arm], hover=f"{arm}: chosen"))
     chart = Chart(
         "Learning rates tried",
         tuple(found),
@@ -253,11 +262,11 @@ def tuning(recorded: Recorded) -> list[Section]:
     return [Section("Learning rates", (chart,))]
 
 
-def lengths(recorded: Recorded) -> list[Section]:
+def lengths(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
     """Of what `evaluate.py lengths=[…] to=DIR` left beside the page or in the study."""
     for place in (recorded.directory, recorded.study):
         if place is not None and (place / LENGTHS[0]).exists():
-            chart = lengths_chart(json.loads((place / LENGTHS[0]).read_text()))
+            chart = lengths_chart(json.loads((place / LENGTHS[0]).read_text()), colours)
             return [Section("Beyond the length of training", (chart,))]
     return []
 

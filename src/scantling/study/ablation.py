@@ -194,7 +194,7 @@ def first(holds: Callable[[int], bool], most: int) -> int | None:
 
 @dataclass(frozen=True)
 class Gain:
-    """Compute-equivalent gain: the baseline would need `multiplier` times the compute to reach the arm's loss."""
+    """Compute-equivalent gain: on the baseline's law a difference as large takes `multiplier` times the compute."""
 
     compute: float
     multiplier: float
@@ -210,7 +210,8 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
     """What the paired `difference` of losses (one a seed, negative is better) at a budget is worth by the baseline's law.
 
     `law` is of `saturating("C")`, or a `frontier`: L(C) = E + B/C^beta. The multiplier m solves L(m·C) = L(C) +
-    difference. The interval combines draws of the mean difference, from Student's t, with the law's resamples.
+    difference: it starts from the law's loss, which is the baseline's own only where that lies on the law. The interval
+    combines draws of the mean difference, from Student's t, with the law's resamples.
 
     Raises ValueError for a loss that the law says no compute reaches: one at or below E.
     """
@@ -230,8 +231,8 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
     m = float(multiplier(law.B, law.beta, d.mean()))
     if not np.isfinite(m):
         raise ValueError(
-            f"the arm's loss {law.predict(C=compute)[0] + d.mean():.4g} is below E = {law.E:.4g}: by the baseline's law "
-            "no compute reaches it"
+            f"the law's loss with the difference, {law.predict(C=compute)[0] + d.mean():.4g}, is below E = {law.E:.4g}: by "
+            "the baseline's law no compute reaches it"
         )
     published, rng = law.form.published(law.resamples()), np.random.default_rng(seed)
     scale = d.std(ddof=1) / np.sqrt(len(d))
@@ -244,15 +245,20 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
 
 @dataclass(frozen=True)
 class Trend:
-    """How a gain changes with scale: log of the multiplier per factor of ten in compute."""
+    """How a gain changes with scale: log of the multiplier per factor of ten in compute. `p`: two-sided, of no trend, to be
+    corrected where several arms are looked at."""
 
     per_decade: float
     interval: Interval
+    p: float
+    level: float
 
     @property
     def verdict(self) -> str:
-        low, high = self.interval
-        return "grows with scale" if low > 0 else "fades with scale" if high < 0 else "no trend seen"
+        """grows or fades with scale, or no trend seen, at `level`."""
+        if self.p > 1 - self.level:
+            return "no trend seen"
+        return "grows with scale" if self.per_decade > 0 else "fades with scale"
 
 
 def gain_trend(gains: Sequence[Gain], *, level: float = 0.95) -> Trend:
@@ -265,5 +271,9 @@ def gain_trend(gains: Sequence[Gain], *, level: float = 0.95) -> Trend:
     with np.errstate(divide="ignore", invalid="ignore"):
         samples = np.log(np.stack([gain.samples_S for gain in gains], axis=1)) @ centred / (centred @ centred)
     slope = float(np.log([gain.multiplier for gain in gains]) @ centred / (centred @ centred))
-    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
-    return Trend(slope, (float(low), float(high)))
+    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], method="nearest")
+    # A gain without end at both ends of the line has a slope that is not known, and counts on either side.
+    beyond = min((~(samples > 0)).sum(), (~(samples < 0)).sum())
+    return Trend(
+        slope, (float(low), float(high)), min(2 * float(beyond + 1) / (len(samples) + 1), 1.0), level
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,17 @@ from scantling.study.ablation import (
     compare,
     compute_equivalent_gain,
     gain_trend,
+    holm,
     paired_losses,
     seeds_for_precision,
     seeds_needed,
+    t_interval,
 )
 from scantling.study.arms import StudyRuns, mean_of, pairable_runs, rows
+from scantling.study.budgets import grouped
 from scantling.study.forms import saturating
-from scantling.study.scaling import Fit, fit
+from scantling.study.scaling import Fit, estimate, fit
+from scantling.study.store import UNITS
 
 VERDICTS = ("better", "worse", "undecided")
 
@@ -45,6 +50,17 @@ class AblationReport:
     trends: tuple[str, ...]
     cautions: tuple[str, ...]
 
+    @property
+    def largest(self) -> str:
+        """The scale that speaks for the study."""
+        return self.arms["scale"].iloc[-1]
+
+    @property
+    def order(self) -> list[str]:
+        """The baseline, and the others from the lowest loss at the largest scale on; at the end those not compared there."""
+        scales = list(dict.fromkeys(self.arms["scale"]))[::-1]
+        return list(dict.fromkeys(arm for scale in scales for arm in rows(self.arms, scale=scale)["arm"]))
+
 
 def report_arms(
     study: StudyRuns,
@@ -65,22 +81,22 @@ def report_arms(
     if baseline not in set(study.runs["arm"]):
         arms = ", ".join(sorted(set(study.runs["arm"])))
         raise ValueError(f"no runs of the baseline {baseline}: arms are {arms}")
-    if set(study.runs["arm"]) == {baseline}:
-        raise ValueError(f"nothing to compare with {baseline}: no other arm has a finished run")
     all_runs, incomplete = pairable_runs(study, baseline)
+    scales = [scale for scale in study.scales if len(set(rows(all_runs, scale=scale)["arm"])) > 1]
+    if not scales:
+        why = "; ".join(incomplete) or "no other arm has a finished run"
+        raise ValueError(f"nothing to compare yet: {why}")
     cautions = [*study.cautions, *incomplete]
-    if law is None and metric == "loss" and len(study.scales) >= OWN_LAW:
-        own = rows(all_runs, arm=baseline)
+    cautions += [f"nothing is compared at {scale}" for scale in study.scales if scale not in scales]
+    own = rows(all_runs, arm=baseline)
+    if law is None and metric == "loss" and len(set(own["scale"])) >= OWN_LAW:
         law = fit(
             saturating("C"), {"C": own["flops"]}, own["loss"], resamples=resamples, level=level, seed=seed
         )
+    if law is not None:
         cautions += [f"law of the baseline: {text}" for text in law.warnings]
-    lines, gain_rows, gains = [], [], {}
-    scales = [scale for scale in study.scales if len(set(rows(all_runs, scale=scale)["arm"])) > 1]
-    cautions += [
-        f"nothing is compared at {scale}" for scale in study.scales if scales and scale not in scales
-    ]
-    for scale in scales or study.scales:
+    lines, gain_rows, gains, endless = [], [], {}, {}
+    for scale in scales:
         runs = rows(all_runs, scale=scale)
         runs = runs.assign(loss=runs[metric])
         losses = paired_losses(runs, baseline)
@@ -90,6 +106,7 @@ def report_arms(
         if law is None:
             continue
         compute = mean_of(rows(runs, arm=baseline), "flops")
+        cautions += off_the_law(law, compute, losses[baseline].to_numpy(), scale)
         for c in shown[1:]:
             assert c is not None
             # Seeds of one scale say nothing of those of another: drawn alike they would cancel in the trend.
@@ -98,6 +115,7 @@ def report_arms(
             row = {"scale": scale, "arm": c.arm, "FLOPs": compute}
             if isinstance(gain, str):
                 gain_rows.append(row | {"gain": np.nan, "low": np.nan, "high": np.nan, "": gain})
+                endless.setdefault(c.arm, []).append(scale)
             else:
                 low, high = gain.interval
                 gain_rows.append(row | {"gain": gain.multiplier, "low": low, "high": high, "": str(gain)})
@@ -109,7 +127,7 @@ def report_arms(
         level=level,
         arms=pd.DataFrame(lines),
         gains=pd.DataFrame(gain_rows) if gain_rows else None,
-        trends=tuple(trend_of(arm, of_arm, level) for arm, of_arm in gains.items() if len(of_arm) > 1),
+        trends=trends_of(gains, endless, level),
         cautions=tuple(cautions),
     )
 
@@ -162,10 +180,48 @@ def gain_of(law: Fit, compute: float, difference: np.ndarray, seed: int) -> Gain
         return str(error)
 
 
-def trend_of(arm: str, gains: list[Gain], level: float) -> str:
-    trend = gain_trend(gains, level=level)
-    low, high = (np.exp(end) for end in trend.interval)
-    return f"{arm}: {trend.verdict}, × {np.exp(trend.per_decade):.3g} per decade of compute ({low:.3g} to {high:.3g})"
+def off_the_law(law: Fit, compute: float, losses: np.ndarray, scale: str) -> list[str]:
+    """What to say where the baseline's loss, one a seed, and the law's are apart by more than both intervals."""
+    low, high = t_interval(losses, law.level)
+    said, interval = estimate(law, lambda of: of["E"] + of["B"] / compute ** of["beta"])
+    least, most = interval or (said, said)
+    if low <= most and least <= high:
+        return []
+    where = f"at {scale} " if scale else ""
+    return [
+        f"{where}the baseline comes to {losses.mean():.4f} where the law says {said:.4f} ({least:.4f} to {most:.4f}): a gain "
+        "is what a difference as large takes on the law, and from the baseline's own loss on it may take more or less"
+    ]
+
+
+def trends_of(
+    gains: Mapping[str, Sequence[Gain]], endless: Mapping[str, Sequence[str]], level: float
+) -> tuple[str, ...]:
+    """A line an arm that has gains at two budgets, p corrected by Holm over these arms. `endless`: by arm, the scales that
+    have no gain, as no compute reaches the loss."""
+    of_arm = {
+        arm: gain_trend(found, level=level)
+        for arm, found in gains.items()
+        if len(grouped(np.log([gain.compute for gain in found]))) > 1
+    }
+    corrected = holm([trend.p for trend in of_arm.values()])
+    lines = []
+    for (arm, trend), p in zip(of_arm.items(), corrected, strict=True):
+        low, high = (np.exp(end) for end in trend.interval)
+        by = f" by Holm over {len(of_arm)} arms" if len(of_arm) > 1 else ""
+        without = (
+            f"; without {', '.join(endless[arm])}, where no compute reaches its loss"
+            if arm in endless
+            else ""
+        )
+        lines.append(
+            f"{arm}: {replace(trend, p=p).verdict}, × {np.exp(trend.per_decade):.3g} per decade of compute ({low:.3g} to "
+            f"{high:.3g}), p {p:.2g}{by}{without}"
+        )
+    for arm in [arm for arm in endless if arm not in of_arm]:
+        if len(gains.get(arm, ())) + len(endless[arm]) > 1:
+            lines.append(f"{arm}: no trend, as no compute reaches its loss at {', '.join(endless[arm])}")
+    return tuple(lines)
 
 
 # --- pages ---
@@ -222,22 +278,20 @@ def arms_table(report: AblationReport) -> pd.DataFrame:
 
 def headline(report: AblationReport) -> str:
     """In one sentence, what is decided."""
+    noise = rows(report.arms, scale=report.largest, arm=report.baseline)["noise"].iloc[0]
     verdicts = [verdict for verdict in report.arms["verdict"] if isinstance(verdict, str)]
     return (
         f"{report.study}: of {len(verdicts)} comparisons with {report.baseline}, {verdicts.count('better')} better, "
         f"{verdicts.count('worse')} worse, {verdicts.count('undecided')} undecided at {report.level:.0%} (paired seeds, Holm "
-        f"over the arms of a scale; {report.metric}, noise {report.arms['noise'].iloc[0]:.4f} between seeds)"
+        f"over the arms of a scale; {report.metric}, noise {noise:.4f} between seeds)"
     )
 
 
 def answer(report: AblationReport) -> str:
     """In one sentence, at the largest scale: which arms are better and worse than the baseline, by how much, and of which
     that cannot be said."""
-    scale = report.arms["scale"].iloc[-1]
+    scale = report.largest
     here = [row for row in rows(report.arms, scale=scale).to_dict("records") if row["arm"] != report.baseline]
-    if not here:
-        return f"There is no other arm than {report.baseline}."
-    unit = {"loss": "nats per token", "bpb": "bits per byte"}[report.metric]
     of_verdict = {verdict: [row for row in here if row["verdict"] == verdict] for verdict in VERDICTS}
     undecided = of_verdict["undecided"]
     kinds = {
@@ -254,7 +308,7 @@ def answer(report: AblationReport) -> str:
     }
     found = "; ".join(f"{words}: {named(arms, sign)}" for words, (arms, sign) in kinds.items() if len(arms))
     where = f", at {scale}" if scale else ""
-    return f"{found[0].upper()}{found[1:]} {unit}{where} ({report.level:.0%} intervals over paired seeds)."
+    return f"{found[0].upper()}{found[1:]} {UNITS[report.metric]}{where} ({report.level:.0%} intervals over paired seeds)."
 
 
 def named(arms: list[dict[str, Any]], sign: int) -> str:

@@ -9,12 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, larger
 from scantling.study.forms import HOFFMANN, saturating
 from scantling.study.huber import Array
 from scantling.study.scaling import Fit, Interval, estimate, refit_hoffmann
-
-FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
-"""C = 6ND, forward and backward (Kaplan et al. 2020, section 2.1)."""
 
 
 def optimal_parameters(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Array:
@@ -155,43 +153,38 @@ def held_out_gate(
     share: float,
     tolerance: float,
     runs: ArrayLike | None = None,
-    resamples: int = 0,
     seed: int = 0,
+    **settings,
 ) -> Gate:
     """Hold out the `share` of runs with the largest budgets, whole budgets at a time and one at least, and predict them.
+    `settings`: those of `fit`; with `resamples` each prediction has its interval.
 
     Raises ValueError where the rest is too small to fit or nothing is larger.
     """
     n, d, losses, flops = (np.asarray(x, dtype=float) for x in (N, D, loss, compute))
     cutoff = float(np.quantile(flops, 1 - share))
-    below = flops <= cutoff * 1.05
-    if below.all():  # the largest budget has more than this share
-        smaller = flops[flops * 1.05 < flops.max()]
+    above = larger(flops, cutoff)
+    if not above.any():  # the largest budget has more than this share
+        smaller = flops[larger(flops.max(), flops)]
         if not len(smaller):
             raise ValueError(f"no run has more than {cutoff:.3g} FLOPs: nothing larger is left to predict")
         cutoff = float(smaller.max())
-        below = flops <= cutoff * 1.05
-    inner = refit_hoffmann(
-        n[below],
-        d[below],
-        losses[below],
-        resamples=resamples,
-        seed=seed,
-        runs=None if runs is None else np.asarray(runs)[below],
-    )
-    sizes, observed = {"N": n[~below], "D": d[~below]}, losses[~below]
+        above = larger(flops, cutoff)
+    names = None if runs is None else np.asarray(runs)[~above]
+    inner = refit_hoffmann(n[~above], d[~above], losses[~above], runs=names, seed=seed, **settings)
+    sizes, observed = {"N": n[above], "D": d[above]}, losses[above]
     predicted = inner.predict(**sizes)
     relative = predicted / observed - 1
-    held_out = pd.DataFrame({**sizes, "C": flops[~below], "loss": observed, "predicted": predicted})
+    held_out = pd.DataFrame({**sizes, "C": flops[above], "loss": observed, "predicted": predicted})
     inside = None
-    if resamples:
+    if inner.resampled_SP is not None:
         low, high = inner.predict_interval(**sizes, seed=seed)
         inside = float(((low <= observed) & (observed <= high)).mean())
         held_out = held_out.assign(low=low, high=high)
     return Gate(
         cutoff=cutoff,
-        n_fitted=int(below.sum()),
-        n_held_out=int((~below).sum()),
+        n_fitted=int((~above).sum()),
+        n_held_out=int(above.sum()),
         error=float(np.abs(relative).mean()),
         bias=float(relative.mean()),
         inside=inside,

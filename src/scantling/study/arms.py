@@ -41,7 +41,7 @@ NOT_AN_ARM = (
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the setting of its size.
+    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the settings of its size.
 
     `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size, length and learning rate alone, and
     by much. `cautions`: what was left out, or makes the study doubtful.
@@ -75,8 +75,7 @@ def mean_of(frame: pd.DataFrame, column: str) -> float:
 def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")) -> StudyRuns:
     """Raises ValueError where there is nothing finished, and for runs on different text, naming them."""
     frame, cautions = recorded_runs(directory)
-    finished = frame["status"].to_numpy() == "finished"
-    runs = frame.iloc[np.flatnonzero(finished)]
+    runs = rows(frame, status="finished")
     if not len(runs):
         raise ValueError(
             f"{directory} holds no finished run: the same python src/train.py -m command goes on"
@@ -90,32 +89,16 @@ def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")
                 f"runs of {directory.name} differ in their {name}, and losses on different {name} are not comparable: "
                 f"{', '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''} against the others"
             )
-    of_all = [settings_of(text) for text in frame["overrides"]]
-    settings = [setting for setting, is_finished in zip(of_all, finished, strict=True) if is_finished]
-    varied = varied_keys(settings)
-    grows = [key for key in varied if is_size(key)]
-    others = [key for key in varied if key not in grows and key not in FOLLOWS_SIZE]
     if "constant" in set(runs["choice.schedule"]):
         cautions.append(
             "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to their length"
         )
-    size = runs["params"].to_numpy(dtype=float) * runs["tokens"].to_numpy(dtype=float)
-    is_law = bool(grows and not others and size.max() > LAW_SPAN * size.min())
-    if is_law:
-        frame["scale"] = frame["arm"]
-    else:
-        changes = arms_changes(settings)
-        scale_keys = [key for key in grows if key not in changes]
-        frame["scale"] = [joined(setting, scale_keys) for setting in of_all]
-        if not all("arm" in setting for setting in settings):
-            rest = [key for key in varied if key not in scale_keys]
-            frame["arm"] = [joined(setting, rest) or "default" for setting in of_all]
-    runs = frame.iloc[np.flatnonzero(finished)].copy()
-    return StudyRuns(directory.name, runs, frame, is_law, tuple(cautions))
+    return StudyRuns(directory.name, runs.copy(), frame, differ_in_size_alone(runs), tuple(cautions))
 
 
 def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Every run, and what to say of those that are not finished. Raises ValueError where there is none."""
+    """Every run, as `StudyRuns` has them, and what to say of those that are not finished. Raises ValueError where there
+    is none."""
     frame = load_runs(directory)
     cautions = [f"left out: {name}, {why}" for name, why in frame.attrs["left_out"].items()]
     if not len(frame):
@@ -126,16 +109,45 @@ def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[str]]:
         if len(names):
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
             cautions.append(f"{words}: {', '.join(names[:LISTED])}{more}")
-    return frame.assign(scale=""), cautions
+    return arms_and_scales(frame), cautions
+
+
+def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
+    """With `scale`, the settings of a run's size, and `arm`, where it has no name the other settings. Of all runs, finished
+    or not: one that goes on with a setting of its own is no run of a finished arm."""
+    settings = [settings_of(text) for text in frame["overrides"]]
+    varied = varied_keys(settings)
+    scale_keys = [key for key in varied if is_size(key)]
+    if differ_in_size_alone(rows(frame, status="finished")):
+        return frame.assign(scale=[joined(setting, scale_keys) for setting in settings])
+    changes = arms_changes(settings)
+    scale_keys = [key for key in scale_keys if key not in changes]
+    rest = [key for key in varied if key not in scale_keys]
+    arms = [
+        name if "arm" in setting else joined(setting, rest) or "default"
+        for name, setting in zip(frame["arm"], settings, strict=True)
+    ]
+    return frame.assign(scale=[joined(setting, scale_keys) for setting in settings], arm=arms)
+
+
+def differ_in_size_alone(runs: pd.DataFrame) -> bool:
+    """Whether runs make a law: settings of size, and what follows it, are all that varies, and compute varies by much."""
+    varied = varied_keys([settings_of(text) for text in runs["overrides"]])
+    if not any(map(is_size, varied)) or not all(is_size(key) or key in FOLLOWS_SIZE for key in varied):
+        return False
+    size = runs["params"].to_numpy(dtype=float) * runs["tokens"].to_numpy(dtype=float)
+    return bool(size.max() > LAW_SPAN * size.min())
 
 
 def pairable_runs(study: StudyRuns, baseline: str) -> tuple[pd.DataFrame, list[str]]:
     """The finished runs without what lost its partner because a run failed or goes on, and what to say of it.
 
-    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm lacks its arm.
+    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm lacks its arm:
+    the baseline's first, as an arm has lost nothing by a seed that is out already.
     """
     runs, cautions = study.runs, []
     lost = study.recorded.iloc[np.flatnonzero(study.recorded["status"] != "finished")]
+    lost = lost.iloc[np.argsort(lost["arm"] != baseline, kind="stable")]
     for _, run in lost.iterrows():
         scale, arm, seed = run["scale"], run["arm"], run["seed"]
         partners = rows(runs, scale=scale, seed=seed)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scantling.study.allocation import FLOPS_PER_PARAMETER_AND_TOKEN, optimal_loss, optimal_parameters
+from scantling.study.allocation import optimal_loss, optimal_parameters
+from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, SAME_BUDGET, grouped
 from scantling.study.forms import HOFFMANN
 from scantling.study.huber import Array, minimise
-from scantling.study.isoflop import grouped, parabola_minimum, slopes
+from scantling.study.isoflop import parabola_minimum, slopes
 from scantling.study.resampling import density_degrees_of_freedom, expanded_percentiles
 from scantling.study.scaling import HUBER_DELTA
 
@@ -197,7 +198,7 @@ def forecast(
     draws: int,
     level: float,
     seed: int,
-    tolerance: float = 0.05,
+    tolerance: float = SAME_BUDGET,
 ) -> Forecast:
     """Simulated studies: the law's losses at these sizes with normal noise in log loss, each fitted as a real one would be.
 

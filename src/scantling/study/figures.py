@@ -17,8 +17,10 @@ from matplotlib.ticker import ScalarFormatter
 
 from scantling.study.allocation import optimum_table
 from scantling.study.arms import rows
+from scantling.study.budgets import drawn_budgets, larger
 from scantling.study.huber import Array
 from scantling.study.scaling import Fit
+from scantling.study.store import UNITS
 
 TRAIN, VALIDATION = "#9aa5b1", "#c2410c"
 
@@ -70,14 +72,21 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def draw_law(
-    fit: Fit, compute: Array, path: Path, *, title: str, cutoff: float | None, caution: str | None
+    fit: Fit,
+    compute: Array,
+    path: Path,
+    *,
+    k: float,
+    title: str,
+    cutoff: float | None,
+    caution: str | None,
 ) -> None:
-    """Left: loss against compute, the runs and the compute-optimal law with its band, a hundred times beyond the largest.
-    Right: observed over predicted loss. Runs above `cutoff`, which the held-out gate predicted, are ringed."""
+    """Left: loss against compute, the runs and the law of compute-optimal training under C = kND with its band, far beyond
+    the largest. Right: observed over predicted loss. Runs above `cutoff`, which the held-out gate predicted, are ringed."""
     figure, (law, left) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
     if fit.alpha > 0 and fit.beta > 0:
-        budgets = np.geomspace(compute.min(), 100 * compute.max(), 60)
-        optimum = optimum_table(fit, budgets.tolist())
+        budgets = drawn_budgets(compute, 60)
+        optimum = optimum_table(fit, budgets.tolist(), k=k)
         law.plot(budgets, optimum["loss"], color=VALIDATION, lw=1.5, label="compute-optimal by the fit")
         law.fill_between(
             budgets,
@@ -97,7 +106,7 @@ def draw_law(
     left.axhline(0, color="0.6", lw=1)
     left.scatter(compute, residual, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
     if cutoff is not None:
-        beyond = compute > cutoff * 1.05
+        beyond = larger(compute, cutoff)
         for axes, y in ((law, fit.loss), (left, residual)):
             axes.scatter(
                 compute[beyond],
@@ -188,7 +197,7 @@ def draw_arms(
         error = by_step[f"val/{metric}"].sem().fillna(0)
         left.plot(tokens, mean, color=colour, lw=1.5, label=arm)
         left.fill_between(tokens, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
-    unit = {"loss": "nats per token", "bpb": "bits per byte"}[metric]
+    unit = UNITS[metric]
     left.set(xlabel="training tokens", ylabel=f"validation, {unit}", title=largest)
     ends = [row["loss"] for row in here]
     left.set_ylim(0.98 * min(ends), 1.15 * max(ends))

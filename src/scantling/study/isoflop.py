@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.interpolate import Akima1DInterpolator
 
+from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, SAME_BUDGET, grouped
 from scantling.study.huber import Array
 from scantling.study.resampling import expanded_percentiles
 from scantling.study.scaling import Interval, refit_hoffmann
@@ -44,7 +45,7 @@ def fit_isoflop(
     noise: float | None = None,
     level: float = 0.95,
     seed: int = 0,
-    tolerance: float = 0.05,
+    tolerance: float = SAME_BUDGET,
 ) -> PowerLaw:
     """Approach 2: the size with the lowest loss in each budget, and a line through them in logarithms.
 
@@ -112,13 +113,6 @@ def fit_isoflop(
     )
 
 
-def grouped(log_compute: Array, tolerance: float) -> list[np.ndarray]:
-    """Rows of each budget, in order of budgets."""
-    order = np.argsort(log_compute, kind="stable")
-    steps = np.flatnonzero(np.diff(log_compute[order]) > np.log1p(tolerance)) + 1
-    return np.split(order, steps)
-
-
 def parabola_minimum(log_n: Array, log_loss_SN: Array) -> Array:
     """(S,): where a parabola through the points is lowest; the lowest point where it opens downwards."""
     centre = log_n.mean()
@@ -144,7 +138,7 @@ def slopes(x: Array, y_SN: Array) -> Array:
 
 def parabola_bias(log_n: Array, log_c: Array, log_loss: Array, groups: Sequence[np.ndarray]) -> float:
     """What the parabolas' exponent would be off by on this grid without noise, were Hoffmann's form fitted here the truth."""
-    n, d = np.exp(log_n), np.exp(log_c - log_n) / 6
+    n, d = np.exp(log_n), np.exp(log_c - log_n) / FLOPS_PER_PARAMETER_AND_TOKEN
     law = refit_hoffmann(n, d, np.exp(log_loss))
     clean = np.log(law.predict(N=n, D=d))
     budgets = np.array([log_c[g].mean() for g in groups])
@@ -158,7 +152,7 @@ def fit_envelope(
     D: ArrayLike,
     loss: ArrayLike,
     *,
-    k: float = 6.0,
+    k: float = FLOPS_PER_PARAMETER_AND_TOKEN,
     points: int = 200,
     resamples: int = 1000,
     level: float = 0.95,

@@ -15,9 +15,12 @@ from scantling.study.allocation import (
     held_out_gate,
     optimum_table,
 )
+from scantling.study.arms import rows
+from scantling.study.budgets import BEYOND, grouped
+from scantling.study.forms import HOFFMANN
 from scantling.study.huber import Array
-from scantling.study.isoflop import PowerLaw, fit_envelope, fit_isoflop, grouped
-from scantling.study.observations import Observations, isoflop_budgets
+from scantling.study.isoflop import PowerLaw, fit_envelope, fit_isoflop
+from scantling.study.observations import Observations
 from scantling.study.scaling import Fit, fit_hoffmann, profile_interval, refit_hoffmann
 
 MOST_BUDGETS = 12
@@ -30,11 +33,13 @@ class LawReport:
 
     `exponents`: a of N_opt ∝ C^a by each approach that the runs allow; `conventions`: the same under each count of N;
     `without`: the same by approach 3 without each budget. `isoflop`: approach 2 with parabolas, where budgets are planned.
+    `target`: the FLOPs that the answer is of. Optima are under C = kND, with the k of the observations.
     """
 
     source: str
     observations: Observations
     fit: Fit
+    target: float
     gate: Gate | None
     parameters: pd.DataFrame
     optimum: pd.DataFrame | None
@@ -55,72 +60,75 @@ def report_law(
     tolerance: float,
     budgets: Sequence[float] | None,
 ) -> LawReport:
-    """The bootstrap draws runs, of a planned grid of budgets noise, for its budgets must all stay.
+    """The law and its tables; every refit has the bootstrap of `observations`, and its level.
 
     `held_out`: the share of runs, of the largest budgets, that the gate predicts; 0: no gate. `budgets`: FLOPs to give
     the optimum of; None: the largest of the runs, 10 and 100 times as much. Raises ValueError for what cannot be fitted."""
     runs = observations.runs
     n, d, c, loss = (runs[name].to_numpy() for name in ("N", "D", "C", "loss"))
     names = runs["run"].to_numpy()
-    is_grid = isoflop_budgets(runs)
-    settings = {"resamples": resamples, "level": level, "seed": seed, "runs": names}
-    settings["resampling"] = "noise" if is_grid else "runs"
-    fit = fit_hoffmann(n, d, loss, **settings).with_warnings(*observations.warnings)
+    settings = {"resamples": resamples, "level": level, "seed": seed}
+    fit = fit_law(observations, **settings)
+    settings |= observations.bootstrap
     gate = None
     if held_out:
-        gate = held_out_gate(
-            n,
-            d,
-            loss,
-            compute=c,
-            share=held_out,
-            tolerance=tolerance,
-            runs=names,
-            resamples=resamples,
-            seed=seed,
-        )
+        gate = held_out_gate(n, d, loss, compute=c, share=held_out, tolerance=tolerance, **settings)
         fit = fit.with_verdict(gate.verdict)
     largest = float(c.max())
+    target = max(budgets or [largest])
+    budgets = budgets or [largest, 10 * largest, BEYOND * largest]
     has_optimum = fit.alpha > 0 and fit.beta > 0
-    optimum = optimum_table(fit, budgets or [largest, 10 * largest, 100 * largest]) if has_optimum else None
+    optimum = optimum_table(fit, budgets, k=observations.k) if has_optimum else None
     conventions = None
     if len(observations.counts) > 1:
         conventions = convention_table(observations.counts, d, loss, **settings)
-    rows = [approach_3(fit)] if has_optimum else []
+    exponents = [approach_3(fit)] if has_optimum else []
     parabolas = None
-    if is_grid:
+    if settings["resampling"] == "noise":
         for minimum in ("parabola", "akima"):
             law = fit_isoflop(n, c, loss, minimum=minimum, resamples=resamples, level=level, seed=seed)
-            rows.append(approach(f"2, {minimum} of each budget", law))
+            exponents.append(approach(f"2, {minimum} of each budget", law))
             parabolas = parabolas or law
     if len(np.unique(names)) < len(names):
-        law = fit_envelope(names, n, d, loss, resamples=min(resamples, 1000), level=level, seed=seed)
-        rows.append(approach("1, envelope of training curves", law))
+        bootstrap = {"resamples": min(resamples, 1000), "level": level, "seed": seed}
+        law = fit_envelope(names, n, d, loss, k=observations.k, **bootstrap)
+        exponents.append(approach("1, envelope of training curves", law))
     return LawReport(
         source=source,
         observations=observations,
         fit=fit,
+        target=target,
         gate=gate,
         parameters=parameter_table(fit),
         optimum=optimum,
-        exponents=pd.DataFrame(rows),
+        exponents=pd.DataFrame(exponents),
         conventions=conventions,
         without=without_each_budget(n, d, c, loss) if has_optimum else None,
         isoflop=parabolas,
     )
 
 
+def fit_law(observations: Observations, *, resamples: int, level: float, seed: int) -> Fit:
+    """Approach 3, with what makes the table doubtful."""
+    n, d, loss = (observations.runs[name].to_numpy() for name in ("N", "D", "loss"))
+    settings = {"resamples": resamples, "level": level, "seed": seed, **observations.bootstrap}
+    return fit_hoffmann(n, d, loss, **settings).with_warnings(*observations.warnings)
+
+
 def without_each_budget(n: Array, d: Array, c: Array, loss: Array) -> pd.DataFrame | None:
-    """The exponent without the runs of one budget, for each; None where there are few budgets, or more than are planned."""
-    budgets = grouped(np.log(c), 0.05)
+    """The exponent without the runs of one budget, for each without which the others can be fitted; None where these are
+    fewer than two, or there are few budgets, or more than are planned."""
+    budgets = grouped(np.log(c))
     if not 4 <= len(budgets) <= MOST_BUDGETS:
         return None
     table = []
     for budget in budgets:
         kept = np.setdiff1d(np.arange(len(n)), budget)
+        if len(kept) <= len(HOFFMANN.parameters):
+            continue
         a, _ = allocation_exponent(refit_hoffmann(n[kept], d[kept], loss[kept]))
         table.append({"without the runs of": f"{c[budget].mean():.3g} FLOPs", "a": a})
-    return pd.DataFrame(table)
+    return pd.DataFrame(table) if len(table) > 1 else None
 
 
 def approach_3(fit: Fit) -> dict[str, object]:
@@ -155,12 +163,13 @@ def cautions(report: LawReport) -> list[str]:
 
 
 def answer(report: LawReport) -> str:
-    """In one sentence, how to divide the largest budget asked for, or why that cannot be said."""
+    """In one sentence, how to divide the largest budget asked for, where none is the runs' largest, or why that cannot be
+    said."""
     if report.optimum is None:
         fit = report.fit
         return f"These runs determine no optimum: alpha = {fit.alpha:.3g} and beta = {fit.beta:.3g} must both be positive."
     a, interval = allocation_exponent(report.fit)
-    at = optimum_as_read(report.optimum).iloc[0]
+    at = optimum_as_read(rows(report.optimum, C=report.target)).iloc[0]
     return (
         f"At {at['FLOPs']} FLOPs the least loss, {at['nats per token']} nats per token, takes {at['parameters']} parameters "
         f"and {at['tokens']} tokens; the best size grows as C^{a:.3g}"
@@ -212,7 +221,7 @@ def tables(report: LawReport) -> dict[str, pd.DataFrame]:
     level = f"{report.fit.level:.0%}"
     found = {
         f"Parameters, {level} intervals": report.parameters,
-        f"Compute-optimal training, C = 6ND, {level} intervals": None
+        f"Compute-optimal training, C = {report.observations.k:.3g}ND, {level} intervals": None
         if report.optimum is None
         else optimum_as_read(report.optimum),
         "Exponent a of N_opt ∝ C^a by approach": report.exponents,

@@ -14,9 +14,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator
 
+from scantling.study.store import UNITS
+
 FILES = ("lengths.json", "lengths.csv", "lengths.png")
 
-LABELS = {"loss": "nats per token", "bpb": "bits per byte"}
+
+def arm_of(run: str) -> str:
+    """A run's name without its seed."""
+    return re.sub(r" ?seed=\d+", "", run) or run
 
 
 def write_lengths(rows: list[dict[str, Any]], directory: Path, *, measure: str, title: str) -> None:
@@ -40,7 +45,7 @@ def draw_lengths(rows: list[dict[str, Any]], path: Path, *, measure: str, title:
     slides = any(row["sliding"] for row in rows)
     colours: dict[str, str] = {}
     for run in dict.fromkeys(row["run"] for row in rows):
-        arm = re.sub(r" ?seed=\d+", "", run) or run
+        arm = arm_of(run)
         is_first = arm not in colours
         colour = colours.setdefault(arm, f"C{len(colours)}")
         for sliding in (False, True) if slides else (False,):
@@ -57,7 +62,7 @@ def draw_lengths(rows: list[dict[str, Any]], path: Path, *, measure: str, title:
     lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="context, tokens (ring: that of training)", ylabel=LABELS[measure], title=title)
+    axes.set(xlabel="context, tokens (ring: that of training)", ylabel=UNITS[measure], title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, title="solid: sliding, dashed: side by side" if slides else None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, grouped
 from scantling.study.huber import Array
-from scantling.study.isoflop import grouped
-from scantling.study.scaling import distinct_budgets
 
 READERS = {".csv": pd.read_csv, ".tsv": lambda path: pd.read_csv(path, sep="\t")} | dict.fromkeys(
     (".jsonl", ".ndjson"), lambda path: pd.read_json(path, lines=True)
@@ -30,6 +30,17 @@ class Observations:
     counts: dict[str, Array]
     left_out: str | None
     warnings: tuple[str, ...]
+
+    @property
+    def k(self) -> float:
+        """FLOPs per parameter and token as these rows count them, C = kND: the median of all rows."""
+        return float(np.median(self.runs["C"] / self.runs["N"] / self.runs["D"]))
+
+    @property
+    def bootstrap(self) -> dict[str, Any]:
+        """What the bootstrap draws, as settings of `fit`: runs, of a planned grid noise, for its budgets must all stay."""
+        is_grid = isoflop_budgets(self.runs)
+        return {"runs": self.runs["run"].to_numpy(), "resampling": "noise" if is_grid else "runs"}
 
     def with_warnings(self, *warnings: str) -> Observations:
         return replace(self, warnings=(*self.warnings, *warnings))
@@ -95,10 +106,10 @@ def observe(
     sizes = numbers[conventions[0]]
     if d is not None:
         tokens = numbers[d]
-        compute = 6 * sizes * tokens if c is None else numbers[c]
+        compute = FLOPS_PER_PARAMETER_AND_TOKEN * sizes * tokens if c is None else numbers[c]
     else:
         compute = numbers[str(c)]
-        tokens = compute / (6 * sizes)
+        tokens = compute / (FLOPS_PER_PARAMETER_AND_TOKEN * sizes)
     names = table.index if run is None else table[run].astype(str)
     runs = pd.DataFrame(
         {"N": sizes, "D": tokens, "C": compute, "loss": numbers[loss], "run": np.asarray(names)},
@@ -118,8 +129,7 @@ def observe(
         highest = runs.index[np.argsort(-numbers[loss], kind="stable")[:drop_highest]]
         left_out = f"left out as asked, the {drop_highest} highest losses: {numbered(highest.sort_values())}"
         runs = runs.drop(highest)
-    budgets = distinct_budgets(runs["C"].to_numpy())
-    if budgets == 1:
+    if len(grouped(np.log(runs["C"].to_numpy()))) == 1:
         raise ValueError(
             f"one budget only: all {len(runs)} rows have about {runs['C'].mean():.3g} FLOPs, and how loss falls with "
             "compute cannot be seen"
@@ -153,7 +163,7 @@ def numbered(index: pd.Index) -> str:
 def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[str]:
     found = []
     n, d, c = (runs[name].to_numpy() for name in ("N", "D", "C"))
-    ratio = c / (6 * n * d)
+    ratio = c / (FLOPS_PER_PARAMETER_AND_TOKEN * n * d)
     if ratio.max() / ratio.min() > 1.5:
         found.append(
             f"mixed conventions: C/(6ND) runs from {ratio.min():.2f} to {ratio.max():.2f}, so FLOPs, parameters and tokens "
@@ -177,5 +187,5 @@ def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[str]
 def isoflop_budgets(runs: pd.DataFrame, sizes: int = 4) -> bool:
     """Whether at least two budgets have `sizes` models each, and no row lies outside of such a budget."""
     n, c = np.asarray(runs["N"]), np.log(np.asarray(runs["C"]))
-    groups = grouped(c, 0.05)
+    groups = grouped(c)
     return len(groups) > 1 and all(len(np.unique(n[g])) >= sizes for g in groups)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import chi2
 
+from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, grouped
 from scantling.study.forms import HOFFMANN, Form, Sizes
 from scantling.study.huber import Array, huber, minimise
 from scantling.study.resampling import (
@@ -233,24 +234,19 @@ def doubts(fit: Fit) -> list[str]:
             found.append(f"{name} = {value:.3g} is not positive: loss does not fall along this axis")
         if name == "E" and value < 0.05 * fit.loss.min():
             found.append(f"E = {value:.3g}: these runs do not bend enough to determine the irreducible loss")
-    budgets = distinct_budgets(compute_of(fit.sizes))
-    if budgets is not None and budgets < 4:
+    compute = compute_of(fit.sizes)
+    if compute is not None and (budgets := len(grouped(np.log(compute)))) < 4:
         found.append(f"only {budgets} budgets: exponents of compute rest on {budgets} points")
     return found
 
 
 def compute_of(sizes: Sizes) -> Array | None:
-    """Training FLOPs, 6ND where only N and D are known."""
+    """Training FLOPs, C = 6ND where only N and D are known."""
     if "C" in sizes:
         return sizes["C"]
-    return 6 * sizes["N"] * sizes["D"] if "N" in sizes and "D" in sizes else None
-
-
-def distinct_budgets(compute: Array | None, tolerance: float = 0.05) -> int | None:
-    """Budgets that differ by more than `tolerance`."""
-    if compute is None:
+    if "N" not in sizes or "D" not in sizes:
         return None
-    return 1 + int((np.diff(np.sort(np.log(compute))) > np.log1p(tolerance)).sum())
+    return FLOPS_PER_PARAMETER_AND_TOKEN * sizes["N"] * sizes["D"]
 
 
 def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:

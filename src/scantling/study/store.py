@@ -35,11 +35,14 @@ import yaml
 
 from scantling.run_directory import RunDirectory, read_rows
 
-FORMAT = 2
+FORMAT = 3
 """Of the Parquet files; another one is read anew."""
 
 FILES = ("summary.json", "metrics.jsonl", "config.yaml", "env.json", "failed.json")
 """What a run's rows depend on."""
+
+UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
+"""Of the losses that runs are compared by."""
 
 NOT_RUNS = ("wandb", "checkpoints", "tuning")
 """Directories that stand among runs by right."""
@@ -62,6 +65,7 @@ def load_runs(study: Path | str) -> pd.DataFrame:
     """
     frame, left_out = cached(Path(study), "runs.parquet", lambda directory: [run_row(directory)])
     if len(frame):
+        frame.insert(1, "path", [str(Path(study) / run) for run in frame["run"]])  # a study may be moved
         unnamed = frame["arm"].isna()
         frame.loc[unnamed, "arm"] = differing(frame.loc[unnamed, "overrides"])
     frame.attrs["left_out"] = left_out
@@ -108,7 +112,6 @@ def run_row(directory: RunDirectory) -> dict[str, Any]:
     failed = (directory.path / "failed.json").exists()
     row = {
         "run": directory.name,
-        "path": str(directory.path),
         "status": "finished" if directory.is_finished else "failed" if failed else "unfinished",
         "arm": config.get("arm"),
         "seed": config["seed"],
