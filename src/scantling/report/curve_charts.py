@@ -101,10 +101,11 @@ def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:
     """The part of an axis from the lowest value to where most curves are after their first tenth; before it losses are
     higher by far."""
     values = [np.asarray(curve.values[key], dtype=float) for curve in curves if key in curve.values]
-    later = [v[len(v) // 10 :] for v in values if len(v)]
+    finite = [v[np.isfinite(v)] for v in values]
+    later = [v[len(v) // 10 :] for v in finite if len(v)]
     if not later:
         return None
-    low, high = min(np.nanmin(v) for v in later), float(np.nanquantile([v[0] for v in later], 0.9))
+    low, high = min(v.min() for v in later), float(np.quantile([v[0] for v in later], 0.9))
     margin = 0.06 * max(high - low, 0.01 * abs(high))
     return float(low - margin), float(high + margin)
 
@@ -161,8 +162,7 @@ def others_chart(curves: pd.DataFrame) -> Chart | None:
     for name in names:
         here = curves.dropna(subset=[name])
         here = here.iloc[thinned(np.arange(len(here)), MOST_POINTS)]
-        found.append(
-            Series("run", {key: here[key].tolist() for key in (*(a.key for a in X), name)}, colour=1)
-        )
+        keys = [axis.key for axis in X if axis.key in here] + [name]
+        found.append(Series("run", {key: here[key].tolist() for key in keys}, colour=1))
     axes = tuple(Axis(name, name.replace("_", " ")) for name in names)
     return Chart("Also recorded", tuple(found), X, axes, legend=False, height=320)

@@ -157,8 +157,10 @@ def chart(block: Chart) -> str:
 
 
 def axis(a: Axis) -> dict[str, Any]:
-    short = "" if a.words else a.title.partition(",")[0]
-    return {**asdict(a), "order": [escape(word) for word in a.order], "short": short}
+    """`label`: of its button; plotly reads tags in the other words."""
+    label = "" if a.words else a.title.partition(",")[0]
+    words = {"title": escape(a.title), "short": escape(label), "order": [escape(word) for word in a.order]}
+    return {**asdict(a), **words, "label": label}
 
 
 def series(s: Series) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def short(value: float) -> float | int | None:
 
 
 def colour(of: int | float | Sequence[float] | None) -> Any:
-    if of is None:
+    if of is None or (isinstance(of, float) and not math.isfinite(of)):
         return None
     if isinstance(of, int):
         return f"c{of % PALETTE}"
