@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -26,7 +28,15 @@ from scantling.run_directory import RunDirectory
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport, report_arms
 from scantling.study.allocation import frontier
-from scantling.study.arms import StudyRuns, first_arm, recorded_runs, study_runs
+from scantling.study.arms import (
+    StudyRuns,
+    first_arm,
+    joined,
+    recorded_runs,
+    settings_of,
+    study_runs,
+    varied_keys,
+)
 from scantling.study.law_report import LawReport, report_law
 from scantling.study.observations import Observations, observe, read_table
 from scantling.study.scaling import Fit, fit_hoffmann
@@ -47,7 +57,7 @@ SOURCES = ("fit", "study", "run", "runs")
 
 def report(config: DictConfig) -> None:
     """Fit or compare, print, and write the report. Raises Mistake for what the user can put right."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
+    console = terminal()
     with mistakes():
         check(config)
         task = {"fit": report_table, "study": report_study, "run": report_run, "runs": report_run}[
@@ -56,7 +66,13 @@ def report(config: DictConfig) -> None:
         if not config.watch:
             task(config, console)
     if config.watch:
-        watch(config, lambda: task(config, Console(quiet=True)), console)
+        watch(config, lambda: task(config, terminal(quiet=True)), console)
+
+
+def terminal(quiet: bool = False) -> Console:
+    """What runs say is printed as it stands: brackets and colons in it are no markup."""
+    width = None if sys.stdout.isatty() else PRINTED_WIDTH
+    return Console(quiet=quiet, highlight=False, markup=False, emoji=False, width=width)
 
 
 def watch(config: DictConfig, once: Callable[[], None], console: Console) -> None:
@@ -102,7 +118,7 @@ def report_table(config: DictConfig, console: Console) -> None:
     columns = {key: settings[key] for key in ("n", "d", "c", "loss", "run", "unique", "same")}
     laws = law_of_runs(config, observed(config, table, columns), path.name)
     found = law_page(laws, name=path.stem, study=None, recorded=None)
-    show_law(console, laws, written(config, found, directory_of(config, path.stem)))
+    show_law(console, laws, written(config, found, directory_of(config, path.name)))
 
 
 def observed(config: DictConfig, table: pd.DataFrame, columns: dict[str, Any]) -> Observations:
@@ -148,7 +164,7 @@ def report_study(config: DictConfig, console: Console) -> None:
     if isinstance(found, LawReport):
         show_law(console, found, files)
     else:
-        console.print(f"[bold]{ablation_report.headline(found)}[/bold]")
+        console.print(ablation_report.headline(found), style="bold")
         for note in ablation_report.notes(found):
             console.print(note, style="yellow" if note.startswith("warning") else "")
         show(console, ablation_report.tables(found), files)
@@ -235,7 +251,7 @@ def recorded_study(config: DictConfig, directory: Path, runs: pd.DataFrame) -> R
     path = sweep_of(directory)
     return Recorded(
         name=directory.name,
-        runs=runs,
+        runs=runs.assign(scale=scales(runs)),
         curves=load_curves(directory),
         directory=directory_of(config, directory.name),
         study=directory,
@@ -270,13 +286,19 @@ def question_of(sweep: Path) -> str:
 def report_run(config: DictConfig, console: Console) -> None:
     """One run, or any runs side by side."""
     names = [config.run] if config.runs is None else list(config.runs)
-    found = find(Path(config.paths.runs), names)
-    name = found[0].name if len(found) == 1 else f"{found[0].name}-and-{len(found) - 1}-more"
+    paths = dict.fromkeys(os.path.abspath(run.path) for run in find(Path(config.paths.runs), names))
+    found = [RunDirectory(path) for path in paths]
+    labels = labels_of_studies([run.path.parent for run in found])
+    runs = rows_of(found, labels, load_runs)
+    runs = runs.assign(
+        path=list(paths),
+        arm=[labels[run.path.parent] + str(arm) for run, arm in zip(found, runs["arm"], strict=True)],
+    )
     recorded = Recorded(
-        name=name if len(found) == 1 else f"{len(found)} runs",
-        runs=rows_of(found, load_runs).assign(scale="").set_index("run", drop=False),
-        curves=rows_of(found, load_curves),
-        directory=directory_of(config, name),
+        name=found[0].name if len(found) == 1 else f"{len(found)} runs",
+        runs=runs.assign(scale=scales(runs)).set_index("run", drop=False),
+        curves=rows_of(found, labels, load_curves),
+        directory=directory_of(config, place_of(found)),
         study=None,
         sweep=None,
         question="",
@@ -290,15 +312,47 @@ def report_run(config: DictConfig, console: Console) -> None:
     console.print(", ".join(map(str, files)))
 
 
-def rows_of(found: list[RunDirectory], load: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
-    """Of these runs, in their order, from the tables of their studies. Raises ValueError naming one that cannot be read."""
-    tables = {study: load(study) for study in dict.fromkeys(run.path.parent for run in found)}
+def labels_of_studies(studies: list[Path]) -> dict[Path, str]:
+    """What stands before the names of their runs and arms, so that no two are alike: nothing where there is one study."""
+    different = set(studies)
+    if len(different) == 1:
+        return dict.fromkeys(different, "")
+    names = {study.name for study in different}
+    return {study: f"{study.name if len(names) == len(different) else study}/" for study in different}
+
+
+def place_of(found: list[RunDirectory]) -> str:
+    """Of a page, below the directory of all pages: no study's, and of no other choice of runs."""
+    first = found[0].path
+    if len(found) == 1:
+        return f"{first.parent.name}/{first.name}"
+    digest = hashlib.sha256("\n".join(str(run.path) for run in found).encode()).hexdigest()[:6]
+    return f"{first.name}-and-{len(found) - 1}-more-{digest}"
+
+
+def scales(runs: pd.DataFrame) -> pd.Series:
+    """What runs of one arm differ in beside their seeds, so that no curve is the mean of different models."""
+    found = pd.Series("", index=runs.index)
+    for _, of_arm in runs.groupby("arm", sort=False):
+        settings = [settings_of(text) for text in of_arm["overrides"]]
+        keys = varied_keys(settings)
+        found.loc[of_arm.index] = [joined(setting, keys) for setting in settings]
+    return found
+
+
+def rows_of(
+    found: list[RunDirectory], labels: dict[Path, str], load: Callable[[Path], pd.DataFrame]
+) -> pd.DataFrame:
+    """Of these runs, in their order and with their study's label, from the tables of their studies. Raises ValueError
+    naming one that cannot be read."""
+    tables = {study: load(study) for study in labels}
     chosen = []
     for run in found:
         table = tables[run.path.parent]
         if run.name in table.attrs["left_out"]:
             raise ValueError(f"{run.path} cannot be read: {table.attrs['left_out'][run.name]}")
-        chosen.append(table.iloc[np.flatnonzero(table["run"] == run.name)] if len(table) else table)
+        rows = table.iloc[np.flatnonzero(table["run"] == run.name)] if len(table) else table
+        chosen.append(rows.assign(run=labels[run.path.parent] + run.name))
     return pd.concat(chosen, ignore_index=True)
 
 
@@ -362,6 +416,10 @@ def check(config: DictConfig) -> None:
     if config.runs is not None and not (isinstance(config.runs, ListConfig) and len(config.runs)):
         raise ValueError(
             f"runs={config.runs} must be a list, as runs=[NAME,NAME]; one run is run={config.runs}"
+        )
+    if config.fit is None and isinstance(config.run, ListConfig):
+        raise ValueError(
+            f"run=[{','.join(map(str, config.run))}] is one run's: several side by side are runs=[NAME,NAME]"
         )
     if config.publish not in (None, "wandb"):
         raise ValueError(f"publish={config.publish} is unknown: use wandb")
