@@ -32,15 +32,21 @@ function element(tag, parent, properties = {}) {
 }
 
 class Chart {
-  constructor(card, index) {
+  constructor(card) {
     this.spec = JSON.parse(card.querySelector("script").textContent);
-    this.key = `${location.pathname}#${index}`;
+    this.key = `${location.pathname}#${card.querySelector("h3").textContent}`;
     const axis = (axes) => ({ at: 0, log: axes.map((a) => a.log) });
-    this.state = { x: axis(this.spec.x), y: axis(this.spec.y), hidden: [], ...JSON.parse(kept(sessionStorage, this.key) || "{}") };
+    this.state = { x: axis(this.spec.x), y: axis(this.spec.y), hidden: [] };
+    const chosen = JSON.parse(kept(sessionStorage, this.key));
+    if (chosen && ["x", "y"].every((which) => this.fits(chosen[which], this.spec[which]))) this.state = chosen;
     this.controls(card.querySelector(".controls"));
     this.legend(card.querySelector(".legend"));
     this.plot = card.querySelector(".plot");
     this.draw();
+  }
+
+  fits(state, axes) { // what was chosen in an earlier writing of the page, which may have had other axes
+    return state.at < axes.length && state.log.length === axes.length && axes.every((a, i) => (a.log === null) === (state.log[i] === null));
   }
 
   changed() {
@@ -48,7 +54,7 @@ class Chart {
     this.draw();
   }
 
-  axis(which) { return this.spec[which][Math.min(this.state[which].at, this.spec[which].length - 1)]; }
+  axis(which) { return this.spec[which][this.state[which].at]; }
 
   controls(bar) {
     const refreshers = [];
@@ -62,12 +68,12 @@ class Chart {
       if (axes.every((a) => a.words)) continue;
       if (axes.length > 1) {
         const segments = element("span", bar, { className: "segments" });
-        axes.forEach((a, i) => button(segments, a.short, () => state.at === i, () => { state.at = i; }));
+        axes.forEach((a, i) => button(segments, a.label, () => state.at === i, () => { state.at = i; }));
       }
       if (axes.every((a) => a.log === null)) continue;
       const scale = element("span", bar, { className: "segments" });
       for (const log of [false, true])
-        button(scale, `${which} ${log ? "log" : "linear"}`, () => state.log[state.at] === log, () => { state.log[state.at] = log; });
+        button(scale, `${which} ${log ? "log" : "linear"}`, () => state.log[state.at] === log, () => { if (axes[state.at].log !== null) state.log[state.at] = log; });
     }
     refreshers.forEach((f) => f());
   }
@@ -148,7 +154,15 @@ const theme = document.getElementById("theme");
 const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
 const saved = kept(localStorage, "theme");
 if (saved) root.dataset.theme = saved;
-const charts = [...document.querySelectorAll(".chart")].map((card, i) => new Chart(card, i));
+const charts = [...document.querySelectorAll(".chart")].flatMap((card) => {
+  try {
+    return [new Chart(card)];
+  } catch (error) { // the rest of the page stands
+    console.error(error);
+    card.querySelector(".plot").replaceChildren(element("p", card, { className: "note", textContent: "This chart could not be drawn." }));
+    return [];
+  }
+});
 const repaint = () => { theme.textContent = dark() ? "light" : "dark"; charts.forEach((c) => c.draw()); };
 theme.textContent = dark() ? "light" : "dark";
 theme.onclick = () => { root.dataset.theme = dark() ? "light" : "dark"; kept(localStorage, "theme", root.dataset.theme); repaint(); };
