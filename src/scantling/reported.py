@@ -174,18 +174,24 @@ def published(config: DictConfig, console: Console, made: Report, study: StudyRu
     """With publish=wandb. Raises ValueError naming the page where W&B does not take it."""
     if config.publish is None:
         return
-    from scantling.report.published import publish, sync  # here, as wandb takes a second
+    from scantling.report.published import grouping, publish, sync  # here, as wandb takes a second
 
-    directory = Path(config.paths.runs) / config.study
     page_file = directory_of(config, study.name) / PAGE
     try:
         project = config.wandb.project or project_of(RunDirectory(study.runs["path"].iloc[0]))
-        sent = sync(directory / "wandb")
+        sent, waiting = sync(Path(config.paths.runs) / config.study)
         url = publish(
-            made, entity=config.wandb.entity, project=project, group=study.name, draft=config.wandb.draft
+            made,
+            entity=config.wandb.entity,
+            project=project,
+            group=study.name,
+            by=grouping(study),
+            draft=config.wandb.draft,
         )
     except ValueError as error:
         raise ValueError(f"{error}; the page is {page_file}") from error
+    if waiting:
+        console.print(f"not sent, as they are not finished: {', '.join(waiting)}")
     console.print(
         f"{sent} runs sent, report {'saved as a draft' if config.wandb.draft else 'published'}: {url}"
     )
