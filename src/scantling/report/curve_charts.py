@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.report.spec import Axis, Chart, Series, Style
-from scantling.study.arms import rows
+from scantling.study.arms import joined, rows, settings_of, varied_keys
 
 POINTS = 6000
 """Of all curves of a chart together, so that a page stays small whatever the number of runs."""
@@ -95,6 +95,16 @@ def curves_chart(
         recorded=True,
         height=460,
     )
+
+
+def scales(runs: pd.DataFrame) -> pd.Series:
+    """What runs of one arm differ in beside their seeds, so that no curve is the mean of different models."""
+    found = pd.Series("", index=runs.index)
+    for _, of_arm in runs.groupby("arm", sort=False):
+        settings = [settings_of(text) for text in of_arm["overrides"]]
+        keys = varied_keys(settings)
+        found.loc[of_arm.index] = [joined(setting, keys) for setting in settings]
+    return found
 
 
 def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:

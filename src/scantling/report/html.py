@@ -159,7 +159,11 @@ def chart(block: Chart) -> str:
 def axis(a: Axis) -> dict[str, Any]:
     """`label`: of its button; plotly reads tags in the other words."""
     label = "" if a.words else a.title.partition(",")[0]
-    words = {"title": escape(a.title), "short": escape(label), "order": [escape(word) for word in a.order]}
+    words = {
+        "title": escape(a.title, quote=False),
+        "short": escape(label, quote=False),
+        "order": [escape(word) for word in a.order],
+    }
     return {**asdict(a), **words, "label": label}
 
 

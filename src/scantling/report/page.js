@@ -38,7 +38,7 @@ class Chart {
     const axis = (axes) => ({ at: 0, log: axes.map((a) => a.log) });
     this.state = { x: axis(this.spec.x), y: axis(this.spec.y), hidden: [] };
     const chosen = JSON.parse(kept(sessionStorage, this.key));
-    if (chosen && ["x", "y"].every((which) => this.fits(chosen[which], this.spec[which]))) this.state = chosen;
+    if (chosen && ["x", "y"].every((which) => this.fits(chosen[which], this.spec[which]))) Object.assign(this.state, chosen);
     this.controls(card.querySelector(".controls"));
     this.legend(card.querySelector(".legend"));
     this.plot = card.querySelector(".plot");

@@ -232,7 +232,7 @@ def train_command(runs: pd.DataFrame, sweep: dict[str, Any] | None) -> str:
     if len(settings) > 1 and sweep is not None and len(names) == 1 and run_arms <= set(arms):
         grid = grid_of(grid_settings, without={"arm", *arms_changes(settings)})
         if run_arms != set(arms):
-            grid["arm"] = ",".join(arm for arm in arms if arm in run_arms)
+            grid["arm"] = ",".join(str(arm) for arm in arms if arm in run_arms)
         for key, value in (sweeper.get("params") or {}).items():
             if set(grid.get(key, "").split(",")) == set(str(value).replace(" ", "").split(",")):
                 del grid[key]
