@@ -133,7 +133,7 @@ def mean_curve(
     for columns in (list(VALIDATED), [TRAINED]):
         if not all(set(columns) <= set(table) for table in tables):
             continue
-        rows_of = pd.concat([table.dropna(subset=columns) for table in tables])
+        rows_of = pd.concat(tables).dropna(subset=columns)
         if not len(rows_of):
             continue
         by_step = rows_of.groupby("step")

@@ -157,6 +157,7 @@ def write(report: Report, directory: Path, *, page: str) -> list[Path]:
         if isinstance(block, Figure):
             block.draw(directory / block.name)
             written += [directory / block.name, (directory / block.name).with_suffix(".svg")]
+    assert {path.name for path in written[2:]} <= {*BESIDE}, "a later report would leave them"
     return written
 
 
