@@ -23,6 +23,8 @@ ENGINES = {
     "zero3": ("trainer=zero3", WHOLE),
     "zero3_offload": ("trainer=zero3_offload", WHOLE),
 }
+SPIKES = ("guard.spike=2", "guard.window=4", "guard.most=50", "lr=1e-5")
+"""Some losses of these short runs are called spikes."""
 
 pytestmark = pytest.mark.multiprocess
 
@@ -64,8 +66,8 @@ def test_interrupted_engine_goes_on(shop, alone, before, after):
 
 @pytest.mark.parametrize(("engine", "action"), [("ddp", "rollback"), ("fsdp", "skip")])
 def test_processes_agree_on_a_bad_step(shop, engine, action):
-    """Losses of this short run that are called spikes, in two processes as in one."""
-    guard = (f"guard.action={action}", "guard.spike=2", "guard.window=4", "guard.most=50", "lr=1e-5")
+    """On what is a spike, in two processes as in one."""
+    guard = (f"guard.action={action}", *SPIKES)
     single = shop.run("trainer=cpu", *guard, runs=f"guard-{action}")
     run = shop.run(*ENGINES[engine], "trainer.devices=2", *guard, runs=f"guard-{action}-{engine}")
     assert_same_training(run, single)
@@ -146,7 +148,8 @@ def test_entries_read_what_an_engine_trained(shop, alone):
 
 
 def test_a_repeated_run_has_one_directory(shop):
-    short = ("trainer=ddp", "trainer.devices=2", "budget.steps=2", "resume=never")
+    """Also where Lightning starts the second process when the first has made the directory, and both are rolled back."""
+    short = ("trainer=ddp", "trainer.devices=2", "resume=never", "guard.action=rollback", *SPIKES)
     for new in (shop.fork, shop.start):
         process = new(*short, runs="repeated")
         out, err = process.communicate(timeout=200)
@@ -154,6 +157,9 @@ def test_a_repeated_run_has_one_directory(shop):
     first, second = sorted((shop.path / "repeated" / "default").iterdir())
     assert second.name == f"{first.name}-2"
     assert all(RunDirectory(path).is_finished for path in (first, second))
+    assert len(RunDirectory(first).guarded()) > 0
+    assert RunDirectory(first).guarded() == RunDirectory(second).guarded()
+    assert_same_training(RunDirectory(second), RunDirectory(first))
 
 
 @pytest.mark.parametrize(

@@ -13,34 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from scantling.command_line import SWEEPS
 from scantling.composition import choices
-from scantling.run_directory import RunDirectory
-
-NOT_IDENTITY = (
-    "study",
-    "arm",
-    "match",
-    "matched",
-    "tune",
-    "tuned",
-    "resume",
-    "dry_run",
-    "log_every",
-    "sample",
-    "checkpoint",
-    "guard",
-    "noise_scale",
-    "profile",
-    "paths",
-    "logger",
-    "trainer",
-)
-"""Settings that do not change what is trained, and so are no part of a run's id; of `trainer`, precision does."""
+from scantling.run_directory import NOT_TRAINED, RunDirectory
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
     """What is trained: the resolved configuration less paths, loggers and hardware."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    kept = {key: value for key, value in plain.items() if key not in (*NOT_IDENTITY, "choices")}
+    kept = {key: value for key, value in plain.items() if key not in (*NOT_TRAINED, "choices")}
     return kept | {"precision": plain["trainer"]["precision"]}
 
 

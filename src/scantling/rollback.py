@@ -11,6 +11,7 @@ from scantling.assembly import Run, left_out
 from scantling.data.loading import (
     place_in_order,
 )
+from scantling.run_directory import RunDirectory
 from scantling.training.checkpoints import newest_whole
 from scantling.training.guard import BadStep
 
@@ -61,6 +62,10 @@ def roll_back(run: Run, bad: BadStep) -> None:
             run.directory.last.unlink(missing_ok=True)
         record(run, bad, "rollback")
     if dist.is_initialized():
-        dist.barrier()
+        # Also waits for the first. With resume=never another process, which started later, may have found its directory and
+        # taken the next for its own.
+        place = [run.directory.path]
+        dist.broadcast_object_list(place, src=0)
+        run.directory = RunDirectory(place[0])
     run.checkpoint, run.damaged = newest_whole(run.directory)
     run.first_step = 0 if run.checkpoint is None else run.directory.step_of(run.checkpoint)

@@ -25,6 +25,27 @@ from typing import Any
 
 Row = dict[str, Any]
 
+NOT_TRAINED = (
+    "study",
+    "arm",
+    "match",
+    "matched",
+    "tune",
+    "tuned",
+    "resume",
+    "dry_run",
+    "log_every",
+    "sample",
+    "checkpoint",
+    "guard",
+    "noise_scale",
+    "profile",
+    "paths",
+    "logger",
+    "trainer",
+)
+"""Settings that do not change what is trained, and so are no part of a run's name; of `trainer`, precision does."""
+
 
 class RunDirectory:
     """Paths and small files of one run. Files are replaced whole, never left half written."""

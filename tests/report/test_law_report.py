@@ -40,7 +40,7 @@ def test_it_prints_and_writes_the_fit(command, tmp_path):
     code, out, err = command(table, "gate.tolerance=0.05", "budgets=[1e22]")
     assert (code, err) == (0, "")
     expected = fit_hoffmann(table["model size"], table["tokens"], table["loss"], resamples=200)
-    directory = tmp_path / "runs" / "reports" / "runs"
+    directory = tmp_path / "runs" / "reports" / "runs.csv"
     parameters = pd.read_csv(directory / "parameters.csv", index_col="parameter")
     for name, value in expected.parameters.items():
         assert parameters.value[name] == pytest.approx(value)
@@ -62,7 +62,7 @@ def test_flops_stand_in_for_tokens_and_a_failed_gate_is_on_every_page(command, t
     code, out, _ = command(table, columns=("n=model size", "c=flops", "loss=loss"))
     assert code == 0
     assert "held-out gate FAILED" in " ".join(out.split())
-    assert "held-out gate FAILED" in (tmp_path / "runs/reports/runs/report.md").read_text()
+    assert "held-out gate FAILED" in (tmp_path / "runs/reports/runs.csv/report.md").read_text()
 
 
 def test_conventions_are_compared_and_mixed_ones_warned_of(command):

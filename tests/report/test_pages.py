@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from planted import LAW, arms, loss_of, sizes
 
 from scantling.report.curve_charts import LINES, POINTS, curves_chart, thinned
+from scantling.report.records import differing_settings, train_command
 from scantling.study.ablation import first
 from scantling.study.figures import MOST_ARMS
 from scantling.study.store import load_curves, load_runs
@@ -23,7 +25,7 @@ def charts_of(page):
 
 @pytest.fixture
 def page(tmp_path):
-    return lambda name: (tmp_path / "runs" / "reports" / name / "report.html").read_text()
+    return lambda name: next((tmp_path / "runs" / "reports").rglob(f"{name}/report.html")).read_text()
 
 
 def test_the_answer_comes_first_and_with_its_interval(record, report, page, tmp_path):
@@ -73,6 +75,11 @@ def test_what_runs_say_is_no_code(record, report, page, tmp_path):
     (directory / "samples.jsonl").write_text(
         json.dumps({"step": 1, "text": f"<img src=x onerror=alert(2)>{evil}"})
     )
+    metric = "<img src=x onerror=alert(3)>"
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 2, metric: 3.0}))
+    assert report("run=a0")[0] == 0
+    (axis,) = charts_of(page("a0"))["Also recorded"]["y"]
+    assert axis["title"] == axis["short"] == "&lt;img src=x onerror=alert(3)&gt;"  # as plotly reads it
     assert report("study=parts", "baseline=b")[0] == 0
     shown = page("parts")
     assert "alert(1)" in shown
@@ -80,10 +87,28 @@ def test_what_runs_say_is_no_code(record, report, page, tmp_path):
     assert "<img" not in re.sub(r"<script>.*?</script>", "", shown, flags=re.DOTALL)
 
 
+def test_a_run_without_a_size_or_a_finite_loss_is_drawn(record, report, page):
+    sizes(record)
+    overrides = ["budget.tokens=1e9", "seed=0", "arm=d9", "model.d_model=9"]
+    record("sizes", "late", overrides, loss=np.inf, arm="d9", finished=False)
+    assert report("study=sizes", "gate.held_out=0")[0] == 0
+    chart = charts_of(page("sizes"))["Validation and training"]
+    colours = {series["group"]: series["colour"] for series in chart["series"]}
+    assert (colours["d9"], colours["d0"], colours["d5"]) == (None, "s0", "s1")
+    low, high = chart["y"][0]["range"]
+    assert 0 < low < high < loss_of(1e5, 1e6)
+    (late,) = (series for series in chart["series"] if series["group"] == "d9")
+    assert late["values"]["val/loss"] == [None, None]
+    assert report("run=late")[0] == 0
+    assert charts_of(page("late"))["Validation and training"]["y"][0]["range"] is None
+
+
 def test_a_failed_run_takes_its_arm_out_and_the_others_stay(record, report, page, tmp_path):
     arms(record)
     lost = tmp_path / "runs/parts/alibi-3-1e+07"
     (lost / "summary.json").unlink()
+    (lost / "failed.json").write_text(json.dumps({"reason": "no [/data/corpus.txt]"}))
+    assert "failed: no [/data/corpus.txt]" in report(f"run={lost.name}")[1]
     (lost / "failed.json").write_text(json.dumps({"reason": "loss is not finite <at> step 7"}))
     code, out, _ = report("study=parts", "baseline=llama")
     assert code == 0
@@ -141,7 +166,11 @@ def mid_sweep(record):
         (unpaired, "seeds are unpaired"),
     ],
 )
-def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page, prepare, message):
+def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page, tmp_path, prepare, message):
+    earlier = tmp_path / "runs" / "reports" / "parts"
+    earlier.mkdir(parents=True)
+    for name in ("report.html", "arms.csv", "arms.svg", "optimum.csv", "mine.csv"):
+        (earlier / name).touch()
     prepare(record)
     code, _, err = report("study=parts", "baseline=llama")
     assert (code, err.count("\n")) == (2, 1)
@@ -150,6 +179,7 @@ def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page
     shown = page("parts")
     assert re.search(rf'<p class="answer">No answer yet: .*{message}', shown)
     assert "Validation and training" in charts_of(shown)
+    assert sorted(file.name for file in earlier.iterdir()) == ["mine.csv", "report.html", "report.md"]
 
 
 def test_a_mistyped_baseline_leaves_the_page_alone(record, report, page):
@@ -227,7 +257,7 @@ def test_an_arm_has_one_colour_in_all_charts(record, report, page, tmp_path):
         assert colours.items() <= expected.items(), title
 
 
-def test_one_run_and_any_runs(record, report, page, tmp_path):
+def test_one_run_and_any_runs(record, report, page, tmp_path, monkeypatch):
     arms(record, seeds=2)
     sizes(record, n=2)
     (tmp_path / "runs/parts/llama-0-1e+07/samples.jsonl").write_text(
@@ -248,6 +278,37 @@ def test_one_run_and_any_runs(record, report, page, tmp_path):
     assert report("run=nothing")[2] == "error: nothing is no run below runs/\n"
     assert "must be a list" in report("runs=llama-0-1e+07")[2]
     assert "give one of fit=FILE" in report("study=parts", "run=llama-0-1e+07")[2]
+    assert report("run=[llama-0-1e+07,0-0-0]")[2] == (
+        "error: run=[llama-0-1e+07,0-0-0] is one run's: several side by side are runs=[NAME,NAME]\n"
+    )
+    monkeypatch.chdir(tmp_path / "runs/sizes/0-0-0")
+    assert report("run=.", f"paths.runs={tmp_path}/runs")[0] == 0
+    assert (tmp_path / "runs/reports/sizes/0-0-0/report.html").exists()
+
+
+def test_runs_side_by_side_are_never_one_curve(record, report, tmp_path):
+    """Of other studies and of other sizes, whatever they are called; only seeds of one thing are averaged."""
+    record("one", "same", ["seed=0"], loss=3.0)
+    record("two", "same", ["seed=0"], loss=4.0)
+    for name, layers, seed, loss in (("a", 2, 0, 5.0), ("b", 4, 0, 6.0), ("c", 4, 1, 6.5)):
+        overrides = [f"seed={seed}", f"model.n_layers={layers}", "arm=x", "attn=mha"]
+        record("named", name, overrides, loss=loss, arm="x", seed=seed)
+
+    def curves(*names):
+        code, out, _ = report(f"runs=[{','.join(names)}]")
+        assert code == 0
+        shown = Path(re.search(r"(\S+/report\.html)", out)[1])
+        series = charts_of(shown.read_text())["Validation and training"]["series"]
+        lines = [s for s in series if s["style"] == "line"]
+        return shown, {s["hover"]: (s["values"]["val/loss"][-1], bool(s["low"])) for s in lines}
+
+    one, of_studies = curves("runs/one/same", "runs/two/same", str(tmp_path / "runs/one/same"))
+    assert of_studies == {"one/default": (3.0, False), "two/default": (4.0, False)}
+    other, of_sizes = curves("a", "b", "c")
+    assert of_sizes == {"x, model.n_layers=2": (5.0, False), "x, model.n_layers=4": (6.25, True)}
+    assert len({one, other, curves("a", "b", "runs/one/same")[0]}) == 3
+    assert report("run=runs/one/same")[0] == report("run=runs/two/same")[0] == 0
+    assert (tmp_path / "runs/reports/two/same/report.html").exists()
 
 
 def test_watched_pages_ask_for_themselves_until_the_end(record, report, page, monkeypatch):
@@ -320,3 +381,62 @@ def test_curves_of_a_study_are_those_of_its_records(record, tmp_path):
     ends = {series.hover: series.values["val/loss"][-1] for series in lines}
     for run in runs.to_dict("records"):
         assert ends[f"{run['arm']}, seed {run['seed']}"] == pytest.approx(run["loss"])
+
+
+BLOCKS = {"hydra": {"sweeper": {"arms": {"pre": [], "post": [], "both": []}, "params": {"seed": "0,1"}}}}
+OF_BLOCKS = [
+    ["sweeps=blocks", f"seed={seed}", "model.n_layers=12", f"arm={arm}", f"block={arm}"]
+    for arm in ("pre", "post")
+    for seed in (0, 1)
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sweep", "command"),
+    [
+        (OF_BLOCKS, BLOCKS, "python src/train.py -m sweeps=blocks model.n_layers=12 arm=pre,post"),
+        (
+            [*OF_BLOCKS, *([o.replace("post", "both") for o in job] for job in OF_BLOCKS[2:])],
+            BLOCKS,
+            "python src/train.py -m sweeps=blocks model.n_layers=12",
+        ),
+        (  # its yaml is gone, or has other arms now
+            [["arm=a", "attn=mha"], ["arm=b", "pos=alibi"]],
+            None,
+            "python src/train.py arm=a attn=mha\npython src/train.py arm=b pos=alibi",
+        ),
+        (
+            [["sweeps=blocks", "arm=old", "block=pre"], ["sweeps=blocks", "arm=pre", "block=post"]],
+            BLOCKS,
+            "python src/train.py sweeps=blocks arm=old block=pre hydra.mode=RUN\n"
+            "python src/train.py sweeps=blocks arm=pre block=post hydra.mode=RUN",
+        ),
+        (  # commands of their own
+            [["study=x", "lr=1"], ["study=x", "attn=gqa"]],
+            None,
+            "python src/train.py study=x lr=1\npython src/train.py study=x attn=gqa",
+        ),
+        (
+            [[f"attn={attn}", f"seed={seed}"] for attn in ("mha", "gqa") for seed in (0, 1)],
+            None,
+            "python src/train.py -m attn=gqa,mha seed=0,1",
+        ),
+        (
+            [[f"lr={i}", f"seed={i}"] for i in range(30)],
+            None,
+            "# 30 runs, no grid: env.json of each has what was typed for it",
+        ),
+    ],
+)
+def test_the_command_of_the_runs_is_one_that_makes_them(overrides, sweep, command):
+    runs = pd.DataFrame({"overrides": ["\n".join(typed) for typed in overrides]})
+    assert train_command(runs, sweep) == command
+
+
+@pytest.mark.parametrize(("rates", "shown"), [((1e-3, 2e-3), ["lr"]), ((1e-3, 5e-3), ["lr", "optim.lr"])])
+def test_a_rate_set_apart_is_a_setting_that_differs(record, tmp_path, rates, shown):
+    for name, lr, of_optimiser in zip("ab", (1e-3, 2e-3), rates, strict=True):
+        record("rates", name, ["seed=0"], loss=3.0, arm=name, lr=lr)
+        path = tmp_path / "runs" / "rates" / name / "config.yaml"
+        path.write_text(path.read_text() + f"optim: {{lr: {of_optimiser}}}\n")
+    assert list(differing_settings(load_runs(tmp_path / "runs/rates"))["setting"]) == shown

@@ -45,7 +45,7 @@ def opened(browser, tmp_path):
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         scheme = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
-        browser.get(f"file://{tmp_path}/runs/reports/{name}/report.html")
+        browser.get(f"file://{next((tmp_path / 'runs/reports').rglob(f'{name}/report.html'))}")
         return browser
 
     yield opened
@@ -56,6 +56,9 @@ SHOWN = """return [...document.querySelectorAll('.chart')].map(card => ({
     title: card.querySelector('h3').textContent,
     axis: card.querySelector('.plot').layout.yaxis.type,
     traces: card.querySelector('.plot').data.map(t => ({name: t.name, visible: t.visible, fill: t.fill, y: t.y}))}))"""
+
+
+XAXES = """return [...document.querySelectorAll('.chart .plot')].map(plot => plot.layout ? plot.layout.xaxis.type : null)"""
 
 
 def charts(browser):
@@ -99,9 +102,39 @@ def test_arms_are_toggled_and_axes_switched(record, report, opened, tmp_path):
     assert ends() == pytest.approx({arm: mean["bpb"] for arm, mean in means.items()}, rel=1e-5)
     assert charts(browser)["Validation and training"]["axis"] == "linear"
     press(browser, "y log")
+    press(browser, "x log")
     assert charts(browser)["Validation and training"]["axis"] == "log"
     browser.refresh()  # what was chosen stays, as a watched page needs it
     assert charts(browser)["Validation and training"]["axis"] == "log"
+    file = tmp_path / "runs/reports/parts/report.html"
+    written = file.read_text()
+    card = re.search(r'<div class="card chart"><h3>Validation and training.*?</script></div>', written, re.S)[
+        0
+    ]
+    file.write_text(written.replace(card, ""))
+    browser.refresh()  # what was chosen for one chart is not another's that stands in its place now
+    assert {name: chart["axis"] for name, chart in charts(browser).items()} == {
+        "Difference from llama": "category"
+    }
+    assert browser.execute_script(XAXES) == ["linear"]
+    file.write_text(
+        written.replace(
+            card, card.replace('"x":[', '"x":[{"key":"step","title":"s","log":null,"label":"s"},')
+        )
+    )
+    browser.refresh()  # nor the same chart's with other axes
+    assert charts(browser)["Validation and training"]["axis"] == "linear"
+    file.write_text(
+        written.replace(card, card.replace('"series":[', '"series":[{"group":"x","values":null},'))
+    )
+    browser.refresh()
+    (error,) = browser.get_log("browser")
+    assert "TypeError" in error["message"]
+    assert browser.execute_script(XAXES) == [None, "linear"]
+    shown = browser.find_elements("css selector", ".chart")
+    assert "This chart could not be drawn." in shown[0].text
+    browser.execute_script("document.getElementById('theme').click(); localStorage.clear()")
+    assert "dark" in browser.execute_script("return document.documentElement.dataset.theme")
 
 
 def test_numbers_are_those_of_the_store(record, report, opened, tmp_path):
@@ -124,16 +157,27 @@ def test_numbers_are_those_of_the_store(record, report, opened, tmp_path):
 
 @pytest.mark.parametrize("name", ["parts", "sizes", "llama-0-1e+07"])
 def test_a_narrow_screen_needs_no_scrolling_sideways(record, report, opened, name):
+    evil = "<img src=x onerror=window.broken=1>"
     if name == "sizes":
         sizes(record)
+        overrides = ["budget.tokens=1e9", "seed=0", "arm=d9", "model.d_model=9"]
+        record("sizes", "late", overrides, loss=3.0, arm="d9", finished=False)  # its size is not known
     else:
         arms(record, seeds=2)
+        path = record.runs / "parts" / "llama-0-1e+07" / "metrics.jsonl"
+        path.write_text(path.read_text().replace('{"step"', f'{{"{evil}": 1.0, "other": 2.0, "step"'))
     of = f"run={name}" if name.startswith("llama") else f"study={name}"
     assert report(of, *(["baseline=llama"] if name == "parts" else []))[0] == 0
     browser = opened(name, width=390)
     widths = "return [document.documentElement.scrollWidth, window.innerWidth]"
     assert browser.execute_script(widths) == [390, 390]
-    assert charts(browser)
+    shown = charts(browser)
+    assert all(chart["traces"] for chart in shown.values())
+    assert ("Also recorded" in shown) == name.startswith("llama")
+    if name.startswith("llama"):  # a metric's name is text wherever it stands
+        card = browser.find_elements("css selector", ".chart")[-1].text
+        assert card.count(evil) == 2, card
+        assert browser.execute_script("return window.broken") is None
 
 
 def test_a_run_is_looked_into(record, report, checkpointed, opened):

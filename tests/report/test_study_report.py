@@ -14,7 +14,7 @@ from scipy.stats import t, ttest_rel
 from scantling.report.arm_charts import compared as compared_rows
 from scantling.report.arm_charts import gain_chart
 from scantling.report.curve_charts import curves_chart
-from scantling.reported import law_of, of_study
+from scantling.reported_study import law_of, of_study
 from scantling.study.ablation import holm
 from scantling.study.ablation_report import headline, report_arms
 from scantling.study.allocation import frontier

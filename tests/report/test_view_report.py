@@ -23,7 +23,7 @@ def run(record, checkpointed):
 
 
 def written(run, name="report.html"):
-    return (run.path.parents[1] / "reports" / "seen" / name).read_text()
+    return (run.path.parents[1] / "reports" / "study" / "seen" / name).read_text()
 
 
 def test_the_page_has_the_numbers_of_the_checkpoints(run, report):
@@ -86,7 +86,7 @@ def test_where_heads_look_by_hand():
 def test_a_run_without_checkpoints_says_so(record, report):
     record("study", "seen", ["seed=0", "arm=a"], loss=3.0, arm="a")
     assert report("run=seen")[0] == 0
-    page = (record.runs / "reports" / "seen" / "report.html").read_text()
+    page = (record.runs / "reports" / "study" / "seen" / "report.html").read_text()
     assert "No embeddings and no attention: runs/study/seen/checkpoints holds no checkpoint." in page
     code, _, err = report("run=seen", "tokens=[def]")
     assert (code, err) == (2, "error: runs/study/seen/checkpoints holds no checkpoint\n")

@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from types import SimpleNamespace
 
 import graphql
@@ -14,8 +15,9 @@ import pytest
 import wandb_workspaces.reports.v2 as wandb_reports
 from planted import arms
 
-from scantling.report.published import as_wandb, publish, sync
+from scantling.report.published import as_wandb, grouping, publish, sync
 from scantling.report.spec import Axis, Chart, Code, Link, Maps, Report, Samples, Section, Table, Text
+from scantling.study.arms import study_runs
 
 SCHEMA = """
 scalar JSONString
@@ -138,7 +140,7 @@ REPORT = Report(
 
 
 def test_a_report_is_saved_with_its_blocks_and_comes_back(server):
-    url = publish(REPORT, entity=None, project="scantling", group="norms", draft=True)
+    url = publish(REPORT, entity=None, project="scantling", group="norms", by=["config.arm"], draft=True)
     assert server.refused == []
     (saved,) = server.saved
     assert (saved["entityName"], saved["projectName"], saved["type"]) == ("me", "scantling", "runs/draft")
@@ -165,14 +167,21 @@ def test_a_report_is_saved_with_its_blocks_and_comes_back(server):
 
 
 def test_published_is_no_draft(server):
-    publish(REPORT, entity="me", project="scantling", group="norms", draft=False)
+    publish(REPORT, entity="me", project="scantling", group="norms", by=["config.arm"], draft=False)
     assert server.saved[0]["type"] == "runs"
 
 
 def test_the_command_sends_offline_runs_first(record, report, server, tmp_path, monkeypatch):
     arms(record, seeds=2)
     folder = tmp_path / "runs/parts/wandb"
-    for name, is_sent in (("offline-run-1-a", False), ("offline-run-2-b", True)):
+    record("parts", "late", ["seed=9", "arm=llama"], loss=3.0, seed=9, arm="llama", finished=False)
+    ready, again = "offline-run-1-llama-0-1e+07", "offline-run-4-llama-0-1e+07"
+    for name, is_sent in (
+        (ready, False),
+        ("offline-run-2-gelu-0-1e+07", True),
+        ("offline-run-3-late", False),
+        (again, False),
+    ):
         (folder / name).mkdir(parents=True)
         (folder / name / f"{name}.wandb").touch()
         if is_sent:
@@ -188,15 +197,31 @@ def test_the_command_sends_offline_runs_first(record, report, server, tmp_path, 
     code, out, err = report("study=parts", "baseline=llama", "publish=wandb", "wandb.project=scantling")
     assert (code, err) == (0, "")
     assert [command[1:] for command in sent] == [
-        ["-m", "wandb", "sync", str(folder.relative_to(tmp_path) / "offline-run-1-a")]
+        ["-m", "wandb", "sync", *(str(folder.relative_to(tmp_path) / name) for name in (ready, again))]
     ]
-    assert "1 runs sent, report saved as a draft: http" in out
-    assert len(server.saved) == 1
+    assert "not sent, as they are not finished: late" in out
+    assert "2 runs sent, report saved as a draft: http" in out
+    (saved,) = server.saved
+    assert '"grouping":[{"section":"config","name":"arm.value"}]' in saved["spec"].replace(" ", "")
+
+
+def test_panels_group_by_what_the_arms_and_scales_of_a_study_are(record, tmp_path):
+    for i, (attn, seed, tokens) in enumerate(product(("mha", "gqa"), (0, 1), ("1e6", "2e6"))):
+        overrides = [f"attn={attn}", f"seed={seed}", f"budget.tokens={tokens}"]
+        record("grid", f"a{i}", overrides, loss=3.0, tokens=float(tokens), seed=seed)
+        record("named", f"b{i}", [*overrides[1:], f"arm={attn}", overrides[0]], loss=3.0, arm=attn, seed=seed)
+    by = {name: grouping(study_runs(tmp_path / "runs" / name)) for name in ("grid", "named")}
+    assert by == {
+        "grid": ["config.choices.attn", "config.budget.tokens"],
+        "named": ["config.arm", "config.budget.tokens"],
+    }
 
 
 def test_a_failed_sync_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "offline-run-1-a").mkdir()
-    (tmp_path / "offline-run-1-a" / "a.wandb").touch()
+    for name in ("wandb/offline-run-1-a", "a"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "wandb/offline-run-1-a/a.wandb").touch()
+    (tmp_path / "a/summary.json").touch()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="wandb sync sent not all of 1 runs"):
         sync(tmp_path)
@@ -221,6 +246,9 @@ def test_an_unreachable_server_is_one_line_and_the_page_stands(record, report, t
 
 
 def test_panels_are_over_the_runs_of_the_study(server):
-    made = as_wandb(REPORT, entity="me", project="scantling", group="norms")
+    by = ["config.choices.attn", "config.budget.tokens"]
+    made = as_wandb(REPORT, entity="me", project="scantling", group="norms", by=by)
     (grid,) = (block for block in made.blocks if isinstance(block, wandb_reports.PanelGrid))
     assert [(runs.entity, runs.project) for runs in grid.runsets] == [("me", "scantling")]
+    grouped = [key.name for key in grid.runsets[0]._to_model().grouping]
+    assert grouped == ["choices.value.attn", "budget.value.tokens"]  # as W&B keeps a nested configuration

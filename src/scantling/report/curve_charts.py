@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.report.spec import Axis, Chart, Series, Style
-from scantling.study.arms import rows
+from scantling.study.arms import joined, rows, settings_of, varied_keys
 
 POINTS = 6000
 """Of all curves of a chart together, so that a page stays small whatever the number of runs."""
@@ -112,14 +112,25 @@ def with_others(colours: Mapping[str, int], arms: Iterable[str]) -> dict[str, in
     return found
 
 
+def scales(runs: pd.DataFrame) -> pd.Series:
+    """What runs of one arm differ in beside their seeds, so that no curve is the mean of different models."""
+    found = pd.Series("", index=runs.index)
+    for _, of_arm in runs.groupby("arm", sort=False):
+        settings = [settings_of(text) for text in of_arm["overrides"]]
+        keys = varied_keys(settings)
+        found.loc[of_arm.index] = [joined(setting, keys) for setting in settings]
+    return found
+
+
 def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:
     """The part of an axis from the lowest value to where most curves are after their first tenth; before it losses are
     higher by far."""
     values = [np.asarray(curve.values[key], dtype=float) for curve in curves if key in curve.values]
-    later = [v[len(v) // 10 :] for v in values if len(v)]
+    finite = [v[np.isfinite(v)] for v in values]
+    later = [v[len(v) // 10 :] for v in finite if len(v)]
     if not later:
         return None
-    low, high = min(np.nanmin(v) for v in later), float(np.nanquantile([v[0] for v in later], 0.9))
+    low, high = min(v.min() for v in later), float(np.quantile([v[0] for v in later], 0.9))
     margin = 0.06 * max(high - low, 0.01 * abs(high))
     return float(low - margin), float(high + margin)
 
@@ -137,7 +148,7 @@ def mean_curve(
     for columns in (list(VALIDATED), [TRAINED]):
         if not all(set(columns) <= set(table) for table in tables):
             continue
-        rows_of = pd.concat([table.dropna(subset=columns) for table in tables])
+        rows_of = pd.concat(tables).dropna(subset=columns)
         if not len(rows_of):
             continue
         by_step = rows_of.groupby("step")
@@ -176,8 +187,7 @@ def others_chart(curves: pd.DataFrame) -> Chart | None:
     for name in names:
         here = curves.dropna(subset=[name])
         here = here.iloc[thinned(np.arange(len(here)), MOST_POINTS)]
-        found.append(
-            Series("run", {key: here[key].tolist() for key in (*(a.key for a in X), name)}, colour=1)
-        )
+        keys = [axis.key for axis in X if axis.key in here] + [name]
+        found.append(Series("run", {key: here[key].tolist() for key in keys}, colour=1))
     axes = tuple(Axis(name, name.replace("_", " ")) for name in names)
     return Chart("Also recorded", tuple(found), X, axes, legend=False, height=320)

@@ -191,8 +191,14 @@ def card(kind: str, title: str, inside: str, note: str, spec: dict[str, Any]) ->
 
 
 def axis(a: Axis) -> dict[str, Any]:
-    short = "" if a.words else a.title.partition(",")[0]
-    return {**asdict(a), "order": [untagged(word) for word in a.order], "short": short}
+    """`label`: of its button; plotly reads tags in the other words."""
+    label = "" if a.words else a.title.partition(",")[0]
+    words = {
+        "title": untagged(a.title),
+        "short": untagged(label),
+        "order": [untagged(word) for word in a.order],
+    }
+    return {**asdict(a), **words, "label": label}
 
 
 def series(s: Series) -> dict[str, Any]:
@@ -236,7 +242,7 @@ def short(value: float) -> float | int | None:
 
 
 def colour(of: int | float | Sequence[float] | None) -> Any:
-    if of is None:
+    if of is None or (isinstance(of, float) and not math.isfinite(of)):
         return None
     if isinstance(of, int):
         return f"c{of % PALETTE}"

@@ -32,16 +32,23 @@ function element(tag, parent, properties = {}) {
 }
 
 class Chart {
-  constructor(card, index) {
+  constructor(card) {
     this.spec = JSON.parse(card.querySelector("script").textContent);
-    this.key = `${location.pathname}#${index}`;
+    this.key = `${location.pathname}#${card.querySelector("h3").textContent}`;
     const axis = (axes) => ({ at: 0, log: axes.map((a) => a.log) });
     this.frames = this.spec.frames.length;
-    this.state = { x: axis(this.spec.x), y: axis(this.spec.y), hidden: [], frame: this.frames - 1, ...JSON.parse(kept(sessionStorage, this.key) || "{}") };
+    this.state = { x: axis(this.spec.x), y: axis(this.spec.y), hidden: [], frame: this.frames - 1 };
+    const chosen = JSON.parse(kept(sessionStorage, this.key));
+    if (chosen && ["x", "y"].every((which) => this.fits(chosen[which], this.spec[which]))) Object.assign(this.state, chosen);
+    this.state.frame = Math.min(this.state.frame, this.frames - 1);
     this.controls(card.querySelector(".controls"));
     this.legend(card.querySelector(".legend"));
     this.plot = card.querySelector(".plot");
     this.draw();
+  }
+
+  fits(state, axes) { // what was chosen in an earlier writing of the page, which may have had other axes
+    return state.at < axes.length && state.log.length === axes.length && axes.every((a, i) => (a.log === null) === (state.log[i] === null));
   }
 
   changed() {
@@ -49,7 +56,7 @@ class Chart {
     this.draw();
   }
 
-  axis(which) { return this.spec[which][Math.min(this.state[which].at, this.spec[which].length - 1)]; }
+  axis(which) { return this.spec[which][this.state[which].at]; }
 
   controls(bar) {
     const refreshers = [];
@@ -63,19 +70,18 @@ class Chart {
       if (axes.every((a) => a.words)) continue;
       if (axes.length > 1) {
         const segments = element("span", bar, { className: "segments" });
-        axes.forEach((a, i) => button(segments, a.short, () => state.at === i, () => { state.at = i; }));
+        axes.forEach((a, i) => button(segments, a.label, () => state.at === i, () => { state.at = i; }));
       }
       if (axes.every((a) => a.log === null)) continue;
       const scale = element("span", bar, { className: "segments" });
       for (const log of [false, true])
-        button(scale, `${which} ${log ? "log" : "linear"}`, () => state.log[state.at] === log, () => { state.log[state.at] = log; });
+        button(scale, `${which} ${log ? "log" : "linear"}`, () => state.log[state.at] === log, () => { if (axes[state.at].log !== null) state.log[state.at] = log; });
     }
     refreshers.forEach((f) => f());
     if (this.frames > 1) this.slider(bar);
   }
 
   slider(bar) {
-    this.state.frame = Math.min(this.state.frame, this.frames - 1);
     const label = element("label", bar, { className: "slider" });
     const range = element("input", label, { type: "range", min: 0, max: this.frames - 1, value: this.state.frame });
     const name = element("output", label, { textContent: this.spec.frames[this.state.frame] });
@@ -160,9 +166,9 @@ class Chart {
 }
 
 class Maps { // a small picture of every head, and one of them large
-  constructor(card, index) {
+  constructor(card) {
     this.spec = JSON.parse(card.querySelector("script").textContent);
-    this.key = `${location.pathname}#${index}`;
+    this.key = `${location.pathname}#${card.querySelector("h3").textContent}`;
     this.state = { layer: 0, head: 0, ...JSON.parse(kept(sessionStorage, this.key) || "{}") };
     this.plot = card.querySelector(".plot");
     this.said = card.querySelector(".shown");
@@ -234,7 +240,15 @@ const theme = document.getElementById("theme");
 const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
 const saved = kept(localStorage, "theme");
 if (saved) root.dataset.theme = saved;
-const charts = [...document.querySelectorAll(".chart, .maps")].map((card, i) => new (card.classList.contains("maps") ? Maps : Chart)(card, i));
+const charts = [...document.querySelectorAll(".chart, .maps")].flatMap((card) => {
+  try {
+    return [new (card.classList.contains("maps") ? Maps : Chart)(card)];
+  } catch (error) { // the rest of the page stands
+    console.error(error);
+    card.querySelector(".plot").replaceChildren(element("p", card, { className: "note", textContent: "This chart could not be drawn." }));
+    return [];
+  }
+});
 const repaint = () => { theme.textContent = dark() ? "light" : "dark"; charts.forEach((c) => c.draw()); };
 theme.textContent = dark() ? "light" : "dark";
 theme.onclick = () => { root.dataset.theme = dark() ? "light" : "dark"; kept(localStorage, "theme", root.dataset.theme); repaint(); };

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scantling.report.spec import Block, Chart, Code, Report, Samples, Table, Text, in_markdown
+from scantling.run_directory import RunDirectory
+from scantling.study.arms import StudyRuns, arms_changes, settings_of, varied_keys
 
 PATIENCE = 20
 """Seconds for one answer of the server."""
@@ -16,30 +19,45 @@ SYNCED = ".synced"
 """What `wandb sync` adds to the name of a file that it has sent."""
 
 
-def sync(directory: Path) -> int:
-    """Send the offline runs in `directory`, W&B's folder in a study, that were not sent yet; how many there were.
+def sync(study: Path) -> tuple[int, list[str]]:
+    """Send the offline files of a study's finished runs that were not sent yet; how many there were, and the runs that wait:
+    what is sent while its run goes on counts as sent for ever.
 
     Raises ValueError where `wandb sync` fails.
     """
-    waiting = [
-        run
-        for run in sorted(directory.glob("offline-run-*"))
-        if list(run.glob("*.wandb")) and not list(run.glob(f"*.wandb{SYNCED}"))
-    ]
-    if waiting:
-        command = [sys.executable, "-m", "wandb", "sync", *map(str, waiting)]
+    unsent: dict[str, list[Path]] = {}
+    for folder in sorted((study / "wandb").glob("offline-run-*")):
+        if list(folder.glob("*.wandb")) and not list(folder.glob(f"*.wandb{SYNCED}")):
+            unsent.setdefault(folder.name.split("-", 3)[3], []).append(folder)  # offline-run-TIME-NAME
+    waiting = [name for name in unsent if not RunDirectory(study / name).is_finished]
+    ready = [str(folder) for name, folders in unsent.items() if name not in waiting for folder in folders]
+    if ready:
+        command = [sys.executable, "-m", "wandb", "sync", *ready]
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:
             words = (ended.stderr or ended.stdout).strip().splitlines()
             raise ValueError(
-                f"wandb sync sent not all of {len(waiting)} runs: {words[-1] if words else 'no word'}"
+                f"wandb sync sent not all of {len(ready)} runs: {words[-1] if words else 'no word'}"
             )
-    return len(waiting)
+    return len(ready), waiting
 
 
-def publish(report: Report, *, entity: str | None, project: str, group: str, draft: bool) -> str:
+def grouping(study: StudyRuns) -> list[str]:
+    """What its panels group by: the settings in which arms and scales differ, or the arms' name in place of what they change,
+    as paths in the configuration that W&B has of each run."""
+    settings = [settings_of(text) for text in study.runs["overrides"]]
+    varied = varied_keys(settings)
+    if all("arm" in setting for setting in settings):
+        changes = arms_changes(settings)
+        varied = ["arm", *(key for key in varied if key not in changes)]
+    return [f"config.choices.{key}" if f"choice.{key}" in study.runs else f"config.{key}" for key in varied]
+
+
+def publish(
+    report: Report, *, entity: str | None, project: str, group: str, by: Sequence[str], draft: bool
+) -> str:
     """Save the report in the project; its address. `entity`: None, the account's own. `group`: of the runs that its panels
-    show, W&B's name for a study.
+    show, W&B's name for a study; `by`: their `grouping`.
 
     Raises ValueError where the server does not take it.
     """
@@ -47,14 +65,14 @@ def publish(report: Report, *, entity: str | None, project: str, group: str, dra
 
     try:
         owner = entity or wandb.Api(timeout=PATIENCE).default_entity or ""
-        made = as_wandb(report, entity=owner, project=project, group=group)
+        made = as_wandb(report, entity=owner, project=project, group=group, by=by)
         made.save(draft=draft)
     except Exception as error:  # of its service, too, whose errors are of no family
         raise ValueError(f"W&B does not take the report: {' '.join(str(error).split())}") from error
     return made.url
 
 
-def as_wandb(report: Report, *, entity: str, project: str, group: str) -> Any:
+def as_wandb(report: Report, *, entity: str, project: str, group: str, by: Sequence[str]) -> Any:
     """`wandb_workspaces`' own object, not saved."""
     import wandb_workspaces.reports.v2.interface as wr
 
@@ -63,7 +81,7 @@ def as_wandb(report: Report, *, entity: str, project: str, group: str) -> Any:
     if report.cautions:
         blocks.append(wr.UnorderedList(items=list(report.cautions)))
     for section in report.sections:
-        shown = [part for block in section.blocks for part in block_of(block, entity, project, group)]
+        shown = [part for block in section.blocks for part in block_of(block, entity, project, group, by)]
         blocks += [wr.H2(text=section.title), *shown] if shown else []
     return wr.Report(
         entity=entity,
@@ -75,7 +93,7 @@ def as_wandb(report: Report, *, entity: str, project: str, group: str) -> Any:
     )
 
 
-def block_of(block: Block, entity: str, project: str, group: str) -> list[Any]:
+def block_of(block: Block, entity: str, project: str, group: str, by: Sequence[str]) -> list[Any]:
     """Charts of numbers that W&B has not, and figures, which it takes by their address only, are left to the page; their
     tables stand."""
     import wandb_workspaces.reports.v2.interface as wr
@@ -98,7 +116,7 @@ def block_of(block: Block, entity: str, project: str, group: str) -> list[Any]:
             project=project,
             name=group,
             filters=f"Metric('Group') = '{group}'",
-            groupby=["Tags"],
+            groupby=list(by),
         )
         panels: list[Any] = [
             wr.LinePlot(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ import pandas as pd
 import yaml
 
 from scantling.report.spec import Link, Samples
-from scantling.run_directory import RunDirectory, read_rows
+from scantling.run_directory import NOT_TRAINED, RunDirectory, read_rows
 from scantling.study.arms import arms_changes, rows, settings_of
 from scantling.study.store import NOTES, Loader, leaves
 
-NO_SETTING = ("seed", "arm", "study", "paths", "logger", "sample", "matched", "tuned", "resume", "dry_run")
-"""Of a configuration, what is no part of what an arm is."""
+SHOWN = ("trainer", "guard")
+"""Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should see it."""
+
+NO_SETTING = {"seed", *NOT_TRAINED} - {*SHOWN}
+"""Of a configuration, what is no setting that runs of an arm have in common."""
 
 SAMPLES = 12
 """Runs whose samples stand side by side."""
@@ -60,7 +65,7 @@ def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
         }
         for key in sorted(keys, key=lambda key: not key.startswith("choices."))
         if len({found.get(key) for found in configurations.values()}) > 1
-        and not any(follows(key, found) for found in configurations.values())
+        and not all(follows(key, found) for found in configurations.values())
     ]
     return pd.DataFrame(table, columns=["setting", *configurations])
 
@@ -75,7 +80,9 @@ def is_setting(key: str) -> bool:
 def follows(key: str, found: dict[str, str]) -> bool:
     """Whether a key of the built decoder or optimiser repeats one that can be set."""
     group, _, rest = key.partition(".")
-    return (group == "decoder" and (rest in found or f"model.{rest}" in found)) or key == "optim.lr"
+    if key == "optim.lr":  # it can be set apart from lr
+        return found.get(key) == found.get("lr")
+    return group == "decoder" and (rest in found or f"model.{rest}" in found)
 
 
 def written(value: Any) -> str:
@@ -205,29 +212,54 @@ def failures(runs: pd.DataFrame) -> list[str]:
     return lines
 
 
-NOTED = ("matched", "tuned", "sweeps", "arm")
-"""Overrides that the sweeper adds."""
+NOTED = ("matched", "tuned", "sweeps")
+"""Overrides that the launcher adds."""
+
+TYPED = 8
+"""Runs up to which each has its own command, where no grid makes them."""
 
 
 def train_command(runs: pd.DataFrame, sweep: dict[str, Any] | None) -> str:
-    """What makes these runs again, from their overrides: of one run these, of several a grid. `sweep`: their yaml of
-    `sweeps/`, whose own arms and parameters need not be typed."""
+    """What makes these runs again, from their overrides: a grid, or where none does each run's own command. `sweep`: their
+    yaml of `sweeps/`, whose own arms and parameters need not be typed."""
     settings = [settings_of(text) for text in runs["overrides"]]
-    if len(settings) == 1:
-        return typed("python src/train.py", settings[0])
-    own = arms_changes(settings) if sweep else set()
-    own |= {key for note, key in NOTES.items() if any(note in setting for setting in settings)}
-    grid = {}
-    for key in dict.fromkeys(key for setting in settings for key in setting):
-        values = dict.fromkeys(setting[key] for setting in settings if key in setting)
-        if key not in own and key not in NOTED:
-            grid[key] = ",".join(sorted(values, key=in_number) if len(values) > 1 else values)
-    given = ((sweep or {}).get("hydra") or {}).get("sweeper") or {}
-    for key, value in (given.get("params") or {}).items():
-        if set(grid.get(key, "").split(",")) == set(str(value).replace(" ", "").split(",")):
-            del grid[key]
-    name = settings[0].get("sweeps")
-    return typed("python src/train.py -m" + (f" sweeps={name}" if name else ""), grid)
+    noted = {*NOTED, *(key for note, key in NOTES.items() if any(note in setting for setting in settings))}
+    grid_settings = [{key: setting[key] for key in setting if key not in noted} for setting in settings]
+    names = {setting.get("sweeps") for setting in settings}
+    sweeper = ((sweep or {}).get("hydra") or {}).get("sweeper") or {}
+    arms = dict.fromkeys(sweeper.get("arms") or [None])
+    run_arms = {setting.get("arm") for setting in settings}
+    if len(settings) > 1 and sweep is not None and len(names) == 1 and run_arms <= set(arms):
+        grid = grid_of(grid_settings, without={"arm", *arms_changes(settings)})
+        if run_arms != set(arms):
+            grid["arm"] = ",".join(str(arm) for arm in arms if arm in run_arms)
+        for key, value in (sweeper.get("params") or {}).items():
+            if set(grid.get(key, "").split(",")) == set(str(value).replace(" ", "").split(",")):
+                del grid[key]
+        return typed(f"python src/train.py -m sweeps={names.pop()}", grid)
+    if len(settings) > 1 and names == {None} and is_product(grid_settings):
+        return typed("python src/train.py -m", grid_of(grid_settings))
+    if len(settings) > TYPED:
+        return f"# {len(settings)} runs, no grid: env.json of each has what was typed for it"
+    one = {"hydra.mode": "RUN"}  # a yaml of sweeps/ asks for the whole sweep
+    return "\n".join(
+        typed("python src/train.py", setting | (one if "sweeps" in setting else {})) for setting in settings
+    )
+
+
+def grid_of(settings: list[dict[str, str]], without: Collection[str] = ()) -> dict[str, str]:
+    """Every setting with its values, as they are typed."""
+    keys = dict.fromkeys(key for setting in settings for key in setting if key not in without)
+    values = {key: dict.fromkeys(s[key] for s in settings if key in s) for key in keys}
+    return {key: ",".join(sorted(of, key=in_number) if len(of) > 1 else of) for key, of in values.items()}
+
+
+def is_product(settings: list[dict[str, str]]) -> bool:
+    """Whether these are a grid: every combination of their values, and each with every key."""
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    n_values = [len({setting.get(key) for setting in settings}) for key in keys]
+    alike = all(setting.keys() == keys.keys() for setting in settings)
+    return alike and math.prod(n_values) == len({tuple(sorted(s.items())) for s in settings})
 
 
 def in_number(value: str) -> tuple[float, str]:

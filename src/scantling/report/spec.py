@@ -85,8 +85,8 @@ class Axis:
 class Series:
     """Points or a line, by axis. `low` and `high` are a band around a line, bars at points.
 
-    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or None for grey; points may
-    have one each. `group`: what is shown and hidden together, and has one entry in the legend.
+    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or None or NaN for grey; points
+    may have one each. `group`: what is shown and hidden together, and has one entry in the legend.
     """
 
     group: str
@@ -153,11 +153,17 @@ class Report:
 
 PAGE = "report.html"
 
+BESIDE = ("arms.csv", "arms.png", "arms.svg", "parameters.csv", "optimum.csv", "fit.png", "fit.svg")
+"""Files that some reports have beside the page and others have not."""
+
 
 def write(report: Report, directory: Path, *, page: str) -> list[Path]:
-    """`page`, the report as HTML, with the files beside it; they replace those of an earlier report."""
+    """`page`, the report as HTML, with the files beside it; they replace those of an earlier report, all of `BESIDE`."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / PAGE, directory / "report.md"]
+    if written[0].exists():
+        for name in BESIDE:
+            (directory / name).unlink(missing_ok=True)
     replace_text(written[0], page)
     written[1].write_text(markdown(report))
     for name, frame in report.data.items():
@@ -167,6 +173,7 @@ def write(report: Report, directory: Path, *, page: str) -> list[Path]:
         if isinstance(block, Figure):
             block.draw(directory / block.name)
             written += [directory / block.name, (directory / block.name).with_suffix(".svg")]
+    assert {path.name for path in written[2:]} <= {*BESIDE}, "a later report would leave them"
     return written
 
 

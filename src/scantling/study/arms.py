@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from scantling.run_directory import NOT_TRAINED
 from scantling.study.store import NOTES, load_runs
 
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
@@ -21,21 +22,7 @@ FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
 LISTED = 10
 """Names of runs that a caution gives."""
 
-NOT_AN_ARM = (
-    "seed",
-    "arm",
-    "match",
-    "matched",
-    "tune",
-    "tuned",
-    "study",
-    "paths",
-    "logger",
-    "trainer",
-    "sample",
-    "hydra",
-    "resume",
-)
+NOT_AN_ARM = (*NOT_TRAINED, "seed", "hydra")
 """Settings that are no part of what an arm is."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict, read_write
@@ -102,7 +103,7 @@ class Arm:
 
     first: Outlook
     config: DictConfig
-    hydra: DictConfig
+    hydra: HydraConf | None
     more: list[str]
     """Overrides beyond those typed, which match the arm to others."""
 

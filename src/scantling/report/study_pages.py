@@ -1,0 +1,120 @@
+"""The reports of a study that has an answer, arms or a law, and of anyone's table of runs. What they need takes seconds to
+import, and pages of runs alone do without it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from scantling.report.arm_charts import forest_chart, gain_chart, lengths_chart, scale_chart
+from scantling.report.curve_charts import with_others
+from scantling.report.law_charts import law_charts
+from scantling.report.pages import Recorded, in_order, records, training, tuning
+from scantling.report.records import failures, mixed, of_each_arm
+from scantling.report.spec import Block, Figure, Report, Section, Table, Text
+from scantling.study import ablation_report, law_report
+from scantling.study.ablation_report import AblationReport
+from scantling.study.arms import StudyRuns, mean_of, rows
+from scantling.study.figures import draw_arms, draw_law
+from scantling.study.law_report import LawReport
+from scantling.study.lengths import FILES as LENGTHS
+
+
+def arms_page(found: AblationReport, study: StudyRuns, recorded: Recorded) -> Report:
+    """Arms against the baseline."""
+    order = found.order
+    runs = in_order(study.runs, order)
+    recorded = replace(recorded, runs=in_order(study.recorded, order))
+    colours = with_others({}, recorded.runs["arm"])
+    compute = {
+        scale: mean_of(rows(study.runs, scale=scale, arm=found.baseline), "flops")
+        for scale in dict.fromkeys(found.arms["scale"])
+    }
+    tables = ablation_report.tables(found)
+    compared: list[Block] = [forest_chart(found, colours)]
+    compared += [
+        chart
+        for chart in (scale_chart(found, compute, colours), gain_chart(found, colours))
+        if chart is not None
+    ]
+    compared += [Table(title, table) for title, table in tables.items()]
+    compared += [Text(trend) for trend in found.trends]
+    draw = lambda path: draw_arms(  # noqa: E731
+        recorded.curves, study.runs, found.arms, path, metric=found.metric, baseline=found.baseline
+    )
+    compared.append(Figure("Curves of the arms, and their differences", "arms.png", draw))
+    largest = runs.iloc[np.flatnonzero(runs["scale"] == found.largest)]
+    sections = [
+        *training(recorded.runs, recorded.curves, found.metric, colours=colours),
+        Section("Arms compared", tuple(compared)),
+        *tuning(recorded, colours),
+        *lengths(recorded, colours),
+        *records(of_each_arm(largest), recorded),
+    ]
+    cautions = [*found.cautions, *failures(study.recorded), *mixed(study.runs)]
+    seeds = sorted(set(study.runs["seed"]))
+    return Report(
+        title=study.name,
+        kind=f"{len(order)} arms · {len(seeds)} seeds · {len(study.runs)} finished runs",
+        question=recorded.question,
+        answer=ablation_report.answer(found),
+        cautions=tuple(cautions),
+        sections=tuple(sections),
+        data={"arms.csv": found.arms},
+    )
+
+
+def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: Recorded | None) -> Report:
+    """The law of a table of runs; `study`, `recorded`: where they are a study of ours."""
+    blocks: list[Block] = [*law_charts(laws)]
+    blocks += [Table(title, table) for title, table in law_report.tables(laws).items()]
+    runs = laws.observations.runs
+    draw = lambda path: draw_law(  # noqa: E731
+        laws.fit,
+        runs["C"].to_numpy(),
+        path,
+        k=laws.observations.k,
+        title=law_report.headline(laws).partition(":")[0],
+        cutoff=None if laws.gate is None else laws.gate.cutoff,
+        caution=laws.fit.verdict if laws.gate is not None and not laws.gate.passed else None,
+    )
+    blocks += [Figure("Loss against compute, and what the fit leaves", "fit.png", draw)]
+    blocks += [Text(law_report.headline(laws))]
+    blocks += [Text(laws.gate.verdict)] if laws.gate is not None and laws.gate.passed else []
+    sections = [Section("The law", tuple(blocks))]
+    cautions = [text for text in law_report.cautions(laws) if laws.gate is None or text != laws.gate.verdict]
+    if laws.gate is not None and not laws.gate.passed:
+        cautions.insert(0, laws.gate.verdict)
+    question = ""
+    if study is not None and recorded is not None:
+        recorded = replace(recorded, runs=study.recorded)
+        sections = [*training(study.recorded, recorded.curves, "loss", by_size=True), *sections]
+        sections += records(of_each_arm(study.runs), recorded)
+        cautions += [*failures(study.recorded), *mixed(study.runs)]
+        question = recorded.question
+    else:
+        sections.append(
+            Section("Runs", (Table(f"The {len(runs)} rows of {laws.source}", runs, folded=True),))
+        )
+    data = {"parameters.csv": laws.parameters}
+    return Report(
+        title=name,
+        kind=f"scaling law · {len(runs)} runs",
+        question=question,
+        answer=law_report.answer(laws),
+        cautions=tuple(text.removeprefix("warning: ") for text in cautions),
+        sections=tuple(sections),
+        data=data if laws.optimum is None else data | {"optimum.csv": laws.optimum},
+    )
+
+
+def lengths(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
+    """Of what `evaluate.py lengths=[…] to=DIR` left beside the page or in the study."""
+    for place in (recorded.directory, recorded.study):
+        if place is not None and (place / LENGTHS[0]).exists():
+            chart = lengths_chart(json.loads((place / LENGTHS[0]).read_text()), colours)
+            return [Section("Beyond the length of training", (chart,))]
+    return []

@@ -1,0 +1,25 @@
+"""The page of a report, written where the command line says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from scantling.report.html import page
+from scantling.report.spec import Report, write
+
+
+def command() -> str:
+    """What was typed."""
+    return " ".join(["python src/report.py", *HydraConfig.get().overrides.task])
+
+
+def directory_of(config: DictConfig, name: str) -> Path:
+    return Path(config.to or Path(config.paths.runs) / "reports" / name)
+
+
+def written(config: DictConfig, made: Report, directory: Path) -> list[Path]:
+    reload_seconds = config.watch_seconds if config.watch else None
+    return write(made, directory, page=page(made, command=command(), reload_seconds=reload_seconds))
