@@ -116,7 +116,7 @@ def views(config: DictConfig, run: RunDirectory) -> Views:
     """Of its checkpoints. Raises ValueError for what was asked for and cannot be shown; else the page says why."""
     try:
         if not any(run.checkpoints.glob("*.ckpt")):
-            raise ValueError(f"{run.checkpoints} holds no checkpoint")
+            raise ValueError(f"{os.path.relpath(run.checkpoints)} holds no checkpoint")
         from scantling.views import views_of  # here, as PyTorch takes a second
 
         return views_of(
