@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "scantling"
 
-WRITTEN = ("README.md", "docs/*.md", "docs/*.png", "docs/*.svg", "docs/site.css", "results/**/*.*")
+WRITTEN = ("README.md", "docs/*.md", "docs/*.png", "docs/*.svg", "docs/site.css", "docs/iframe-worker.js", "results/**/*.*")
 SETTINGS = ("conf/*.yaml", "conf/tune/*.yaml", "sweeps/*.yaml")
 
 

@@ -24,7 +24,6 @@ from documented import PAGES, ROOT, Command, blocks, commands, write_files
 
 NOT_HERE = {
     r"^source ": "every command here runs in that environment",
-    r"^git clone|^cd ": "every page is read in a copy of the project",
     r"^pip install": "needs a package index",
     r"^sbatch|^srun|launcher=submitit_slurm": "needs SLURM; tests/cluster/test_slurm.py starts one",
     r"HOST1": "needs two hosts; tests/cluster/test_two_hosts.py makes them",
@@ -45,7 +44,7 @@ SHORTER = {
 """What would take long: built, planned and checked, not trained; or less of it."""
 
 STANDS_FOR = {
-    r"\[(NAME|DIR1),(NAME|OTHER|DIR2)\]": "[{newest},{other}]",
+    r"\[\S*(NAME|DIR1),\S*(NAME|OTHER|DIR2)\]": "[{newest},{other}]",
     r"(run|resume)=(runs/default/NAME|NAME|DIR)\b": r"\1={newest}",
     r"SMALLER_RUN": "{other}",
     r"(src/hub\.py .*)source=DIR": r"\1source=models/another",
@@ -53,16 +52,16 @@ STANDS_FOR = {
 }
 """What a reader puts in. `{newest}` and `{other}` are the runs of `runs/default` that finished last."""
 
-TINY = "model=nano tokenizer=byte logger=none budget=steps ~budget.tokens budget.steps=4 data=text data.files=books/*.txt"
+TINY = "seed=0,1 model=nano tokenizer=byte logger=none budget=steps budget.steps=4 data=text data.files=books/*.txt"
 PREPARED = (
     "python src/train.py -m model=nano data=text data.files=books/*.txt budget=steps budget.steps=20 ema.decay=0.9 seed=0,1",
     "cp -r runs/default/wandb offline",
     "python src/hub.py action=export run={newest} family=llama to=models/pythia-160m",
     "cp -r models/pythia-160m models/another",
-    f"python src/train.py -m sweeps=attention {TINY.replace('~budget.tokens ', '')}",
-    f"python src/train.py -m sweeps=norms {TINY}",
-    f"python src/train.py -m sweeps=parts arm=llama,alibi,gelu {TINY.replace('~budget.tokens ', '')}",
-    "python src/plan.py study=law isoflop.flops=2e12 model=nano tokenizer=byte logger=none isoflop.budgets=4 isoflop.sizes=5",
+    f"python src/train.py -m sweeps=attention attn=mha,gqa {TINY}",
+    f"python src/train.py -m sweeps=norms norm=rmsnorm,layernorm ~budget.tokens {TINY}",
+    f"python src/train.py -m sweeps=parts arm=llama,gelu {TINY}",
+    "python src/plan.py study=law isoflop.flops=1e12 model=nano tokenizer=byte logger=none isoflop.budgets=3 isoflop.sizes=4",
     "python src/train.py -m sweeps=law",
     "rm sweeps/law.yaml",
 )

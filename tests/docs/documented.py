@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/start.md"]
 PAGES += sorted({path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")} - {*PAGES})
 
-PROGRAMS = ("python", "make", "torchrun", "sbatch", "srun", "pip", "wandb", "tensorboard", "source", "git", "cd")
+PROGRAMS = ("python", "make", "torchrun", "sbatch", "srun", "pip", "wandb", "tensorboard", "source", "ls")
 """A block without a language whose first line starts with one of these is of commands, one a line."""
 
 

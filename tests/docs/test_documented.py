@@ -11,7 +11,6 @@ import docs_check
 import pytest
 from documented import PAGES, PROGRAMS, ROOT, blocks, commands, in_passing, write_files
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -44,7 +43,9 @@ def tree_of(tmp_path_factory):
 
 
 def composed(tree, entry, arguments):
-    """Every job of a command line, as Hydra composes it: an exception where an option or a setting is unknown."""
+    """What Hydra makes of a command line: an exception where an option or a setting is unknown. Of a grid so many jobs
+    that each value is in one.
+    """
     typed = [quoted(argument) for argument in arguments if argument != "-m"]
     searched = [o.replace(str(PROJECT), str(tree)) for o in search_path(entry)]
     mode = RunMode.MULTIRUN if "-m" in arguments else RunMode.RUN
@@ -53,13 +54,20 @@ def composed(tree, entry, arguments):
         config = loader.load_configuration(entry, [*typed, *searched], run_mode=mode)
         if mode is RunMode.RUN:
             return [config]
-        parsed = OverridesParser.create(loader).parse_overrides(typed)
-        arms = [o for o in parsed if o.key_or_group == "arm"]
-        for override in arms:
-            assert {*override.value().list} <= {*config.hydra.sweeper.arms}
-        grid = [o for o in parsed if o not in arms and (o.is_discrete_sweep() or not o.is_sweep_override())]
-        (jobs,) = BasicSweeper.split_arguments(grid, None)
-        return [loader.load_sweep_config(config, job) for job in jobs]
+        typed_as = []
+        for override in OverridesParser.create(loader).parse_overrides(typed):
+            if override.key_or_group == "arm":
+                assert {*override.sweep_string_iterator()} <= {*config.hydra.sweeper.arms}
+            elif override.is_discrete_sweep():
+                key = override.get_key_element()
+                typed_as.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            elif not (override.is_sweep_override() or override.key_or_group.startswith("hydra")):
+                typed_as.append([override.input_line])
+        jobs = max(map(len, typed_as), default=1)
+        return [
+            loader.load_sweep_config(config, [values[i % len(values)] for values in typed_as])
+            for i in range(jobs)
+        ]
 
 
 RUN = [c for c in TYPED if ENTRY.match(c.text)] + [c for page in PAGES for c in in_passing(page)]
