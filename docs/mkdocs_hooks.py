@@ -15,7 +15,15 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "scantling"
 
-WRITTEN = ("README.md", "docs/*.md", "docs/*.png", "docs/*.svg", "docs/site.css", "docs/iframe-worker.js", "results/**/*.*")
+WRITTEN = (
+    "README.md",
+    "docs/*.md",
+    "docs/*.png",
+    "docs/*.svg",
+    "docs/site.css",
+    "docs/iframe-worker.js",
+    "results/**/*.*",
+)
 SETTINGS = ("conf/*.yaml", "conf/tune/*.yaml", "sweeps/*.yaml")
 
 
@@ -64,12 +72,14 @@ def generated() -> dict[str, str]:
 
 
 def below(folder: str) -> list[Any]:
-    """The pages of a folder as entries of the navigation, its own before those of folders inside it."""
-    places = [path.relative_to(ROOT).as_posix() for path in matching(WRITTEN)] + list(generated())
-    inside = [place.removeprefix(folder) for place in places if place.startswith(folder) and place.endswith(".md")]
-    own = sorted(name for name in inside if "/" not in name)
+    """The pages of a folder as entries of the navigation, its own before those of folders inside it. One that is written
+    has the title that it opens with.
+    """
+    written = [path.relative_to(ROOT).as_posix() for path in matching(WRITTEN) if path.suffix == ".md"]
+    inside = [place.removeprefix(folder) for place in [*written, *generated()] if place.startswith(folder)]
+    own = [f"{folder}{name}" for name in sorted(inside) if "/" not in name]
     folders = sorted({name.partition("/")[0] for name in inside if "/" in name})
     return [
-        *({Path(name).stem: f"{folder}{name}"} for name in own),
+        *(place if place in written else {Path(place).stem: place} for place in own),
         *({name: below(f"{folder}{name}/")} for name in folders),
     ]

@@ -132,7 +132,9 @@ def one_line(error: Exception, config_name: str) -> str:
             return f"{match[1]} is a choice inside other options of {group}= than the chosen one"
         if owners := options_with(match[1]):
             group = match[1].partition(".")[0]
-            return f"{match[1]} is a setting of {' or '.join(f'{group}={o}' for o in owners)}: choose that too"
+            return (
+                f"{match[1]} is a setting of {' or '.join(f'{group}={o}' for o in owners)}: choose that too"
+            )
         return f"{match[1]} is not a setting{nearest(match[1], settings(config_name))}"
     if match := re.search(r"Ambiguous value for argument '((\S+?)=(.+?))'", text):
         runs_each = f"train.py -m {match[1]} runs each, " if config_name == "train" else ""

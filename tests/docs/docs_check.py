@@ -52,18 +52,16 @@ STANDS_FOR = {
 }
 """What a reader puts in. `{newest}` and `{other}` are the runs of `runs/default` that finished last."""
 
-TINY = "seed=0,1 model=nano tokenizer=byte logger=none budget=steps budget.steps=4 data=text data.files=books/*.txt"
+TINY = "model=nano tokenizer=byte logger=none data=text data.files=books/*.txt budget=steps"
 PREPARED = (
     "python src/train.py -m model=nano data=text data.files=books/*.txt budget=steps budget.steps=20 ema.decay=0.9 seed=0,1",
     "cp -r runs/default/wandb offline",
     "python src/hub.py action=export run={newest} family=llama to=models/pythia-160m",
     "cp -r models/pythia-160m models/another",
-    f"python src/train.py -m sweeps=attention attn=mha,gqa {TINY}",
-    f"python src/train.py -m sweeps=norms norm=rmsnorm,layernorm ~budget.tokens {TINY}",
-    f"python src/train.py -m sweeps=parts arm=llama,gelu {TINY}",
-    "python src/plan.py study=law isoflop.flops=1e12 model=nano tokenizer=byte logger=none isoflop.budgets=3 isoflop.sizes=4",
-    "python src/train.py -m sweeps=law",
-    "rm sweeps/law.yaml",
+    f"python src/train.py -m sweeps=attention attn=mha,gqa seed=0,1 {TINY} budget.steps=4",
+    f"python src/train.py -m sweeps=norms norm=rmsnorm,layernorm seed=0,1 ~budget.tokens {TINY} budget.steps=4",
+    f"python src/train.py -m sweeps=parts arm=llama,gelu seed=0,1 {TINY} budget.steps=4",
+    f"python src/train.py -m study=law {TINY} budget.steps=4,8,16 model.d_model=16,32,64",
 )
 """What pages take for granted: runs, studies, a model of transformers."""
 

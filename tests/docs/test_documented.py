@@ -103,7 +103,9 @@ def test_each_rule_of_the_check_is_of_some_command():
             assert any(re.search(pattern, command.text) for command in TYPED), pattern
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", *sorted(f"results/{p.name}" for p in (ROOT / "results").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "CONTRIBUTING.md", *sorted(f"results/{p.name}" for p in (ROOT / "results").glob("*.md"))]
+)
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
@@ -121,3 +123,15 @@ def test_python_on_the_pages(page):
                 if isinstance(node, ast.ImportFrom) and node.module.startswith("scantling"):
                     module = importlib.import_module(node.module)
                     assert all(hasattr(module, name.name) for name in node.names)
+
+
+MISTAKES = re.findall(
+    r"^\| `(\w+)\.py ([^`]+)` \| (.+) \|$", (ROOT / "docs/start.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("name", "typed", "answered"), MISTAKES, ids=[typed for _, typed, _ in MISTAKES])
+def test_first_mistakes_are_answered_as_the_page_says(entry, tmp_path, monkeypatch, name, typed, answered):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = entry(name, *shlex.split(typed))
+    assert (code, err) == (2, f"error: {answered}\n")
