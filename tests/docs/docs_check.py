@@ -25,8 +25,7 @@ from documented import PAGES, ROOT, Command, blocks, commands, write_files
 NOT_HERE = {
     r"^source ": "every command here runs in that environment",
     r"^pip install": "needs a package index",
-    r"^sbatch|^srun|launcher=submitit_slurm": "needs SLURM; tests/cluster/test_slurm.py starts one",
-    r"HOST1": "needs two hosts; tests/cluster/test_two_hosts.py makes them",
+    r"^sbatch": "needs SLURM; tests/cluster/test_slurm.py starts one, with the file of the page",
     r"launcher=ray": "needs ray",
     r"data=wikitext103": "needs Hugging Face's server",
     r"ENTITY/PROJECT": "needs W&B's server; tests/study/test_wandb_import.py is one",
@@ -35,6 +34,8 @@ NOT_HERE = {
 """What commands say -> why they cannot run."""
 
 SHORTER = {
+    r"^(?:srun|torchrun --nnodes).*? (?:python )?(src/train\.py .*)$": r"python \1",  # what a process is given
+    r"^make train$": 'make train ARGS="model=llama_small attn=gqa"',  # as the Makefile has it
     r"^(make train ARGS=.*)\"$": r'\1 dry_run=true"',
     r"^make test$": "make test ARGS_TEST=tests/test_architecture.py",
     r"^(python src/train\.py (?!.*(budget\.steps=|sweeps=smoke|dry_run=)).*)$": r"\1 dry_run=true",

@@ -21,7 +21,7 @@ from scantling.command_line import quoted, search_path
 TYPED = [
     command for page in PAGES for block in blocks(page) if block.is_commands for command in commands(block)
 ]
-ENTRY = re.compile(r"python src/(\w+)\.py ?(.*)$|torchrun .* src/(train)\.py (.*)$")
+ENTRY = re.compile(r"(?:python|torchrun .*|srun .* python) src/(\w+)\.py ?(.*)$")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ RUN = [c for c in TYPED if ENTRY.match(c.text)] + [c for page in PAGES for c in 
 def test_commands_compose(command, tree_of):
     if "launcher=ray" in command.text:
         pytest.skip("hydra-ray-launcher is not among what tests install")
-    entry, arguments = filter(None.__ne__, ENTRY.match(command.text).groups())
+    entry, arguments = ENTRY.match(command.text).groups()
     assert composed(tree_of(command.page), entry, shlex.split(arguments))
 
 
