@@ -1,14 +1,15 @@
 # make train   set up .venv and train; ARGS="model=llama_small attn=gqa …" are its options
 # make test    set up .venv and run the tests
 # make lint    ruff and pyright
-# make docs    write docs/parts.md from the options
+# make docs    write docs/parts.md from the options, and the site into site/
+# make docs-check  run the commands of README.md and docs/
 # make bench   speed against peers, on this machine
 
 PYTHON ?= python3
 ARGS ?= model=llama_small attn=gqa
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test lint docs bench clean
+.PHONY: train test lint docs docs-check bench clean
 
 train: .venv/runtime
 	.venv/bin/python src/train.py $(ARGS)
@@ -24,6 +25,10 @@ lint: .venv/development
 
 docs: .venv/development
 	PYTHONPATH=src .venv/bin/python -m scantling.parts_table
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
+docs-check: .venv/development
+	.venv/bin/python tests/docs/docs_check.py $(PAGES)
 
 bench: .venv/development
 	.venv/bin/python benchmarks/throughput.py

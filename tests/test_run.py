@@ -192,6 +192,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
             ("attn=performer", "attn/pattern=sliding"),
             "attn/pattern is a choice inside other options of attn=",
         ),
+        (("budget.tokens=9",), "budget.tokens is a setting of budget=tokens: choose that too"),
+        (("attn=mha,gqa",), "attn=mha,gqa holds a comma: train.py -m attn=mha,gqa runs each"),
         (("model.n_layer=3",), "did you mean model.n_layers"),
         (("model.n_heads=5",), "n_heads=5 does not divide d_model=32"),
         (("attn=gqa", "attn.n_kv_heads=3"), "n_kv_heads=3 does not divide n_heads=4: use one of [1, 2, 4]"),

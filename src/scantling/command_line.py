@@ -132,7 +132,15 @@ def one_line(error: Exception, config_name: str) -> str:
         if (CONF / match[1]).is_dir():
             group = match[1].rpartition("/")[0]
             return f"{match[1]} is a choice inside other options of {group}= than the chosen one"
+        if owners := options_with(match[1]):
+            group = match[1].partition(".")[0]
+            return (
+                f"{match[1]} is a setting of {' or '.join(f'{group}={o}' for o in owners)}: choose that too"
+            )
         return f"{match[1]} is not a setting{nearest(match[1], settings(config_name))}"
+    if match := re.search(r"Ambiguous value for argument '((\S+?)=(.+?))'", text):
+        runs_each = f"train.py -m {match[1]} runs each, " if config_name == "train" else ""
+        return f"{match[1]} holds a comma: {runs_each}{match[2]}=[{match[3]}] is a list"
     if match := re.search(r"In '(sweeps/\S+)': .*Key '(\S+)' not in 'StudyConf'", text, re.DOTALL):
         return f"{match[1]}.yaml sets hydra.sweeper.{match[2]} of another sweeper: add hydra/sweeper=…, as its header says"
     if isinstance(error.__cause__, ValidationError):
@@ -146,6 +154,13 @@ def nearest(wrong: str, options: Sequence[str]) -> str:
     if close:
         return f": did you mean {' or '.join(close)}?"
     return f": use one of {', '.join(sorted(options))}" if 0 < len(options) <= 20 else ""
+
+
+def options_with(key: str) -> list[str]:
+    """Of a dotted key's group, the options whose yaml has it."""
+    group, dot, name = key.partition(".")
+    files = sorted((CONF / group).glob("*.yaml")) if dot else []
+    return [path.stem for path in files if name in leaves(OmegaConf.to_container(OmegaConf.load(path)))]  # type: ignore[arg-type]
 
 
 def settings(config_name: str) -> list[str]:

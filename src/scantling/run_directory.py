@@ -1,15 +1,15 @@
 """The directory of a run: `runs/<study>/<run_id>/`, the truth that loggers mirror and analysis reads.
 
-config.yaml      the resolved configuration, and which option each group took
-env.json         commit, versions, device, corpus fingerprint, the overrides typed
-tokenizer.json
-metrics.jsonl    one object per logged step
-samples.jsonl    a continuation of the prompt at every validation
-checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256; last.ckpt and best.ckpt name two of them
-curves.png
-profile/         with profile=true: a trace, and where the time of a step goes
-guards.jsonl     every step that went wrong: the reason, what was done, its samples
-summary.json     final numbers, written last: its presence means finished
+    config.yaml      the resolved configuration, and which option each group took
+    env.json         commit, versions, device, corpus fingerprint, the overrides typed
+    tokenizer.json
+    metrics.jsonl    one object per logged step
+    samples.jsonl    a continuation of the prompt at every validation
+    checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256; last.ckpt and best.ckpt name two of them
+    curves.png
+    profile/         with profile=true: a trace, and where the time of a step goes
+    guards.jsonl     every step that went wrong: the reason, what was done, its samples
+    summary.json     final numbers, written last: its presence means finished
 
 A sweep's launcher adds log.txt, what the run printed; lease-N.json while it runs; slurm.json, its job there; failed.json,
 why it failed.

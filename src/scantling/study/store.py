@@ -2,20 +2,20 @@
 
 `load_runs` gives these columns, `None` or NaN where a run does not say:
 
-run, path, status        status: finished, failed, or unfinished
-arm                      the study's name for it; without names, the settings in which its runs differ
-seed, overrides          overrides: what was typed, in one string
-choice.<group>           the option of every group, `choice.attn`
-d_model … batch_size     sizes, and the peak learning rate `lr`
-params, params.<group>   parameters, all and by group; params_without_embeddings leaves out embeddings, positions, head
-steps, tokens, flops     trained so far; FLOPs forward and backward, by the `exact` convention
-loss, bpb                validation at the last step: nats per token, bits per byte; train_loss beside it
-best_loss, best_bpb, best_step
-seconds, tokens_per_second, mfu, device, precision, world_size
-scantling, commit, torch the versions it ran with
-corpus, tokenizer        fingerprints; unique_tokens, how many the training text has
-matched_by, matched_off  `match=`: the quantity, and how far from its reference, as a fraction of it
-tuned                    `tune=`: the search behind `lr`, JSON; `load_tuning` makes a table of it
+    run, path, status        status: finished, failed, or unfinished
+    arm                      the study's name for it; without names, the settings in which its runs differ
+    seed, overrides          overrides: what was typed, in one string
+    choice.<group>           the option of every group, `choice.attn`
+    d_model … batch_size     sizes, and the peak learning rate `lr`
+    params, params.<group>   parameters, all and by group; params_without_embeddings leaves out embeddings, positions, head
+    steps, tokens, flops     trained so far; FLOPs forward and backward, by the `exact` convention
+    loss, bpb                validation at the last step: nats per token, bits per byte; train_loss beside it
+    best_loss, best_bpb, best_step
+    seconds, tokens_per_second, mfu, device, precision, world_size
+    scantling, commit, torch the versions it ran with
+    corpus, tokenizer        fingerprints; unique_tokens, how many the training text has
+    matched_by, matched_off  `match=`: the quantity, and how far from its reference, as a fraction of it
+    tuned                    `tune=`: the search behind `lr`, JSON; `load_tuning` makes a table of it
 
 `load_curves` gives run, step and every number of `metrics.jsonl`, a row a step. Both keep a Parquet file beside the runs,
 and read anew only the directories that have changed since.
