@@ -14,9 +14,10 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 train: .venv/runtime
 	.venv/bin/python src/train.py $(ARGS)
 
-# Each worker computes on one thread: two tests at once then share two cores without waiting for each other.
+# Each worker computes on one thread: two tests at once then share two cores without waiting for each other. One worker more
+# than cores, as some tests mostly wait.
 test: .venv/development
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto $(ARGS_TEST)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) $(ARGS_TEST)
 
 lint: .venv/development
 	.venv/bin/ruff check .
