@@ -171,6 +171,12 @@ def test_one_part_changes_one_group_of_the_record(command, tmp_path):
     assert {key for key in one.decoder if one.decoder[key] != two.decoder[key]} == {"attn"}
 
 
+def test_a_rung_more_of_a_ladder_makes_no_other_run(command):
+    told = [command("dry_run=true", *more)[1] for more in ((), ("ladder={d32:{lr:1e-3}}",), ("lr=1e-3",))]
+    first, longer, other = (re.search(r"^directory +(\S+)$", text, re.MULTILINE)[1] for text in told)
+    assert first == longer != other
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     code, out, _ = command(
         "dry_run=true", "budget=tokens_per_param", "budget.tokens_per_param=20", "budget.steps=1"

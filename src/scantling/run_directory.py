@@ -28,6 +28,7 @@ Row = dict[str, Any]
 NOT_TRAINED = (
     "study",
     "arm",
+    "ladder",
     "match",
     "matched",
     "tune",
