@@ -244,6 +244,7 @@ def test_an_arm_has_one_colour_in_all_charts(record, report, page, tmp_path):
     ]
     (tmp_path / "runs/parts/lengths.json").write_text(json.dumps(read))
     assert report("study=parts", "baseline=llama")[0] == 0
+    assert (tmp_path / "runs/reports/parts/gains.png").read_bytes()[:4] == b"\x89PNG"
     shown = charts_of(page("parts"))
     expected = {"llama": "c0", "gelu": "c1", "alibi": "c2", "another": "c3"}
     for title in (

@@ -153,7 +153,10 @@ class Report:
 
 PAGE = "report.html"
 
-BESIDE = ("arms.csv", "arms.png", "arms.svg", "parameters.csv", "optimum.csv", "fit.png", "fit.svg")
+BESIDE = (
+    *("arms.csv", "arms.png", "arms.svg", "gains.png", "gains.svg"),
+    *("parameters.csv", "optimum.csv", "fit.png", "fit.svg"),
+)
 """Files that some reports have beside the page and others have not."""
 
 

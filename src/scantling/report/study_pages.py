@@ -18,7 +18,7 @@ from scantling.report.spec import Block, Figure, Report, Section, Table, Text
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport
 from scantling.study.arms import StudyRuns, mean_of, rows
-from scantling.study.figures import draw_arms, draw_law
+from scantling.study.figures import draw_arms, draw_gains, draw_law
 from scantling.study.law_report import LawReport
 from scantling.study.lengths import FILES as LENGTHS
 
@@ -46,6 +46,10 @@ def arms_page(found: AblationReport, study: StudyRuns, recorded: Recorded) -> Re
         recorded.curves, study.runs, found.arms, path, metric=found.metric, baseline=found.baseline
     )
     compared.append(Figure("Curves of the arms, and their differences", "arms.png", draw))
+    gains = found.gains
+    if gains is not None and np.isfinite(gains["gain"]).any():
+        draw = lambda path: draw_gains(gains, path, baseline=found.baseline)  # noqa: E731
+        compared.append(Figure("What each arm is worth in compute", "gains.png", draw))
     largest = runs.iloc[np.flatnonzero(runs["scale"] == found.largest)]
     sections = [
         *training(recorded.runs, recorded.curves, found.metric, colours=colours),

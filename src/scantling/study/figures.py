@@ -216,3 +216,34 @@ def draw_arms(
     if len(colours) <= LEGEND:
         left.legend(frameon=False, fontsize=8)
     save(figure, path)
+
+
+def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str) -> None:
+    """Compute-equivalent gain of every arm against compute, with its interval: one end of that may lie beyond the axis.
+    `gains`: a row an arm and scale with FLOPs, gain, low and high; rows whose gain is not known are left out."""
+    known = gains.iloc[np.flatnonzero(np.isfinite(gains["gain"]))]
+    arms = list(dict.fromkeys(known["arm"]))[:MOST_ARMS]
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    inside = known[["gain", "low", "high"]].to_numpy(dtype=float)
+    inside = inside[np.isfinite(inside) & (inside > 0)]
+    for i, arm in enumerate(arms):
+        here = rows(known, arm=arm).sort_values("FLOPs")
+        beside = 1.06 ** (i - (len(arms) - 1) / 2)  # so that intervals do not hide each other
+        at, gain = here["FLOPs"] * beside, here["gain"]
+        axes.plot(at, gain, "o-", color=f"C{i % 10}", ms=5, lw=1.2, label=arm)
+        axes.vlines(at, here["low"], here["high"].clip(upper=10 * inside.max()), color=f"C{i % 10}", lw=2)
+    axes.axhline(1, color="0.6", lw=1)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        ylim=(0.9 * inside.min(), 1.1 * inside.max()),
+        xlabel="training FLOPs",
+        ylabel=f"compute that {baseline} would need, ×",
+        title="compute-equivalent gain; above 1 is better",
+    )
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
