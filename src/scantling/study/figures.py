@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from scantling.study.allocation import optimum_table
 from scantling.study.arms import rows
@@ -241,9 +241,10 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str) -> None:
         ylabel=f"compute that {baseline} would need, ×",
         title="compute-equivalent gain; above 1 is better",
     )
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     save(figure, path)
