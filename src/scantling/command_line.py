@@ -123,9 +123,7 @@ def one_line(error: Exception, config_name: str) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option} is unknown{nearest(option, error.options or [])}"
-    text = str(error) or str(
-        error.__cause__
-    )  # Hydra says nothing of its own where OmegaConf cannot read a value
+    text = str(error) or str(error.__cause__)  # which alone speaks where OmegaConf cannot read a value
     if isinstance(error, MissingMandatoryValue) and (match := re.search(r"value: (\S+)", text)):
         return f"{match[1]} is not set: add {match[1]}=…"
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -190,9 +188,9 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def words_of(config_name: str) -> set[str]:
-    """Settings of the file itself that are words, or null and may be any; not those that an option gives."""
+    """Settings that the file itself gives as words, and the names of arms; not those that an option gives."""
     own = leaves(OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"), resolve=False))  # type: ignore[arg-type]
-    return {key for key, value in own.items() if value is None or str(value)[:1].isalpha()}
+    return {"arm"} | {key for key, value in own.items() if isinstance(value, str) and value[:1].isalpha()}
 
 
 def check_numbers(config: DictConfig, config_name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,7 +11,6 @@ from torch import Tensor
 from scantling.model.attn import PatternedAttention
 from scantling.model.cache import Keys
 from scantling.model.decoder import Decoder
-from scantling.model.pattern import Pattern
 from scantling.model.scores import Scores
 
 
@@ -21,24 +22,17 @@ class Watched(Scores):
         self.seen = seen
 
     def attend(
-        self,
-        q_BHTE: Float[Tensor, "B H T E"],
-        k_BKSE: Float[Tensor, "B K S E"],
-        v_BKSE: Float[Tensor, "B K S C"],
-        *,
-        keys: Keys | None,
-        pattern: Pattern,
-        scale: float,
-        softcap: float | None,
-        dropout: float,
-    ) -> Float[Tensor, "B H T C"]:
+        self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, *, keys: Keys | None, **settings: Any
+    ) -> Tensor:
         B, K, S, _ = k_BKSE.shape
         unit_BKSS = torch.eye(S, dtype=q_BHTE.dtype, device=q_BHTE.device).expand(B, K, S, S)
-        mask = self.mask(keys, pattern)
-        self.seen.append(self.written_out(q_BHTE, k_BKSE, unit_BKSS, mask, scale, softcap, 0.0))
-        return super().attend(
-            q_BHTE, k_BKSE, v_BKSE, keys=keys, pattern=pattern, scale=scale, softcap=softcap, dropout=dropout
+        mask = self.mask(keys, settings["pattern"])
+        self.seen.append(
+            self.written_out(
+                q_BHTE, k_BKSE, unit_BKSS, mask, settings["scale"], settings["softcap"], dropout=0.0
+            )
         )
+        return super().attend(q_BHTE, k_BKSE, v_BKSE, keys=keys, **settings)
 
 
 @torch.no_grad()

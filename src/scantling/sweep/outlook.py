@@ -99,9 +99,9 @@ def look_ahead(
 
 @dataclass
 class Arm:
-    """Jobs that differ in their seed alone: the outlook of the first, its configuration, and Hydra's part of that."""
+    """Jobs that differ in their seed alone: what they share of an outlook, a configuration, and Hydra's part of that."""
 
-    first: Outlook
+    shared: Outlook
     config: DictConfig
     hydra: HydraConf | None
     more: list[str]
@@ -115,7 +115,7 @@ class Arm:
                 self.config.seed = int(match[1])
         directory = RunDirectory(identity.path_of(self.config))
         return replace(
-            self.first,
+            self.shared,
             overrides=[*overrides, *self.more],
             directory=str(directory.path),
             finished=directory.is_finished,
@@ -150,7 +150,7 @@ def looked_at(
     if config.dry_run:  # with the tokenizer's own vocabulary
         config, directory = identity.located(config)
         plan = assembly.assemble(config, directory).plan
-    first = Outlook(
+    shared = Outlook(
         overrides=overrides,
         directory=str(path),
         devices=devices_per_node(config.trainer.devices, device),
@@ -168,7 +168,7 @@ def looked_at(
         if config.dry_run
         else None,
     )
-    return Arm(first, as_trained, HydraConfig.instance().cfg, more)
+    return Arm(shared, as_trained, HydraConfig.instance().cfg, more)
 
 
 def task_config(config: DictConfig) -> DictConfig:
