@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -195,7 +196,9 @@ def main() -> None:
     )
     parser.add_argument("--plain-malloc", action="store_true", help="leave glibc's allocator as it is")
     parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
-    parser.add_argument("--only", default="", help="cells whose name, like 10.6M-gpt2-bf16, has this in it")
+    parser.add_argument(
+        "--only", default="", help="cells whose name, like 10.6M-gpt2-bf16, has this pattern in it"
+    )
     parser.add_argument("--seconds", type=float, help="to spend on each cell")
     parser.add_argument(
         "--cpu-time", action="store_true", help="for a busy machine: the CPU time of a single thread"
@@ -227,7 +230,7 @@ def main() -> None:
             for family in FAMILIES:
                 for precision in peaks:
                     name = f"{shape.name}-{family}-{precision}"
-                    if arguments.only not in name or (arguments.quick and family != "gpt2"):
+                    if not re.search(arguments.only, name) or (arguments.quick and family != "gpt2"):
                         continue
                     peak, _ = hardware.peak_flops(cpu, precision == "bf16")
                     peaks[precision] = max(peaks[precision], peak)

@@ -37,7 +37,8 @@ def test_rmsnorm_equals_llamas(x, weight, dtype, scale):
         norm.weight.data.copy_(weight)
         norm.to(dtype)
     x = (scale * x).to(dtype)
-    assert_close(ours(x), theirs(x), rtol=0, atol=0)
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
+    assert_close(ours(x), theirs(x), **tolerance)
 
 
 def test_rmsnorm_equals_its_formula(x, weight):
@@ -46,6 +47,22 @@ def test_rmsnorm_equals_its_formula(x, weight):
     x64 = x.double()
     expected = x64 / (x64.pow(2).sum(-1, keepdim=True) / D + 1e-5).sqrt() * weight.double()
     assert_close(norm(x).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("wanted", ["both", "x", "weight"])
+def test_rmsnorms_gradients_are_its_formulas(x, weight, unit_offset, wanted):
+    norm = RMSNorm(D, eps=1e-5, unit_offset=unit_offset)
+    norm.weight.data.copy_(weight)
+    norm.weight.requires_grad_(wanted != "x")
+    x = x.transpose(0, 1).requires_grad_(wanted != "weight")
+    inputs = [t for t in (x, norm.weight) if t.requires_grad]
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    exact = [t.detach().double().requires_grad_() for t in (x, norm.weight)]
+    y = exact[0] / (exact[0].pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * (exact[1] + unit_offset)
+    expected = dict(zip((x, norm.weight), torch.autograd.grad(y, exact, g.double()), strict=True))
+    for t, gradient in zip(inputs, torch.autograd.grad(norm(x), inputs, g), strict=True):
+        assert_close(gradient.double(), expected[t], rtol=1e-5, atol=2e-5)
 
 
 def test_rmsnorm_equals_torchs_fused_one_that_the_gpu_takes(x, weight):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 NormFactory = Callable[[int], nn.Module]
 """width -> a norm over the last axis."""
@@ -47,13 +48,41 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         weight = 1 + self.weight if self.unit_offset else self.weight
-        # One fused kernel on a GPU, one call while decoding; on a CPU torch's is slower to differentiate than the formula.
-        if x_BTD.is_cuda or (not torch.is_grad_enabled() and x_BTD.dtype == weight.dtype == torch.float32):
+        float32 = x_BTD.dtype == weight.dtype == torch.float32
+        # One fused kernel on a GPU, one call while decoding; on a CPU torch's is slow to differentiate.
+        if x_BTD.is_cuda or (float32 and not torch.is_grad_enabled()):
             return nn.functional.rms_norm(x_BTD, weight.shape, weight, self.eps)
+        if float32 and x_BTD.is_cpu and not torch.compiler.is_compiling():
+            return RMSNormOnCPU.apply(x_BTD, weight, self.eps)  # type: ignore[no-any-return]
         x = x_BTD.float()
-        square = torch.linalg.vecdot(x, x)[..., None]  # cheaper to differentiate than x.square()
-        scale = torch.rsqrt(square / x.shape[-1] + self.eps)
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return (x * scale).type_as(x_BTD) * weight
+
+
+class RMSNormOnCPU(torch.autograd.Function):
+    """RMSNorm's formula and its gradient in float32, a third to two thirds faster on a CPU than by autograd.
+
+    With r = 1 / sqrt(mean(x²) + eps) and g' = g·w, dx = r·(g' - x·r·mean(g'·x·r)). That is what LayerNorm's backward
+    gives for a mean of 0, but for the term r·mean(g') that it takes off and that is put back here.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):  # type: ignore[override]
+        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = torch.addcmul(x.new_tensor(eps), root, root, value=1 / x.shape[-1]).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):  # type: ignore[override]
+        x, weight, r = ctx.saved_tensors
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
+            g, x, weight.shape, torch.zeros_like(r), r, weight, None, [*ctx.needs_input_grad[:2], False]
+        )
+        if dx is not None:
+            dx.add_((g @ weight)[..., None].mul_(r), alpha=1 / x.shape[-1])
+        return dx, dw, None
 
 
 class NoNorm(nn.Module):

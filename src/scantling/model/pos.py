@@ -146,7 +146,7 @@ class RoPE(Position):
                 swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
             else:
                 swapped = turned.roll(self.width // 2, dims=-1)
-            turned = turned * cos_BT1R.type_as(x_BTHE) + swapped * sin_BT1R.type_as(x_BTHE)
+            turned = torch.addcmul(turned * cos_BT1R.type_as(x_BTHE), swapped, sin_BT1R.type_as(x_BTHE))
             return turned if whole else torch.cat((turned, x_BTHE[..., self.width :]), -1)
 
         return turn
