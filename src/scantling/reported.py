@@ -16,11 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from scantling.command_line import Mistake, mistakes
-from scantling.report.curve_charts import scales
 from scantling.report.pages import Recorded, run_page, runs_page
 from scantling.report.view_charts import Views
 from scantling.reported_page import command, directory_of, written
 from scantling.run_directory import RunDirectory
+from scantling.study.arms import told_apart
 from scantling.study.store import find, load_curves, load_runs
 
 PRINTED_WIDTH = 160
@@ -96,7 +96,7 @@ def report_run(config: DictConfig, console: Console) -> None:
     )
     recorded = Recorded(
         name=found[0].name if len(found) == 1 else f"{len(found)} runs",
-        runs=runs.assign(scale=scales(runs)).set_index("run", drop=False),
+        runs=told_apart(runs.assign(scale="")).set_index("run", drop=False),
         curves=rows_of(found, labels, load_curves),
         directory=directory_of(config, place_of(found)),
         study=None,

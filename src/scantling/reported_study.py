@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from scantling.command_line import ROOT
-from scantling.report.curve_charts import scales
 from scantling.report.pages import Recorded, partial_page
 from scantling.report.spec import PAGE, Report, figures_of
 from scantling.report.study_pages import arms_page, law_page
@@ -23,7 +22,7 @@ from scantling.run_directory import RunDirectory
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport, report_arms
 from scantling.study.allocation import frontier
-from scantling.study.arms import StudyRuns, first_arm, recorded_runs, study_runs
+from scantling.study.arms import StudyRuns, first_arm, recorded_runs, study_runs, told_apart
 from scantling.study.law_report import LawReport, fit_law, report_law
 from scantling.study.observations import Observations, observe, read_table
 from scantling.study.scaling import Fit
@@ -193,7 +192,7 @@ def recorded_study(config: DictConfig, directory: Path, runs: pd.DataFrame) -> R
     path = sweep_of(directory)
     return Recorded(
         name=directory.name,
-        runs=runs.assign(scale=scales(runs)),
+        runs=told_apart(runs),
         curves=load_curves(directory),
         directory=directory_of(config, directory.name),
         study=directory,

@@ -182,6 +182,30 @@ def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page
     assert sorted(file.name for file in earlier.iterdir()) == ["mine.csv", "report.html", "report.md"]
 
 
+def test_runs_of_a_study_without_an_answer_are_averaged_over_seeds_alone(record, report, page):
+    """An arm of several sizes, or of several rates, has a curve for each; and says its size where it has come to one."""
+    for arm, layers, lr, seeds in (("x", 2, 1, 2), ("x", 4, 1, 2), ("x", 4, 3, 2), ("y", 2, 1, 1)):
+        for seed in range(seeds):
+            overrides = [
+                f"model.n_layers={layers}",
+                f"lr={lr}e-3",
+                f"seed={seed}",
+                f"arm={arm}",
+                f"attn={arm}",
+            ]
+            name, loss = f"{arm}-{layers}-{lr}-{seed}", layers + lr / 10 + seed / 100
+            record("parts", name, overrides, loss=loss, arm=arm, seed=seed, finished=(layers, lr) == (2, 1))
+    assert "seeds are unpaired" in report("study=parts", "baseline=x")[2]
+    series = charts_of(page("parts"))["Validation and training"]["series"]
+    ends = {s["hover"]: s["values"]["val/loss"][-1] for s in series if s["style"] == "line"}
+    assert ends == {
+        "x, model.n_layers=2 lr=1e-3": pytest.approx(2.105),
+        "x, model.n_layers=4 lr=1e-3": pytest.approx(4.105),
+        "x, model.n_layers=4 lr=3e-3": pytest.approx(4.305),
+        "y, model.n_layers=2 lr=1e-3": pytest.approx(2.1),
+    }
+
+
 def test_a_mistyped_baseline_leaves_the_page_alone(record, report, page):
     arms(record)
     report("study=parts", "baseline=llama")

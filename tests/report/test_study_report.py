@@ -14,6 +14,7 @@ from scipy.stats import t, ttest_rel
 from scantling.report.arm_charts import compared as compared_rows
 from scantling.report.arm_charts import gain_chart
 from scantling.report.curve_charts import curves_chart
+from scantling.report.published import grouping
 from scantling.reported_study import law_of, of_study
 from scantling.study.ablation import holm
 from scantling.study.ablation_report import headline, report_arms
@@ -192,6 +193,22 @@ def test_a_run_that_goes_on_with_another_setting_is_another_arm(record):
     assert set(study.runs["arm"]) == {"attn=mha", "attn=gqa"}
     partial, _ = recorded_runs(record.runs / "grid")
     assert list(partial["arm"]) == list(study.recorded["arm"])
+
+
+def test_sizes_typed_after_an_arms_name_are_scales(record):
+    """As `-m arm=gqa attn=gqa model.n_layers=2,4 seed=0,1` leaves them, a command an arm."""
+    for arm in ("mha", "gqa"):
+        for layers in (2, 4):
+            for seed in (0, 1):
+                overrides = [f"arm={arm}", f"attn={arm}", f"model.n_layers={layers}", f"seed={seed}"]
+                name = f"{arm}-{layers}-{seed}"
+                loss = 3 - 0.1 * layers + 0.01 * seed * (arm == "gqa")
+                record("typed", name, overrides, loss=loss, params=layers * 1e6, seed=seed, arm=arm)
+    study = study_runs(record.runs / "typed")
+    assert study.scales == ["model.n_layers=2", "model.n_layers=4"]
+    assert grouping(study) == ["config.arm", "config.model.n_layers"]
+    found = compared(record, study="typed", baseline="mha")
+    assert list(found.arms["scale"]) == [scale for scale in study.scales for _ in range(2)]
 
 
 OF_A_SIZE = {

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.report.spec import Axis, Chart, Series, Style
-from scantling.study.arms import joined, rows, settings_of, varied_keys
+from scantling.study.arms import rows
 
 POINTS = 6000
 """Of all curves of a chart together, so that a page stays small whatever the number of runs."""
@@ -109,16 +109,6 @@ def with_others(colours: Mapping[str, int], arms: Iterable[str]) -> dict[str, in
     found = dict(colours)
     for arm in arms:
         found.setdefault(arm, len(found))
-    return found
-
-
-def scales(runs: pd.DataFrame) -> pd.Series:
-    """What runs of one arm differ in beside their seeds, so that no curve is the mean of different models."""
-    found = pd.Series("", index=runs.index)
-    for _, of_arm in runs.groupby("arm", sort=False):
-        settings = [settings_of(text) for text in of_arm["overrides"]]
-        keys = varied_keys(settings)
-        found.loc[of_arm.index] = [joined(setting, keys) for setting in settings]
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,13 +180,34 @@ def varied_keys(settings: Sequence[dict[str, str]]) -> list[str]:
 
 
 def arms_changes(settings: Sequence[dict[str, str]]) -> set[str]:
-    """What named arms change: the sweeper puts it after the arm's name."""
+    """What named arms change: the sweeper puts it after the arm's name, and runs of one arm have it in common."""
     found = set()
     for setting in settings:
         keys = list(setting)
         if "arm" in keys:
             found |= set(keys[keys.index("arm") + 1 :])
-    return found
+    named = [setting for setting in settings if "arm" in setting]
+    return found - varied_within([setting["arm"] for setting in named], named)
+
+
+def varied_within(groups: Sequence[Hashable], settings: Sequence[dict[str, str]]) -> set[str]:
+    """Settings that are not alike in all runs of a group."""
+    of_group: dict[Hashable, list[dict[str, str]]] = {}
+    for group, setting in zip(groups, settings, strict=True):
+        of_group.setdefault(group, []).append(setting)
+    return {key for found in of_group.values() for key in varied_keys(found)}
+
+
+def told_apart(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of runs that are not compared: with what those of an arm and scale differ in, beside their seeds, as part of the scale,
+    so that no curve is the mean of different models."""
+    settings = [settings_of(text) for text in frame["overrides"]]
+    groups = list(zip(frame["arm"], frame["scale"], strict=True))
+    within = varied_within(groups, settings)
+    keys = [key for key in varied_keys(settings) if key in within]
+    return frame.assign(
+        scale=[f"{scale} {joined(s, keys)}".strip() for (_, scale), s in zip(groups, settings, strict=True)]
+    )
 
 
 def first_arm(sweep: dict | None, arms: Sequence[str]) -> str:
