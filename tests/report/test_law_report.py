@@ -100,6 +100,11 @@ def mixed(name):
     ("table", "overrides", "message"),
     [
         (runs(n=5), (), "5 runs cannot determine the 5 parameters of .*: at least 6 are needed"),
+        (
+            runs(n=6),
+            (),
+            "held-out gate: 5 runs cannot determine the 5 parameters of .*; gate.held_out=0 does without",
+        ),
         (runs().assign(flops=1e19), ("c=flops",), r"one budget only: all 40 rows have about 1e\+19 FLOPs"),
         (changed("loss", 3, np.nan), (), "column loss must be positive and finite: nan in row 4"),
         (changed("loss", 3, np.inf), (), "column loss must be positive and finite: inf in row 4"),
@@ -123,6 +128,12 @@ def test_mistakes_get_one_line_and_exit_code_2(command, table, overrides, messag
     assert out == ""
     assert len(err.splitlines()) == 1
     assert re.search(message, err), err
+
+
+def test_a_table_too_small_for_the_gate_is_fitted_without_it(command):
+    code, out, err = command(runs(n=6), "gate.held_out=0")
+    assert (code, err) == (0, "")
+    assert "6 rows of runs.csv" in out
 
 
 def test_what_is_left_out_is_named(command):

@@ -72,7 +72,10 @@ def report_law(
     settings |= observations.bootstrap
     gate = None
     if held_out:
-        gate = held_out_gate(n, d, loss, compute=c, share=held_out, tolerance=tolerance, **settings)
+        try:
+            gate = held_out_gate(n, d, loss, compute=c, share=held_out, tolerance=tolerance, **settings)
+        except ValueError as error:
+            raise ValueError(f"held-out gate: {error}; gate.held_out=0 does without the gate") from error
         fit = fit.with_verdict(gate.verdict)
     largest = float(c.max())
     target = max(budgets or [largest])
