@@ -22,6 +22,9 @@ from scantling.study.wandb_import import import_run, mirrored_runs
 PRINTED_WIDTH = 140
 """Of lines that go to a file or a pipe."""
 
+OF_RUNS = ("show", "diff", "rm")
+"""Actions on runs that are named."""
+
 LISTED = ("run", "status", "arm", "seed", "params", "tokens", "flops", "loss", "bpb", "seconds")
 
 
@@ -39,6 +42,8 @@ def recorded(config: DictConfig) -> None:
     with mistakes():
         if config.action not in actions:
             raise ValueError(f"action={config.action} is unknown: use {', '.join(actions)}")
+        if config.run and config.action not in OF_RUNS:
+            raise ValueError(f"run= is of action={', '.join(OF_RUNS)}: action={config.action} takes none")
         actions[config.action](config, console)
 
 

@@ -53,6 +53,8 @@ class RunDirectory:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        if self.path.name in ("", ".."):  # as of `run=.`: it has a name, and a study above it
+            self.path = Path(os.path.abspath(self.path))
         self.config = self.path / "config.yaml"
         self.tokenizer = self.path / "tokenizer.json"
         self.samples = self.path / "samples.jsonl"

@@ -130,6 +130,24 @@ def test_runs_are_listed_compared_exported_and_removed(study, entry, tmp_path):
     assert list(store.load_runs(study)["run"]) == [two]
 
 
+def test_a_run_is_where_a_path_leads(study, entry, monkeypatch):
+    """From inside of its directory, or its study's, as from anywhere."""
+    frame = store.load_runs(study)
+    one, two = frame["run"]
+    shown = entry("runs", "action=show", f"run={study / one}")
+    assert (shown[0], shown[2]) == (0, "")
+    monkeypatch.chdir(study / one / "checkpoints")
+    for path in ("..", "../", f"../../{one}"):
+        assert entry("runs", "action=show", f"run={path}")[0] == 0
+    monkeypatch.chdir(study / one)
+    assert f"run {one} " in " ".join(entry("runs", "action=show", "run=.")[1].split())
+    assert entry("runs", "action=diff", f"run=[.,../{two}]")[1].split()[:3] == ["setting", one, two]
+    runs = f"paths.runs={study.parent}"
+    assert f"yes=true removes {study / one} for good" in entry("runs", "action=rm", "run=.", runs)[2]
+    code, _, err = entry("runs", "run=.")
+    assert (code, err) == (2, "error: run= is of action=show, diff, rm: action=ls takes none\n")
+
+
 def test_nothing_but_runs_is_removed(study, entry, tmp_path):
     elsewhere = tmp_path / "elsewhere" / "study" / "run"
     shutil.copytree(next(p for p in study.iterdir() if p.is_dir()), elsewhere)
