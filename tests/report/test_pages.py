@@ -280,6 +280,13 @@ def test_an_arm_has_one_colour_in_all_charts(record, report, page, tmp_path):
         colours = {series["group"]: series["colour"] for series in shown[title]["series"]}
         assert len(colours) > 1
         assert colours.items() <= expected.items(), title
+    style = page("parts").partition("</style>")[0]
+    for figure, drawn in (("arms", {"llama", "gelu", "alibi"}), ("gains", {"gelu", "alibi"})):
+        svg = (tmp_path / f"runs/reports/parts/{figure}.svg").read_text().partition('id="legend_1"')[2]
+        named = re.findall(r"stroke: (#[0-9a-f]{6})(?:(?!stroke: #).)*?<!-- (\w+) -->", svg, re.DOTALL)
+        assert {arm for _, arm in named} == drawn
+        for light, arm in named:
+            assert f"--{expected[arm]}: light-dark({light}, " in style, (figure, arm)
 
 
 def test_one_run_and_any_runs(record, report, page, tmp_path, monkeypatch):

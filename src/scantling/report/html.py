@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from scantling.report.spec import (
+    PALETTE,
     Axis,
     Block,
     Chart,
@@ -35,13 +36,12 @@ STATES = ("better", "worse", "undecided", "finished", "unfinished", "failed")
 LONG_CELL = 44
 """Characters above which a cell wraps."""
 
-PALETTE = 10
-
 
 def page(report: Report, *, command: str, reload_seconds: float | None = None) -> str:
     """`command`: what wrote it. `reload_seconds`: the page asks for itself again so often."""
     plotly = files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
     style, script = (files("scantling.report").joinpath(name).read_text() for name in ("page.css", "page.js"))
+    palette = "".join(f"--c{i}: light-dark({light}, {dark}); " for i, (light, dark) in enumerate(PALETTE))
     sections = [(f"s{i}", section) for i, section in enumerate(report.sections)]
     body = [f'<p class="kind">{escape(report.kind)}</p><h1>{escape(report.title)}</h1>']
     body += [f'<p class="question">{escape(report.question)}</p>'] if report.question else []
@@ -63,7 +63,8 @@ def page(report: Report, *, command: str, reload_seconds: float | None = None) -
 <meta name="referrer" content="no-referrer">{again}
 <title>{escape(report.title)} · Scantling</title>
 <link rel="icon" href="data:,">
-<style>{style}</style>
+<style>:root {{ {palette}}}
+{style}</style>
 <script>{plotly}</script>
 </head><body>
 <div class="bar"><nav>{links}</nav><button id="theme" type="button" title="light or dark">dark</button></div>
@@ -245,7 +246,7 @@ def colour(of: int | float | Sequence[float] | None) -> Any:
     if of is None or (isinstance(of, float) and not math.isfinite(of)):
         return None
     if isinstance(of, int):
-        return f"c{of % PALETTE}"
+        return f"c{of % len(PALETTE)}"
     if isinstance(of, float):
         return f"s{min(max(of, 0.0), 1.0):.3g}"
     return [colour(float(each)) for each in of]

@@ -21,6 +21,21 @@ Style = Literal["line", "dashed", "thin", "points", "rings", "words"]
 """`words` are points that bear their `hover`."""
 
 
+PALETTE = (
+    ("#c2410c", "#fb923c"),
+    ("#1d5fa8", "#6cb0f5"),
+    ("#15803d", "#5fd08a"),
+    ("#9333a8", "#d791ec"),
+    ("#a16207", "#e5c04b"),
+    ("#0e7c86", "#4cc9d3"),
+    ("#be185d", "#f57fb0"),
+    ("#4b5563", "#b6bec8"),
+    ("#4d5bce", "#a1aaff"),
+    ("#6b7a1a", "#b9cb5a"),
+)
+"""Colours of arms on a light page, and in print, and on a dark one. Of more arms the first again."""
+
+
 @dataclass(frozen=True)
 class Text:
     text: str

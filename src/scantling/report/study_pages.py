@@ -14,7 +14,7 @@ from scantling.report.curve_charts import with_others
 from scantling.report.law_charts import law_charts
 from scantling.report.pages import Recorded, in_order, records, training, tuning
 from scantling.report.records import failures, mixed, of_each_arm
-from scantling.report.spec import Block, Figure, Report, Section, Table, Text
+from scantling.report.spec import PALETTE, Block, Figure, Report, Section, Table, Text
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport
 from scantling.study.arms import StudyRuns, mean_of, rows
@@ -42,13 +42,15 @@ def arms_page(found: AblationReport, study: StudyRuns, recorded: Recorded) -> Re
     ]
     compared += [Table(title, table) for title, table in tables.items()]
     compared += [Text(trend) for trend in found.trends]
+    printed = {arm: PALETTE[i % len(PALETTE)][0] for arm, i in colours.items()}
+    of_arms = {"baseline": found.baseline, "colours": printed}
     draw = lambda path: draw_arms(  # noqa: E731
-        recorded.curves, study.runs, found.arms, path, metric=found.metric, baseline=found.baseline
+        recorded.curves, study.runs, found.arms, path, metric=found.metric, **of_arms
     )
     compared.append(Figure("Curves of the arms, and their differences", "arms.png", draw))
     gains = found.gains
     if gains is not None and np.isfinite(gains["gain"]).any():
-        draw = lambda path: draw_gains(gains, path, baseline=found.baseline)  # noqa: E731
+        draw = lambda path: draw_gains(gains, path, **of_arms)  # noqa: E731
         compared.append(Figure("What each arm is worth in compute", "gains.png", draw))
     largest = runs.iloc[np.flatnonzero(runs["scale"] == found.largest)]
     sections = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,22 +176,30 @@ def hoffmann(law: dict[str, float], n: Array, d: Array) -> Array:
 
 
 def draw_arms(
-    curves: pd.DataFrame, runs: pd.DataFrame, arms: pd.DataFrame, path: Path, *, metric: str, baseline: str
+    curves: pd.DataFrame,
+    runs: pd.DataFrame,
+    arms: pd.DataFrame,
+    path: Path,
+    *,
+    metric: str,
+    baseline: str,
+    colours: Mapping[str, str],
 ) -> None:
     """Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard errors. Right:
     every arm's difference from the baseline with its paired t interval. `arms`: sorted by difference, the baseline first."""
     table = arms.to_dict("records")
     largest = table[-1]["scale"]
     here = [row for row in table if row["scale"] == largest][: MOST_ARMS + 1]
-    table = [row for row in table if row["arm"] in {row["arm"] for row in here}]
-    colours = {row["arm"]: TRAIN if row["arm"] == baseline else f"C{i % 10}" for i, row in enumerate(here)}
+    shown = [row["arm"] for row in here]
+    table = [row for row in table if row["arm"] in shown]
     compared = [row for row in table if row["arm"] != baseline][::-1]
     height = max(4.0, 0.3 * len(compared) + 1.5)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, height), layout="constrained", width_ratios=(3, 2)
     )
     validated = curves.dropna(subset=[f"val/{metric}"])
-    for arm, colour in colours.items():
+    for arm in shown:
+        colour = colours[arm]
         names = rows(runs, arm=arm, scale=largest)["run"]
         by_step = validated.iloc[np.flatnonzero(validated["run"].isin(names))].groupby("step")
         mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean()
@@ -213,12 +222,12 @@ def draw_arms(
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    if len(colours) <= LEGEND:
+    if len(shown) <= LEGEND:
         left.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
-def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str) -> None:
+def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mapping[str, str]) -> None:
     """Compute-equivalent gain of every arm against compute, with its interval: one end of that may lie beyond the axis.
     `gains`: a row an arm and scale with FLOPs, gain, low and high; rows whose gain is not known are left out."""
     known = gains.iloc[np.flatnonzero(np.isfinite(gains["gain"]))]
@@ -230,8 +239,8 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str) -> None:
         here = rows(known, arm=arm).sort_values("FLOPs")
         beside = 1.06 ** (i - (len(arms) - 1) / 2)  # so that intervals do not hide each other
         at, gain = here["FLOPs"] * beside, here["gain"]
-        axes.plot(at, gain, "o-", color=f"C{i % 10}", ms=5, lw=1.2, label=arm)
-        axes.vlines(at, here["low"], here["high"].clip(upper=10 * inside.max()), color=f"C{i % 10}", lw=2)
+        axes.plot(at, gain, "o-", color=colours[arm], ms=5, lw=1.2, label=arm)
+        axes.vlines(at, here["low"], here["high"].clip(upper=10 * inside.max()), color=colours[arm], lw=2)
     axes.axhline(1, color="0.6", lw=1)
     axes.set(
         xscale="log",
