@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
+from scantling import sampling
 from scantling.accounting import convention, parameter_counts
 from scantling.composition import PARTS, build_decoder, choices
 from scantling.data.loading import (
@@ -25,7 +26,7 @@ from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory
 from scantling.training import average, hardware, noise
-from scantling.training.budget import steps_for
+from scantling.training.budget import steps_between_validations, steps_for
 from scantling.training.checkpoints import newest_whole
 from scantling.training.guard import GuardSettings
 from scantling.training.optim import follow_width
@@ -66,9 +67,12 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
     """
     device = hardware.device_of(config.trainer.accelerator)
     precision = hardware.resolved_precision(config.trainer.precision, device)
-    for key in ("batch_size", "log_every", "val_every", "checkpoint.keep"):
-        if OmegaConf.select(config, key) <= 0:
-            raise ValueError(f"{key}={OmegaConf.select(config, key)} must be positive")
+    for key in ("batch_size", "micro_batch_size", "log_every", "checkpoint.keep"):
+        value = OmegaConf.select(config, key)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{key}={value} must be a whole number, at least 1")
+    steps_between_validations(config.val_every, steps=1)
+    sampling.Settings(**{name: value for name, value in config.sample.items() if name != "prompt"})
     if config.checkpoint.every_minutes is not None and config.checkpoint.every_minutes <= 0:
         raise ValueError(
             f"checkpoint.every_minutes={config.checkpoint.every_minutes} must be positive, or null"

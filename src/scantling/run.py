@@ -40,6 +40,7 @@ from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
 from scantling.training import hardware
 from scantling.training.average import WeightAverage
+from scantling.training.budget import steps_between_validations
 from scantling.training.callbacks import (
     CleanStop,
     Interrupted,
@@ -268,7 +269,6 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         used=guarded(run, run.first_step),
         gradients_may_overflow=run.precision == "fp16",
     )
-    share = config.val_every
     noise_scale = NoiseScale(
         micro_batches=plan.micro_batches,
         processes=plan.world_size,
@@ -278,7 +278,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
         guard,
         log_every=config.log_every,
-        val_every=max(1, round(share * plan.steps) if share < 1 else round(share)),
+        val_every=steps_between_validations(config.val_every, plan.steps),
         total_steps=plan.steps,
         tokens_before=plan.tokens_before,
         flops_per_token=plan.flops_per_token,

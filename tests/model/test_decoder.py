@@ -152,6 +152,12 @@ def test_layers_that_do_not_share_evenly_are_refused(nano):
         ("model.n_heads=3", r"n_heads=3 does not divide d_model=32: use one of \[1, 2, 4\]"),
         ("attn=gqa model.n_kv_heads=3", r"n_kv_heads=3 does not divide n_heads=4: use one of \[1, 2, 4\]"),
         ("pos=learned pos.max_len=32", "seq_len=64 is longer than the 32 positions"),
+        ("decoder.layers_per_block=0", "layers_per_block=0 must be a whole number, at least 1"),
+        ("decoder.layers_per_block=-1", "layers_per_block=-1 must be"),
+        ("model.n_layers=0", "n_layers=0 must be"),
+        ("model.n_heads=0", "n_heads=0 must be"),
+        ("model.d_model=0", "d_model=0 must be"),
+        ("model.seq_len=0", "seq_len=0 must be"),
         ("model.d_head=7", "d_head=7 must be even"),
     ],
 )

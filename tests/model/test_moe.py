@@ -193,6 +193,7 @@ def test_the_first_layers_may_be_dense():
     ("settings", "message"),
     [
         ({"n_active": 9}, "n_active=9 of n_experts=8"),
+        ({"n_groups": 0}, "n_groups=0 must divide n_experts=8"),
         ({"n_groups": 3}, "n_groups=3 must divide n_experts=8"),
         ({"n_active_groups": 5}, "n_groups=4 .* n_active_groups"),
         ({"n_active_groups": 1}, "n_active=3 .* 2"),

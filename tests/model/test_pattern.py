@@ -94,6 +94,12 @@ def test_a_query_that_would_not_see_itself_is_refused(empty):
         empty()
 
 
+@pytest.mark.parametrize("every", [0, -2])
+def test_a_period_of_layers_is_a_whole_number(every):
+    with pytest.raises(ValueError, match=f"attn.pattern.every={every} must be a whole number, at least 1"):
+        local_global(0, window=4, every=every)
+
+
 @pytest.mark.parametrize(("config", "every"), [(Gemma2Config, 2), (Gemma3TextConfig, 6)])
 def test_local_and_global_layers_are_gemmas(config, every):
     kinds = {Full: "full_attention", Sliding: "sliding_attention"}

@@ -99,6 +99,12 @@ def test_every_nth_layer_is_smollm3s(every):
         assert_close(rotation(x), rope(theta=5000.0).rotate(positions)(x) if rotated else x, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("every", [0, -1])
+def test_a_period_of_layers_is_a_whole_number(every):
+    with pytest.raises(ValueError, match=f"pos.every={every} must be a whole number, at least 1"):
+        EveryNth(D, H, E, nth=Position, others=Position, every=every)
+
+
 def test_rope_is_a_product_of_complex_numbers():
     """Su et al. 2021, eq. 12: f(x, t) = x·exp(i·t·θ_i), the pair of channels read as one complex number."""
     x, positions = normal(B, T, H, E), torch.arange(7, 7 + T)
@@ -201,6 +207,15 @@ def test_sinusoidal_equals_the_papers_formula(start):
             angle = (start + t) / 10000 ** (2 * i / D)
             table[t, 2 * i], table[t, 2 * i + 1] = math.sin(angle), math.cos(angle)
     assert_close(out, x + 0.5 * table, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_buckets", "max_distance"), [(0, 128), (1, 128), (32, 16), (32, 0)])
+def test_t5_refuses_buckets_that_are_none(n_buckets, max_distance):
+    """Half of them are single distances, and the others end beyond these."""
+    with pytest.raises(
+        ValueError, match=f"n_buckets={n_buckets} .* at least 2, and max_distance={max_distance}"
+    ):
+        T5Relative(D, H, E, n_buckets=n_buckets, max_distance=max_distance)
 
 
 def test_sinusoidal_refuses_an_odd_width():

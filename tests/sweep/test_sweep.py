@@ -200,6 +200,16 @@ def test_a_directory_of_another_study_is_refused(command, tmp_path):
     assert "holds the runs of sweeps=smoke: give those of sweeps=attention a place with study=NAME" in err
 
 
+def test_a_sweep_that_was_not_asked_for_says_so(command):
+    """Its yaml makes it one, with -m or without."""
+    said = (
+        "sweeps=smoke is a sweep, also without -m: 4 jobs; hydra.mode=RUN makes a single run of its settings"
+    )
+    code, out, _ = command("sweeps=smoke", "dry_run=true")
+    assert (code, out.splitlines()[0]) == (0, said)
+    assert "also without -m" not in command("-m", "sweeps=smoke", "dry_run=true")[1]
+
+
 def test_dry_run_lists_every_job_and_the_total(command, tmp_path):
     code, out, _ = command("-m", "model.n_layers=1,2,3", "seed=0,1", "dry_run=true")
     assert code == 0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from scantling.training.budget import steps_for
+from scantling.training.budget import steps_between_validations, steps_for
 
 SHAPE = {"tokens_per_step": 4096, "n_params": 1_000_000, "flops_per_token": 6e6}
 """A step takes 4,096 tokens, 2.4576e10 FLOPs and 0.004096 tokens per parameter."""
@@ -70,3 +70,20 @@ def test_less_than_a_step_is_refused(amount, message):
 def test_none_or_two_are_refused(amounts):
     with pytest.raises(ValueError, match=f"a budget is one of .*; {len(amounts)} are given"):
         steps_for(**SHAPE, **amounts)
+
+
+@pytest.mark.parametrize(
+    ("val_every", "steps"),
+    [(0.1, 100), (0.5, 500), (0.0001, 1), (1.0, 1000), (1, 1), (250, 250), (250.0, 250), (5000, 5000)],
+)
+def test_validations_come_by_a_share_of_the_run_or_by_steps(val_every, steps):
+    """A float up to 1.0 is a share, so that 1.0 is once, at the end; a whole number counts steps."""
+    assert steps_between_validations(val_every, 1000) == steps
+
+
+@pytest.mark.parametrize("val_every", [0, 0.0, -1, -0.5, 1.5, 2.5, math.nan, math.inf])
+def test_a_period_that_is_none_is_refused(val_every):
+    with pytest.raises(
+        ValueError, match=rf"val_every={val_every} is neither a share of the run, up to 1\.0, nor"
+    ):
+        steps_between_validations(val_every, 1000)

@@ -53,6 +53,12 @@ class SweepLauncher(Launcher):
             "SLURM_NTASKS", None
         )  # inside of an allocation: srun did not start the jobs' processes
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        if self.starts_unasked() and initial_job_idx == 0:
+            self.console.print(
+                f"sweeps={self.sweep} is a sweep, also without -m: {len(job_overrides)} jobs; hydra.mode=RUN makes a "
+                "single run of its settings",
+                soft_wrap=True,
+            )
         commands = [list(overrides) for overrides in job_overrides]
         named = labels(commands)
         looks = self.look(commands, named)
@@ -157,9 +163,18 @@ class SweepLauncher(Launcher):
         gpus = visible_gpus(max(look["gpus"] for look in looks))
         return Devices(self.cores, gpus, self.n_jobs, jobs=len(looks))
 
+    @property
+    def sweep(self) -> str | None:
+        """The option of `sweeps=`."""
+        return self.config.hydra.runtime.choices["sweeps"]
+
+    def starts_unasked(self) -> bool:
+        """Whether the yaml of a sweep, and nothing that was typed, makes this one."""
+        return self.sweep is not None and not {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv)
+
     def claim_study(self, folder: Path) -> None:
         """Note which of `sweeps/` a study's directory belongs to. Raises Mistake where it is another's."""
-        sweep = self.config.hydra.runtime.choices["sweeps"]
+        sweep = self.sweep
         if sweep is None:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,10 @@ class Decoder(nn.Module):
         param: Callable[[int, int], Parametrisation],
     ):
         super().__init__()
+        sizes = {"n_layers": n_layers, "layers_per_block": layers_per_block, "d_model": d_model}
+        for name, size in {**sizes, "n_heads": n_heads, "seq_len": seq_len}.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size} must be a whole number, at least 1")
         if d_head is None:
             if d_model % n_heads:
                 raise ValueError(
@@ -66,7 +70,7 @@ class Decoder(nn.Module):
                     ", or set model.d_head"
                 )
             d_head = d_model // n_heads
-        if n_layers < 1 or n_layers % layers_per_block:
+        if n_layers % layers_per_block:
             raise ValueError(f"layers_per_block={layers_per_block} does not divide n_layers={n_layers}")
         self.n_heads, self.seq_len, self.layers_per_block = n_heads, seq_len, layers_per_block
         self.embed = embed(vocab_size, d_model)

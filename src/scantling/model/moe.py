@@ -81,7 +81,7 @@ class BiasedRouter(Router):
         **choice,
     ):
         super().__init__(d_model, n_experts, **choice)
-        if n_experts % n_groups or not 1 <= n_active_groups <= n_groups:
+        if n_groups < 1 or n_experts % n_groups or not 1 <= n_active_groups <= n_groups:
             raise ValueError(
                 f"n_groups={n_groups} must divide n_experts={n_experts}, with n_active_groups of them"
             )

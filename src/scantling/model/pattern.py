@@ -183,6 +183,8 @@ class Random(Pattern):
 
 def local_global(layer: int, *, window: int, every: int) -> Pattern:
     """Every `every`-th layer sees all positions, the others the last `window`. Gemma 2, arXiv:2408.00118, §2 (every = 2);
-    Gemma 3, arXiv:2503.19786, §2 (6).
+    Gemma 3, arXiv:2503.19786, §2 (6). Raises ValueError unless `every` is a whole number, at least 1.
     """
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"attn.pattern.every={every} must be a whole number, at least 1")
     return Full(layer) if (layer + 1) % every == 0 else Sliding(layer, window=window)

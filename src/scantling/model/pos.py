@@ -156,7 +156,7 @@ class EveryNth(Position):
     """The position `others` in most layers, and `nth` in every `every`-th, both of which may rotate and no more.
 
     With `nth` no position: NoPE in chosen layers (SmolLM3; Yang et al. 2025, arXiv:2501.18795). With another base:
-    Gemma 3's global layers (arXiv:2503.19786, §2).
+    Gemma 3's global layers (arXiv:2503.19786, §2). Raises ValueError unless `every` is a whole number, at least 1.
     """
 
     def __init__(
@@ -170,6 +170,8 @@ class EveryNth(Position):
         every: int,
     ):
         super().__init__(d_model, n_heads, d_head)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"pos.every={every} must be a whole number, at least 1")
         self.nth, self.others = nth(d_model, n_heads, d_head), others(d_model, n_heads, d_head)
         self.every = every
 
@@ -206,6 +208,10 @@ class T5Relative(Position):
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, *, n_buckets: int, max_distance: int):
         super().__init__(d_model, n_heads, d_head)
+        if n_buckets < 2 or max_distance <= n_buckets // 2:
+            raise ValueError(
+                f"pos.n_buckets={n_buckets} must be at least 2, and max_distance={max_distance} more than half of them"
+            )
         self.weight = nn.Parameter(torch.empty(n_buckets, n_heads))
         self.n_buckets, self.max_distance = n_buckets, max_distance
 

@@ -1,4 +1,5 @@
-"""How long to train: `budget=`. Any of four currencies becomes a number of optimiser steps."""
+"""How long to train, `budget=`: any of four currencies becomes a number of optimiser steps. How long between validations,
+`val_every=`."""
 
 from __future__ import annotations
 
@@ -44,3 +45,17 @@ def steps_for(
             f"({tokens_per_step:,} tokens): raise the budget or lower batch_size"
         )
     return int(amount / one_step + 1e-9)
+
+
+def steps_between_validations(val_every: float, steps: int) -> int:
+    """Of a run of `steps`: a float up to 1.0 is a share of it, a whole number counts steps.
+
+    Raises ValueError for what is neither.
+    """
+    if isinstance(val_every, float) and 0 < val_every <= 1:
+        return max(1, round(val_every * steps))
+    if val_every < 1 or not float(val_every).is_integer():
+        raise ValueError(
+            f"val_every={val_every} is neither a share of the run, up to 1.0, nor a whole number of steps"
+        )
+    return int(val_every)
