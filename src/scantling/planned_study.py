@@ -24,6 +24,7 @@ from scantling.accounting import convention, exact, parameter_counts
 from scantling.command_line import CONF, ROOT
 from scantling.composition import build_decoder, choices
 from scantling.plan import duration, short, titled
+from scantling.study.allocation import hoffmann_loss
 from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN
 from scantling.study.design import (
     LEARNING_RATES,
@@ -37,7 +38,7 @@ from scantling.study.design import (
     nearest_shape,
     optimal_size,
 )
-from scantling.study.figures import draw_design, hoffmann
+from scantling.study.figures import draw_design
 from scantling.training import hardware
 from scantling.training.budget import steps_for
 
@@ -366,7 +367,7 @@ def remarks(
             f"{short(min(sizes))} to {short(max(sizes))} parameters lie outside of that rule's {short(PORIAN_RANGE[0])} to "
             f"{short(PORIAN_RANGE[1])}: try lr × 2 and lr / 2 at the smallest and the largest"
         )
-    worst = max(float(hoffmann(law, np.array(cell.parameters), np.array(cell.tokens))) for cell in cells)
+    worst = max(float(hoffmann_loss(law, cell.parameters, cell.tokens)) for cell in cells)
     guess = float(np.log(config.model.vocab_size))
     if worst > guess:
         doubts.append(

@@ -227,7 +227,7 @@ def question_of(sweep: Path) -> str:
 def show_law(console: Console, laws: LawReport, files: list[Path]) -> None:
     console.print(law_report.headline(laws))
     for caution in law_report.cautions(laws):
-        console.print(caution, style="" if "gate passed" in caution else "yellow")
+        console.print(caution, style="" if laws.passed and caution == laws.fit.verdict else "yellow")
     show(console, law_report.tables(laws), files)
 
 

@@ -13,7 +13,7 @@ from planted import LAW, arms, loss_of, sizes
 from scantling.report.curve_charts import LINES, POINTS, curves_chart, thinned
 from scantling.report.records import differing_settings, train_command
 from scantling.study.ablation import first
-from scantling.study.figures import MOST_ARMS
+from scantling.study.arms import MOST_ARMS
 from scantling.study.store import load_curves, load_runs
 
 
@@ -232,6 +232,18 @@ def test_what_a_launcher_found_for_an_arm_is_no_part_of_its_name(record, report,
     code, _, err = report("study=tuned", "baseline=attn=mha")
     assert (code, err) == (0, "")
     assert list(pd.read_csv(tmp_path / "runs/reports/tuned/arms.csv")["arm"]) == ["attn=mha", "attn=gqa"]
+
+
+def test_a_run_is_called_by_all_that_makes_it_another(record, tmp_path):
+    """But for its seed; what the launcher found for an arm goes with the arm."""
+    for name, typed in (
+        ("a", ["attn=gqa", "seed=0"]),
+        ("b", ["attn=gqa", "trainer.precision=fp32"]),
+        ("c", ["lr=2e-3", "tuned={lr:[1e-3,2e-3]}"]),
+    ):
+        record("grid", name, typed, loss=3.0)
+    names = ["attn=gqa", "attn=gqa trainer.precision=fp32", "default"]
+    assert list(load_runs(tmp_path / "runs/grid")["arm"]) == names
 
 
 def test_a_law_has_its_valleys_and_what_was_held_out(record, report, page):

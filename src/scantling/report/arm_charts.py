@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scantling.report.curve_charts import ARMS, with_others
+from scantling.report.curve_charts import with_others
 from scantling.report.spec import Axis, Chart, Series
 from scantling.study.ablation_report import AblationReport
-from scantling.study.arms import rows
+from scantling.study.arms import MOST_ARMS, rows
 from scantling.study.lengths import arm_of
 from scantling.study.store import UNITS
 
@@ -23,7 +23,7 @@ def compared(report: AblationReport) -> dict[str, list[dict[str, Any]]]:
     """Rows of the arms' table by arm, without the baseline; those of the first arms, which have the lowest losses at the
     largest scale."""
     others = [arm for arm in report.order if arm != report.baseline]
-    return {arm: rows(report.arms, arm=arm).to_dict("records") for arm in others[:ARMS]}
+    return {arm: rows(report.arms, arm=arm).to_dict("records") for arm in others[:MOST_ARMS]}
 
 
 def column(table: Sequence[dict[str, Any]], name: str) -> list[Any]:
@@ -36,7 +36,7 @@ def forest_chart(report: AblationReport, colours: Mapping[str, int]) -> Chart:
     shown = compared(report)
     labels = {
         (row["arm"], row["scale"]): row["arm"] if len(scales) == 1 else f"{row['arm']}, {row['scale']}"
-        for of_arm in list(shown.values())[: max(ARMS // len(scales), 1)]
+        for of_arm in list(shown.values())[: max(MOST_ARMS // len(scales), 1)]
         for row in of_arm
     }
     kept = [row for of_arm in shown.values() for row in of_arm if (row["arm"], row["scale"]) in labels]

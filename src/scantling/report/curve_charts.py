@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.report.spec import Axis, Chart, Series, Style
-from scantling.study.arms import rows
+from scantling.study.arms import MOST_ARMS, rows
 
 POINTS = 6000
 """Of all curves of a chart together, so that a page stays small whatever the number of runs."""
@@ -20,9 +20,6 @@ MOST_POINTS = 240
 
 LINES = 48
 """Runs up to which each has a line of its own beside its arm's band."""
-
-ARMS = 40
-"""Curves of more arms cannot be told apart: those with the lowest losses are shown."""
 
 X = (
     Axis("tokens", "tokens", si=True),
@@ -54,9 +51,11 @@ def curves_chart(
     groups = [(str(arm), str(scale), rows(runs, arm=arm, scale=scale)) for arm, scale in keys]
     groups = [group for group in groups if any(name in of_run for name in group[2]["run"])]
     note = "Bands: ± two standard errors over seeds. " if len(runs) > len(groups) else ""
-    if len(groups) > ARMS:
-        note += f"The {ARMS} of {len(groups)} arms with the lowest losses are shown. "
-        groups = sorted(groups, key=lambda g: float(np.nan_to_num(g[2]["loss"].mean(), nan=np.inf)))[:ARMS]
+    if len(groups) > MOST_ARMS:
+        note += f"The {MOST_ARMS} of {len(groups)} arms with the lowest losses are shown. "
+        groups = sorted(groups, key=lambda g: float(np.nan_to_num(g[2]["loss"].mean(), nan=np.inf)))[
+            :MOST_ARMS
+        ]
     if by_size:
         groups.sort(key=lambda g: float(np.nan_to_num(g[2]["params"].mean())))
     n_lines = sum(len(group) for *_, group in groups)

@@ -30,7 +30,6 @@ from scantling.study.store import load_tuning
 FOLDED = 20
 """Rows above which a table of runs is shown when asked for."""
 
-
 LISTED = 1500
 """Rows of that table: a page stays below 6 MB."""
 

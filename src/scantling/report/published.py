@@ -10,7 +10,8 @@ from typing import Any
 
 from scantling.report.spec import Block, Chart, Code, Report, Samples, Table, Text, in_markdown
 from scantling.run_directory import RunDirectory
-from scantling.study.arms import StudyRuns, arms_changes, settings_of, varied_keys
+from scantling.study.arms import StudyRuns
+from scantling.study.overrides import arms_changes, settings_of, varied_keys
 
 PATIENCE = 20
 """Seconds for one answer of the server."""

@@ -18,8 +18,9 @@ import yaml
 
 from scantling.report.spec import Link, Samples
 from scantling.run_directory import NOT_TRAINED, RunDirectory, read_rows
-from scantling.study.arms import arms_changes, rows, settings_of
-from scantling.study.store import NOTES, Loader, leaves
+from scantling.study.arms import rows
+from scantling.study.overrides import NOTES, arms_changes, settings_of
+from scantling.study.store import Loader, leaves
 
 SHOWN = ("trainer", "guard")
 """Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should see it."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -44,13 +45,11 @@ def arms_page(found: AblationReport, study: StudyRuns, recorded: Recorded) -> Re
     compared += [Text(trend) for trend in found.trends]
     printed = {arm: PALETTE[i % len(PALETTE)][0] for arm, i in colours.items()}
     of_arms = {"baseline": found.baseline, "colours": printed}
-    draw = lambda path: draw_arms(  # noqa: E731
-        recorded.curves, study.runs, found.arms, path, metric=found.metric, **of_arms
-    )
+    draw = partial(draw_arms, recorded.curves, study.runs, found.arms, metric=found.metric, **of_arms)
     compared.append(Figure("Curves of the arms, and their differences", "arms.png", draw))
     gains = found.gains
     if gains is not None and np.isfinite(gains["gain"]).any():
-        draw = lambda path: draw_gains(gains, path, **of_arms)  # noqa: E731
+        draw = partial(draw_gains, gains, **of_arms)
         compared.append(Figure("What each arm is worth in compute", "gains.png", draw))
     largest = runs.iloc[np.flatnonzero(runs["scale"] == found.largest)]
     sections = [
@@ -78,22 +77,21 @@ def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: R
     blocks: list[Block] = [*law_charts(laws)]
     blocks += [Table(title, table) for title, table in law_report.tables(laws).items()]
     runs = laws.observations.runs
-    draw = lambda path: draw_law(  # noqa: E731
+    draw = partial(
+        draw_law,
         laws.fit,
         runs["C"].to_numpy(),
-        path,
         k=laws.observations.k,
         title=law_report.headline(laws).partition(":")[0],
         cutoff=None if laws.gate is None else laws.gate.cutoff,
-        caution=laws.fit.verdict if laws.gate is not None and not laws.gate.passed else None,
+        caution=None if laws.passed else laws.fit.verdict,
     )
     blocks += [Figure("Loss against compute, and what the fit leaves", "fit.png", draw)]
     blocks += [Text(law_report.headline(laws))]
-    blocks += [Text(laws.gate.verdict)] if laws.gate is not None and laws.gate.passed else []
+    verdict = [laws.gate.verdict] if laws.gate is not None and laws.passed else []  # no caution
+    blocks += [Text(text) for text in verdict]
     sections = [Section("The law", tuple(blocks))]
-    cautions = [text for text in law_report.cautions(laws) if laws.gate is None or text != laws.gate.verdict]
-    if laws.gate is not None and not laws.gate.passed:
-        cautions.insert(0, laws.gate.verdict)
+    cautions = [text for text in law_report.cautions(laws) if text not in verdict]
     question = ""
     if study is not None and recorded is not None:
         recorded = replace(recorded, runs=study.recorded)

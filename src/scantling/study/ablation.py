@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import nct, t
 
 from scantling.study.huber import Array
+from scantling.study.observations import numbered
 from scantling.study.scaling import Fit, Interval
 
 COLUMNS = ("arm", "seed", "loss")
@@ -59,11 +60,11 @@ def paired_losses(runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
     losses = runs["loss"].to_numpy(dtype=float)
     wrong = runs.index[~np.isfinite(losses)]
     if len(wrong):
-        raise ValueError(f"loss is not finite in {_rows(wrong)}")
+        raise ValueError(f"loss is not finite in {numbered(wrong)}")
     twice = runs.index[runs.duplicated(["arm", "seed"], keep=False)]
     if len(twice):
         arm, seed = runs.loc[twice[0], ["arm", "seed"]]
-        raise ValueError(f"arm {arm} has seed {seed} more than once: {_rows(twice)}")
+        raise ValueError(f"arm {arm} has seed {seed} more than once: {numbered(twice)}")
     table = runs.pivot(index="seed", columns="arm", values="loss")
     if baseline not in table:
         raise ValueError(f"no runs of the baseline {baseline}: arms are {', '.join(map(str, table))}")
@@ -73,19 +74,13 @@ def paired_losses(runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
         arm, seeds = table.columns[i], ", ".join(map(str, table.index[np.flatnonzero(lacking[:, i])]))
         alone = runs.index[runs["seed"].isin(table.index[np.flatnonzero(lacking.any(axis=1))]).to_numpy()]
         raise ValueError(
-            f"seeds are unpaired: arm {arm} lacks seed {seeds} that other arms have ({_rows(alone)})"
+            f"seeds are unpaired: arm {arm} lacks seed {seeds} that other arms have ({numbered(alone)})"
         )
     if len(table) < 2:
         raise ValueError(
             "one seed only: noise between seeds cannot be seen; two are the least, five are usual"
         )
     return table
-
-
-def _rows(index: pd.Index) -> str:
-    return f"row{'s' if len(index) > 1 else ''} {', '.join(map(str, index[:10]))}" + (
-        f" and {len(index) - 10} more" if len(index) > 10 else ""
-    )
 
 
 def compare(
@@ -117,7 +112,7 @@ def compare(
 
 
 def paired_p(difference: Array) -> float:
-    """Two-sided p of a mean of zero; 1 for arms that are equal in every seed."""
+    """Two-sided p of a mean of zero by Student's paired t test; 1 for arms that are equal in every seed."""
     if np.ptp(difference) == 0:
         return 1.0 if difference[0] == 0 else 0.0
     statistic = difference.mean() / (difference.std(ddof=1) / np.sqrt(len(difference)))
@@ -125,6 +120,7 @@ def paired_p(difference: Array) -> float:
 
 
 def t_interval(difference: Array, level: float) -> Interval:
+    """mean ± t·s/√n, t of n - 1 degrees of freedom (Student 1908)."""
     n = len(difference)
     half = t.ppf((1 + level) / 2, n - 1) * difference.std(ddof=1) / np.sqrt(n)
     return float(difference.mean() - half), float(difference.mean() + half)
@@ -138,7 +134,7 @@ def bootstrap_interval(difference: Array, level: float, resamples: int, rng: np.
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values that may be compared with one level whatever their number (Holm 1979)."""
+    """p values that may be compared with one level whatever their number (Holm 1979, Scand. J. Stat. 6:65)."""
     order = np.argsort(p_values)
     m = len(p_values)
     scaled = np.asarray(p_values)[order] * (m - np.arange(m))
@@ -207,7 +203,8 @@ class Gain:
 
 
 def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, seed: int = 0) -> Gain:
-    """What the paired `difference` of losses (one a seed, negative is better) at a budget is worth by the baseline's law.
+    """What the paired `difference` of losses (one a seed, negative is better) at a budget is worth by the baseline's law
+    (Davidson et al. 2023, arXiv:2312.07413).
 
     `law` is of `saturating("C")`, or a `frontier`: L(C) = E + B/C^beta. The multiplier m solves L(m·C) = L(C) +
     difference: it starts from the law's loss, which is the baseline's own only where that lies on the law. The interval

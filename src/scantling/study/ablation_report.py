@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,16 @@ class AblationReport:
         return list(dict.fromkeys(arm for scale in scales for arm in rows(self.arms, scale=scale)["arm"]))
 
 
+@dataclass(frozen=True)
+class ArmGain:
+    """Of an arm at a scale, whose baseline takes `compute` FLOPs; `gain`: or why there is none."""
+
+    scale: str
+    arm: str
+    compute: float
+    gain: Gain | str
+
+
 def report_arms(
     study: StudyRuns,
     *,
@@ -95,39 +105,32 @@ def report_arms(
         )
     if law is not None:
         cautions += [f"law of the baseline: {text}" for text in law.warnings]
-    lines, gain_rows, gains, endless = [], [], {}, {}
+    lines: list[dict[str, object]] = []
+    gains: list[ArmGain] = []
     for scale in scales:
         runs = rows(all_runs, scale=scale)
         runs = runs.assign(loss=runs[metric])
         losses = paired_losses(runs, baseline)
         compared = compare(runs, baseline, level=level, resamples=resamples, seed=seed)
-        shown = [None, *sorted(compared, key=lambda c: c.difference)]
-        lines += [arm_row(scale, baseline, runs, c, precision, len(compared)) for c in shown]
+        ordered = sorted(compared, key=lambda c: c.difference)
+        lines += [arm_row(scale, baseline, runs, c, precision, len(compared)) for c in (None, *ordered)]
         if law is None:
             continue
         compute = mean_of(rows(runs, arm=baseline), "flops")
         cautions += off_the_law(law, compute, losses[baseline].to_numpy(), scale)
-        for c in shown[1:]:
-            assert c is not None
-            # Seeds of one scale say nothing of those of another: drawn alike they would cancel in the trend.
+        for c in ordered:
             difference = (losses[c.arm] - losses[baseline]).to_numpy()
+            # Seeds of one scale say nothing of those of another: drawn alike they would cancel in the trend.
             gain = gain_of(law, compute, difference, seed + study.scales.index(scale))
-            row = {"scale": scale, "arm": c.arm, "FLOPs": compute}
-            if isinstance(gain, str):
-                gain_rows.append(row | {"gain": np.nan, "low": np.nan, "high": np.nan, "": gain})
-                endless.setdefault(c.arm, []).append(scale)
-            else:
-                low, high = gain.interval
-                gain_rows.append(row | {"gain": gain.multiplier, "low": low, "high": high, "": str(gain)})
-                gains.setdefault(c.arm, []).append(gain)
+            gains.append(ArmGain(scale, c.arm, compute, gain))
     return AblationReport(
         study=study.name,
         metric=metric,
         baseline=baseline,
         level=level,
         arms=pd.DataFrame(lines),
-        gains=pd.DataFrame(gain_rows) if gain_rows else None,
-        trends=trends_of(gains, endless, level),
+        gains=gains_table(gains) if gains else None,
+        trends=trends_of(gains, level),
         cautions=tuple(cautions),
     )
 
@@ -156,16 +159,16 @@ def arm_row(
     row |= {"bootstrap_low": c.bootstrap[0], "bootstrap_high": c.bootstrap[1]}
     row |= {"noise": c.noise, "effect": c.effect, "p": c.p, "p_holm": c.p_holm, "verdict": c.verdict}
     if c.spread > 0:
-        row["seeds_to_decide"] = seeds_or_none(
+        row["seeds_to_decide"] = seeds_or_nan(
             lambda: seeds_needed(c.spread, c.difference, level=c.level, arms=arms)
         )
-        row["seeds_for_precision"] = seeds_or_none(
+        row["seeds_for_precision"] = seeds_or_nan(
             lambda: seeds_for_precision(c.spread, precision, level=c.level)
         )
     return row
 
 
-def seeds_or_none(count) -> float:
+def seeds_or_nan(count: Callable[[], int]) -> float:
     """NaN where it is more than anyone will run."""
     try:
         return float(count())
@@ -194,14 +197,33 @@ def off_the_law(law: Fit, compute: float, losses: np.ndarray, scale: str) -> lis
     ]
 
 
-def trends_of(
-    gains: Mapping[str, Sequence[Gain]], endless: Mapping[str, Sequence[str]], level: float
-) -> tuple[str, ...]:
-    """A line an arm that has gains at two budgets, p corrected by Holm over these arms. `endless`: by arm, the scales that
-    have no gain, as no compute reaches the loss."""
+def gains_table(gains: Sequence[ArmGain]) -> pd.DataFrame:
+    """A row each: gain, low and high, NaN where there is none, and all of it in words."""
+    table = []
+    for each in gains:
+        row: dict[str, object] = {"scale": each.scale, "arm": each.arm, "FLOPs": each.compute}
+        if isinstance(each.gain, str):
+            row |= {"gain": np.nan, "low": np.nan, "high": np.nan}
+        else:
+            low, high = each.gain.interval
+            row |= {"gain": each.gain.multiplier, "low": low, "high": high}
+        table.append(row | {"": str(each.gain)})
+    return pd.DataFrame(table)
+
+
+def trends_of(gains: Sequence[ArmGain], level: float) -> tuple[str, ...]:
+    """A line an arm that has gains at two budgets, p corrected by Holm over these arms; and one for each arm that has none
+    because no compute reaches its loss."""
+    known: dict[str, list[Gain]] = {}
+    endless: dict[str, list[str]] = {}
+    for each in gains:
+        if isinstance(each.gain, str):
+            endless.setdefault(each.arm, []).append(each.scale)
+        else:
+            known.setdefault(each.arm, []).append(each.gain)
     of_arm = {
         arm: gain_trend(found, level=level)
-        for arm, found in gains.items()
+        for arm, found in known.items()
         if len(grouped(np.log([gain.compute for gain in found]))) > 1
     }
     corrected = holm([trend.p for trend in of_arm.values()])
@@ -219,7 +241,7 @@ def trends_of(
             f"{high:.3g}), p {p:.2g}{by}{without}"
         )
     for arm in [arm for arm in endless if arm not in of_arm]:
-        if len(gains.get(arm, ())) + len(endless[arm]) > 1:
+        if len(known.get(arm, ())) + len(endless[arm]) > 1:
             lines.append(f"{arm}: no trend, as no compute reaches its loss at {', '.join(endless[arm])}")
     return tuple(lines)
 

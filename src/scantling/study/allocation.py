@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,11 @@ from scantling.study.huber import Array
 from scantling.study.scaling import Fit, Interval, estimate, refit_hoffmann
 
 
+def hoffmann_loss(law: Mapping[str, Any], n: ArrayLike, d: ArrayLike) -> Array:
+    """L = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, equation 2) of one law or several."""
+    return law["E"] + law["A"] / np.asarray(n) ** law["alpha"] + law["B"] / np.asarray(d) ** law["beta"]
+
+
 def optimal_parameters(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Array:
     """N that minimises Hoffmann's form under C = kND: N = (alpha·A/(beta·B))^(1/(alpha+beta))·(C/k)^(beta/(alpha+beta))
     (Hoffmann et al. 2022, equation 4)."""
@@ -24,9 +30,9 @@ def optimal_parameters(law: Mapping[str, Array], compute: ArrayLike, k: float) -
 
 
 def optimal_loss(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Array:
+    """The law's loss at that N, and D = C/kN."""
     n = optimal_parameters(law, compute, k)
-    d = np.asarray(compute, dtype=float) / k / n
-    return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
+    return hoffmann_loss(law, n, np.asarray(compute, dtype=float) / k / n)
 
 
 def optimum_table(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from scantling.run_directory import NOT_TRAINED
-from scantling.study.store import NOTES, load_runs
+from scantling.study.overrides import arms_changes, joined, settings_of, varied_keys, varied_within
+from scantling.study.store import load_runs
 
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
 LAW_SPAN = 2.0
@@ -19,11 +19,11 @@ LAW_SPAN = 2.0
 FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
 """Settings that a study of sizes changes with them."""
 
-LISTED = 10
-"""Names of runs that a caution gives."""
+MOST_ARMS = 40
+"""Of a figure or a chart: curves of more cannot be told apart, and those with the lowest losses are drawn."""
 
-NOT_AN_ARM = (*NOT_TRAINED, "seed", "hydra")
-"""Settings that are no part of what an arm is."""
+LISTED = 10
+"""Names of runs that a line gives."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class StudyRuns:
     @property
     def scales(self) -> list[str]:
         """From little compute to much."""
-        flops = {scale: mean_of(rows(self.runs, scale=scale), "flops") for scale in set(self.runs["scale"])}
+        flops = {
+            scale: mean_of(rows(self.runs, scale=scale), "flops")
+            for scale in dict.fromkeys(self.runs["scale"])
+        }
         return sorted(flops, key=lambda scale: flops[scale])
 
 
@@ -74,7 +77,7 @@ def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")
         if wrong:
             raise ValueError(
                 f"runs of {directory.name} differ in their {name}, and losses on different {name} are not comparable: "
-                f"{', '.join(wrong[:10])}{f' and {len(wrong) - 10} more' if len(wrong) > 10 else ''} against the others"
+                f"{listed(wrong)} against the others"
             )
     if "constant" in set(runs["choice.schedule"]):
         cautions.append(
@@ -94,9 +97,14 @@ def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[str]]:
     for status, words in {"failed": "left out, failed", "unfinished": "left out, not finished"}.items():
         names = rows(frame, status=status)["run"]
         if len(names):
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            cautions.append(f"{words}: {', '.join(names[:LISTED])}{more}")
+            cautions.append(f"{words}: {listed(list(names))}")
     return arms_and_scales(frame), cautions
+
+
+def listed(names: Sequence[str]) -> str:
+    """Of many the first."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{', '.join(names[:LISTED])}{more}"
 
 
 def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
@@ -155,47 +163,6 @@ def is_size(key: str) -> bool:
     """Whether a setting makes a run larger or longer."""
     group, _, name = key.partition(".")
     return group == "budget" or key == "model" or (group == "model" and name in SHAPE)
-
-
-def joined(setting: dict[str, str], keys: Sequence[str]) -> str:
-    return " ".join(f"{key}={setting[key]}" for key in keys if key in setting)
-
-
-def settings_of(overrides: str) -> dict[str, str]:
-    return {key: value for key, _, value in (line.partition("=") for line in overrides.splitlines())}
-
-
-def varied_keys(settings: Sequence[dict[str, str]]) -> list[str]:
-    """Settings that are not alike in all runs, in the order in which they were typed; without those that the launcher
-    found for each arm."""
-    keys = dict.fromkeys(key for setting in settings for key in setting)
-    found = {key for note, key in NOTES.items() if any(note in setting for setting in settings)}
-    return [
-        key
-        for key in keys
-        if key.partition(".")[0] not in NOT_AN_ARM
-        and key not in found
-        and len({setting.get(key) for setting in settings}) > 1
-    ]
-
-
-def arms_changes(settings: Sequence[dict[str, str]]) -> set[str]:
-    """What named arms change: the sweeper puts it after the arm's name, and runs of one arm have it in common."""
-    found = set()
-    for setting in settings:
-        keys = list(setting)
-        if "arm" in keys:
-            found |= set(keys[keys.index("arm") + 1 :])
-    named = [setting for setting in settings if "arm" in setting]
-    return found - varied_within([setting["arm"] for setting in named], named)
-
-
-def varied_within(groups: Sequence[Hashable], settings: Sequence[dict[str, str]]) -> set[str]:
-    """Settings that are not alike in all runs of a group."""
-    of_group: dict[Hashable, list[dict[str, str]]] = {}
-    for group, setting in zip(groups, settings, strict=True):
-        of_group.setdefault(group, []).append(setting)
-    return {key for found in of_group.values() for key in varied_keys(found)}
 
 
 def told_apart(frame: pd.DataFrame) -> pd.DataFrame:

@@ -12,12 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from scantling.study.allocation import optimum_table
-from scantling.study.arms import rows
+from scantling.study.allocation import hoffmann_loss, optimum_table
+from scantling.study.arms import MOST_ARMS, rows
 from scantling.study.budgets import drawn_budgets, larger
 from scantling.study.huber import Array
 from scantling.study.scaling import Fit
@@ -28,19 +29,16 @@ TRAIN, VALIDATION = "#9aa5b1", "#c2410c"
 LEGEND = 20
 """Arms that a legend names."""
 
-MOST_ARMS = 40
-"""Arms of a figure: of more those with the lowest losses are drawn."""
 
-
-def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training loss and validation bits per byte against tokens, from the rows of a `metrics.jsonl`."""
-    validated = [row for row in rows if "val/bpb" in row]
+def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Training loss and validation bits per byte against tokens, by `metrics`, the rows of a `metrics.jsonl`."""
+    validated = [row for row in metrics if "val/bpb" in row]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     per_byte = validated[-1]["val/bpb"] / validated[-1]["val/loss"]
-    millions = [row["tokens"] / 1e6 for row in rows]
+    millions = [row["tokens"] / 1e6 for row in metrics]
     axes.plot(
         millions,
-        [row["train/loss"] * per_byte for row in rows],
+        [row["train/loss"] * per_byte for row in metrics],
         color=TRAIN,
         lw=1,
         label="train, each logged step",
@@ -65,8 +63,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     )
     axes.set(xlabel="training tokens, millions", ylabel="bits per byte", title=title)
     axes.set_ylim(top=min(max(row["val/bpb"] for row in validated) * 1.25, axes.get_ylim()[1]))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    open_frame(axes)
     axes.legend(loc="upper right", frameon=False)  # where curves that fall leave room
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -125,12 +122,17 @@ def draw_law(
     law.yaxis.set_major_formatter(ScalarFormatter())
     law.yaxis.set_minor_formatter(ScalarFormatter())
     for axes in (law, left):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        open_frame(axes)
     law.legend(frameon=False, fontsize=8)
     if caution is not None:
         figure.suptitle(caution, color="#b91c1c", fontsize=8)
     save(figure, path)
+
+
+def open_frame(axes: Axes) -> None:
+    """Two sides, and a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -151,11 +153,11 @@ def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, 
         here = [cell for cell in cells if cell["budget"] == budget]
         n, d = (np.array([cell[name] for cell in here], dtype=float) for name in ("parameters", "tokens"))
         fine = np.geomspace(n.min(), n.max(), 200)
-        loss = hoffmann(law, fine, np.exp(np.interp(np.log(fine), np.log(n), np.log(d))))
+        loss = hoffmann_loss(law, fine, np.exp(np.interp(np.log(fine), np.log(n), np.log(d))))
         best = loss.argmin()
         optima.append(fine[best])
         curves.plot(fine, loss, color=shade, lw=1, alpha=0.6)
-        curves.plot(n, hoffmann(law, n, d), "o", ms=4, color=shade, label=f"{budget:.2g} FLOPs")
+        curves.plot(n, hoffmann_loss(law, n, d), "o", ms=4, color=shade, label=f"{budget:.2g} FLOPs")
         curves.plot(fine[best], loss[best], "o", ms=9, mfc="none", color=VALIDATION)
         plane.plot(np.full(len(n), budget), n, "o", ms=4, color=shade)
     plane.plot(
@@ -164,15 +166,10 @@ def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, 
     curves.set(xscale="log", xlabel="parameters", ylabel="forecast loss, nats per token", title=title)
     plane.set(xscale="log", yscale="log", xlabel="training FLOPs of a run", ylabel="parameters")
     for axes in (curves, plane):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        open_frame(axes)
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def hoffmann(law: dict[str, float], n: Array, d: Array) -> Array:
-    return law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"]
 
 
 def draw_arms(
@@ -220,8 +217,7 @@ def draw_arms(
     right.set_yticks(range(len(compared)), labels, fontsize=8)
     right.set(xlabel=f"difference from {baseline}, {unit}; left is better")
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        open_frame(axes)
     if len(shown) <= LEGEND:
         left.legend(frameon=False, fontsize=8)
     save(figure, path)
@@ -253,7 +249,6 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mappi
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    open_frame(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     save(figure, path)

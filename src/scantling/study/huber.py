@@ -28,7 +28,7 @@ class Optima:
 
 
 def huber(residual: Array, delta: float) -> Array:
-    """½r² up to δ, δ(|r| − ½δ) beyond (Huber 1964)."""
+    """½r² up to δ, δ(|r| − ½δ) beyond (Huber 1964, doi:10.1214/aoms/1177703732)."""
     size = np.abs(residual)
     return np.where(size < delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
 

@@ -80,13 +80,15 @@ def fit_isoflop(
     warnings = []
     if len(groups) < 4:
         warnings.append(f"only {len(groups)} budgets: the exponent rests on {len(groups)} points")
+    optima = np.array([optimum(n[g], y[g][None])[0] for g in groups])
     at_edge = [
-        float(np.exp(c[g[0]])) for g in groups if not n[g].min() < optimum(n[g], y[g][None])[0] < n[g].max()
+        float(np.exp(c[g[0]]))
+        for g, best in zip(groups, optima, strict=True)
+        if not n[g].min() < best < n[g].max()
     ]
     if at_edge:
         named = ", ".join(f"{x:.3g}" for x in at_edge)
         warnings.append(f"the minimum lies at the edge of the grid of sizes at {named} FLOPs")
-    optima = np.array([optimum(n[g], y[g][None])[0] for g in groups])
     exponent, intercept = np.polyfit(budgets, optima, 1)
     draws = smooth + np.random.default_rng(seed).normal(0, noise, (resamples, len(y)))
     drawn_optima, clean_optima = (
@@ -123,7 +125,7 @@ def parabola_minimum(log_n: Array, log_loss_SN: Array) -> Array:
 
 
 def akima_minimum(log_n: Array, log_loss_SN: Array, points: int = 512) -> Array:
-    """(S,): where Akima's spline through the mean loss of each size is lowest."""
+    """(S,): where Akima's spline (1970, doi:10.1145/321607.321609) through the mean loss of each size is lowest."""
     sizes, which = np.unique(log_n, return_inverse=True)
     means = np.stack([log_loss_SN[:, which == i].mean(axis=1) for i in range(len(sizes))])
     fine = np.linspace(sizes[0], sizes[-1], points)

@@ -48,6 +48,11 @@ class LawReport:
     without: pd.DataFrame | None
     isoflop: PowerLaw | None
 
+    @property
+    def passed(self) -> bool:
+        """Whether there was a gate and it let the law pass."""
+        return self.gate is not None and self.gate.passed
+
 
 def report_law(
     observations: Observations,

@@ -152,7 +152,7 @@ def numeric(table: pd.DataFrame, name: str) -> Array:
     return values
 
 
-def numbered(index: pd.Index) -> str:
+def numbered(index: pd.Index | np.ndarray) -> str:
     """'row 3' or 'rows 3, 7', of many the first ten."""
     listed = ", ".join(map(str, index[:10]))
     return f"row{'s' if len(index) > 1 else ''} {listed}" + (

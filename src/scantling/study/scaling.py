@@ -13,6 +13,7 @@ from scipy.stats import chi2
 from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, grouped
 from scantling.study.forms import HOFFMANN, Form, Sizes
 from scantling.study.huber import Array, huber, minimise
+from scantling.study.observations import numbered
 from scantling.study.resampling import (
     density_degrees_of_freedom,
     drawn_residuals,
@@ -198,22 +199,12 @@ def check(form: Form, sizes: Sizes, loss: Array) -> None:
             raise ValueError(f"{name} has {len(values)} values and loss {len(loss)}")
         wrong = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if len(wrong):
-            raise ValueError(f"{name} must be positive and finite: {values[wrong[0]]:g} in {rows(wrong)}")
+            raise ValueError(f"{name} must be positive and finite: {values[wrong[0]]:g} in {numbered(wrong)}")
     if len(loss) <= len(form.parameters):
         raise ValueError(
             f"{len(loss)} runs cannot determine the {len(form.parameters)} parameters of {form.formula}: "
             f"at least {len(form.parameters) + 1} are needed"
         )
-
-
-def rows(indices: ArrayLike) -> str:
-    """'row 3', 'rows 3, 7 and 9', from 0; of many the first ten."""
-    listed = [str(i) for i in np.asarray(indices).tolist()]
-    if len(listed) == 1:
-        return f"row {listed[0]}"
-    if len(listed) > 10:
-        return f"rows {', '.join(listed[:10])} and {len(listed) - 10} more"
-    return f"rows {', '.join(listed[:-1])} and {listed[-1]}"
 
 
 def best(form: Form, theta_SP: Array, objective_S: Array) -> tuple[Array, float]:

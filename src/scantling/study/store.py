@@ -34,6 +34,7 @@ import pandas as pd
 import yaml
 
 from scantling.run_directory import RunDirectory, read_rows
+from scantling.study.overrides import names_by_difference
 
 FORMAT = 3
 """Of the Parquet files; another one is read anew."""
@@ -51,9 +52,6 @@ SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "
 APART = ("embedding", "position", "head")
 """Groups of parameters that `params_without_embeddings` leaves out."""
 
-NOTES = {"matched": "model.d_ff", "tuned": "lr"}
-"""Overrides that `match=` and `tune=` leave, each with the setting that it says the origin of."""
-
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -67,7 +65,7 @@ def load_runs(study: Path | str) -> pd.DataFrame:
     if len(frame):
         frame.insert(1, "path", [str(Path(study) / run) for run in frame["run"]])  # a study may be moved
         unnamed = frame["arm"].isna()
-        frame.loc[unnamed, "arm"] = differing(frame.loc[unnamed, "overrides"])
+        frame.loc[unnamed, "arm"] = names_by_difference(frame.loc[unnamed, "overrides"])
     frame.attrs["left_out"] = left_out
     return frame
 
@@ -164,20 +162,6 @@ def curve_rows(directory: RunDirectory) -> list[dict[str, Any]]:
         raise ValueError("it has no config.yaml")
     rows = read_rows(directory.path / "metrics.jsonl")
     return [{"run": directory.name, **row} for row in rows]
-
-
-def differing(overrides: pd.Series) -> list[str]:
-    """A name for each run that has none: the settings in which they differ, without seeds and the launcher's own."""
-    settings = [dict(line.split("=", 1) for line in text.splitlines() if "=" in line) for text in overrides]
-    for setting in settings:
-        for key in ("seed", *(key for note in NOTES.items() if note[0] in setting for key in note)):
-            setting.pop(key, None)
-    keys = dict.fromkeys(key for setting in settings for key in setting)
-    varied = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
-    return [
-        " ".join(f"{key}={setting[key]}" for key in varied if key in setting) or "default"
-        for setting in settings
-    ]
 
 
 # --- the cache ---
