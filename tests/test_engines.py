@@ -34,7 +34,10 @@ pytestmark = pytest.mark.multiprocess
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_one(shop, alone, engine):
-    run = shop.run(*ENGINES[engine], "trainer.devices=2", runs=f"{engine}-whole")
+    extensions = shop.path / "extensions"
+    environment = {"TORCH_EXTENSIONS_DIR": str(extensions)}
+    run = shop.run(*ENGINES[engine], "trainer.devices=2", runs=f"{engine}-whole", environment=environment)
+    assert not extensions.exists()  # nothing was compiled
     assert_same_training(run, alone)
     assert run.environment["world_size"] == 2
     assert run.curves.read_bytes().startswith(b"\x89PNG")

@@ -88,9 +88,7 @@ def warm_up() -> None:
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     try:
-        CONTEXT.set_forkserver_preload(
-            ["scantling.hub.runs", "scantling.sweep.outlook", "scantling.trained", "deepspeed"]
-        )
+        CONTEXT.set_forkserver_preload(["everything"])
         forkserver.ensure_running()
     finally:
         for name, value in before.items():
