@@ -26,7 +26,7 @@ ENGINES = {
     "zero3": ("trainer=zero3", WHOLE),
     "zero3_offload": ("trainer=zero3_offload", WHOLE),
 }
-SPIKES = ("guard.spike=2", "guard.window=4", "guard.most=50", "lr=1e-5")
+SPIKES = ("guard.spike=3", "guard.window=4", "guard.most=50", "lr=1e-5")
 """Some losses of these short runs are called spikes."""
 
 pytestmark = pytest.mark.multiprocess
