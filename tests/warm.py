@@ -54,7 +54,8 @@ class Command:
     def returncode(self) -> int | None:
         return self.processes[0].exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -63,19 +64,14 @@ class Command:
         """What all of them printed so far, to standard output first."""
         return "".join(file.read_text() for file in self.files)
 
-    def wait(self, timeout: float = 200) -> int:
-        """Until all have ended; ends them when the time is over."""
+    def communicate(self, timeout: float = 200) -> tuple[str, str]:
+        """What all of them printed, when they have ended; ends them when the time is over."""
         until = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0, until - time.monotonic()))
             if process.exitcode is None:
                 process.kill()
                 process.join()
-        return self.returncode
-
-    def communicate(self, timeout: float = 200) -> tuple[str, str]:
-        """What all of them printed, when they have ended."""
-        self.wait(timeout)
         out, err = (file.read_text() for file in self.files)
         for file in self.files:
             file.unlink()
