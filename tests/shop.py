@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from warm import Ranks
+from warm import Command
 
 from scantling.run_directory import RunDirectory
 from scantling.stored import stored_weights
@@ -33,28 +29,12 @@ class Shop:
         self.path = path
         (path / "book.txt").write_text(inspect.getsource(argparse))
 
-    def start(
-        self,
-        *overrides: str,
-        runs: str,
-        launcher: tuple[str, ...] = (),
-        environment: Mapping[str, str] | None = None,
-    ) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, *launcher, TRAIN, *self.options(*overrides), f"paths.runs={runs}"],
-            cwd=self.path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def fork(self, *overrides: str, runs: str, processes: int | None = None) -> Ranks:
-        """As `start`, from a process that has imported everything."""
+    def start(self, *overrides: str, runs: str, processes: int | None = None, **started: Any) -> Command:
+        """As a user would; `processes=1` leaves it to Lightning to start the second of two."""
         if processes is None:
             processes = 2 if "trainer.devices=2" in overrides else 1
-        argv = [str(TRAIN), *self.options(*overrides), f"paths.runs={runs}"]
-        return Ranks(argv, self.path, processes)
+        argv = [TRAIN, *self.options(*overrides), f"paths.runs={runs}"]
+        return Command(argv, self.path, processes=processes, **started)
 
     @staticmethod
     def options(*overrides: str) -> list[str]:
@@ -63,24 +43,22 @@ class Shop:
         options = [*(o for o in USUAL if o.partition("=")[0] not in given), *overrides]
         return sorted(options, key=lambda option: option != "-m")
 
-    def run(self, *overrides: str, runs: str, typed: bool = False, **started: Any) -> RunDirectory:
-        """`typed`: as a command of its own, which what `start` takes beyond overrides implies."""
-        new = self.start if typed or started else self.fork
-        process = new(*overrides, runs=runs, **started)
-        out, err = process.communicate(timeout=200)
+    def run(self, *overrides: str, runs: str, **started: Any) -> RunDirectory:
+        process = self.start(*overrides, runs=runs, **started)
+        out, err = process.communicate()
         assert process.returncode == 0, out + err
         return self.directory(runs)
 
     def refused(self, *overrides: str) -> str:
         """The one line with which a mistake is answered."""
-        process = self.fork(*overrides, runs="refused", processes=1)
-        _, err = process.communicate(timeout=200)
+        process = self.start(*overrides, runs="refused", processes=1)
+        _, err = process.communicate()
         assert process.returncode == 2, err
         (line,) = err.strip().splitlines()
         return line
 
     def entry(self, name: str, *overrides: str) -> str:
-        process = Ranks([str(TRAIN.with_stem(name)), *overrides], self.path, 1)
+        process = Command([TRAIN.with_stem(name), *overrides], self.path)
         out, err = process.communicate()
         assert process.returncode == 0, out + err
         return out

@@ -1,5 +1,5 @@
 """`python src/train.py`, or another entry, in processes that are forked from one which has imported everything: the same, but for
-seconds of imports. Several are ranks of one run, with the variables that torchrun gives them."""
+seconds of imports."""
 
 from __future__ import annotations
 
@@ -10,35 +10,59 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-class Ranks:
-    """The processes of one command, with the little that tests need of `subprocess.Popen`; signals go to the first."""
+class Command:
+    """The processes of one command, with the little that tests need of `subprocess.Popen`; signals go to the first.
 
-    def __init__(self, argv: list[str], place: Path, processes: int):
+    Several are ranks of one run, with the variables that torchrun gives them. `torchrun` are options of its own: then one
+    process is torchrun, which forks the ranks. `first` is called before anything else.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        place: Path,
+        *,
+        processes: int = 1,
+        torchrun: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        first: Callable[[], object] | None = None,
+    ):
         self.files = [Path(tempfile.mkstemp(suffix=f".{name}")[1]) for name in ("out", "err")]
+        given = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        started = (list(map(str, argv)), list(torchrun), place, *self.files, first)
         shared = torchrun_variables(processes) if processes > 1 else {}
         self.processes = [
-            CONTEXT.Process(target=rank, args=(argv, place, *self.files, {**shared, **of_rank(i, shared)}))
+            CONTEXT.Process(target=run, args=(*started, {**given, **shared, **of_rank(i, shared)}))
             for i in range(processes)
         ]
         warm_up()
         for process in self.processes:
             process.start()
 
-    def poll(self) -> int | None:
-        return self.processes[0].exitcode
+    @property
+    def pid(self) -> int:
+        return self.processes[0].pid
 
     @property
     def returncode(self) -> int | None:
         return self.processes[0].exitcode
 
+    def poll(self) -> int | None:
+        return self.returncode
+
     def send_signal(self, number: int) -> None:
-        os.kill(self.processes[0].pid, number)
+        os.kill(self.pid, number)
+
+    def said(self) -> str:
+        """What all of them printed so far, to standard output first."""
+        return "".join(file.read_text() for file in self.files)
 
     def communicate(self, timeout: float = 200) -> tuple[str, str]:
         """What all of them printed, when they have ended; ends them when the time is over."""
@@ -60,9 +84,7 @@ def warm_up() -> None:
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     try:
-        CONTEXT.set_forkserver_preload(
-            ["scantling.hub.runs", "scantling.sweep.outlook", "scantling.trained", "deepspeed"]
-        )
+        CONTEXT.set_forkserver_preload(["everything"])
         forkserver.ensure_running()
     finally:
         for name, value in before.items():
@@ -87,14 +109,39 @@ def of_rank(i: int, shared: dict[str, str]) -> dict[str, str]:
     return {"RANK": str(i), "LOCAL_RANK": str(i)} if shared else {}
 
 
-def rank(argv: list[str], place: Path, out: Path, err: Path, variables: dict[str, str]) -> None:
+def run(
+    argv: list[str],
+    torchrun: list[str],
+    place: Path,
+    out: Path,
+    err: Path,
+    first: Callable[[], object] | None,
+    environment: dict[str, str],
+) -> None:
     for number, file in enumerate((out, err), 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(place)
-    os.environ |= variables
-    sys.argv = argv
+    os.environ.clear()
+    os.environ |= environment
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if first is not None:
+        first()
+    if torchrun:
+        from torch.distributed import run as torch_run
 
+        torch_run.main([*torchrun, "--start-method=fork", "--run-path", __file__, *argv])
+    else:
+        entry(argv)
+
+
+def entry(argv: list[str]) -> None:
+    from lightning.fabric.utilities.rank_zero import _get_rank
     from lightning.pytorch.utilities import rank_zero_only
 
-    rank_zero_only.rank = int(variables.get("RANK", 0))  # Lightning reads it when it is imported
+    rank_zero_only.rank = _get_rank() or 0  # Lightning reads it when it is imported
+    sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":  # a rank that torchrun forked
+    entry(sys.argv[1:])

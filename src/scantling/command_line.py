@@ -190,14 +190,38 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def words_of(config_name: str) -> set[str]:
     """Settings that the file itself gives as words, and the names of arms; not those that an option gives."""
     own = leaves(OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"), resolve=False))  # type: ignore[arg-type]
-    return {"arm"} | {key for key, value in own.items() if isinstance(value, str) and value[:1].isalpha()}
+    return {"arm"} | {key for key, value in own.items() if is_word(value)}
+
+
+def is_word(value: Any) -> bool:
+    """Of a value as a file gives it; what an environment variable gives is one."""
+    return isinstance(value, str) and (value[:1].isalpha() or value.startswith("${oc.env:"))
+
+
+@functools.cache
+def words_of_option(group: str, option: str) -> set[str]:
+    """Settings that an option gives as words or leaves to the user, with those it starts from."""
+    own = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"), resolve=False)
+    bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]  # type: ignore[union-attr]
+    words = {
+        f"{group.replace('/', '.')}.{key}"
+        for key, value in leaves(own).items()  # type: ignore[arg-type]
+        if is_word(value) or value == "???"
+    }
+    return words.union(*(words_of_option(group, base) for base in bases))
 
 
 def check_numbers(config: DictConfig, config_name: str) -> None:
     """Raise Mistake where a word was typed for a setting whose default is a number."""
     typed = [o.partition("=") for o in HydraConfig.get().overrides.task if not o.startswith(("+", "~"))]
     words = {key: value for key, _, value in typed if isinstance(OmegaConf.select(config, key), str)}
-    if not words.keys() - words_of(config_name):
+    meant = words_of(config_name)
+    for group, option in HydraConfig.get().runtime.choices.items():
+        if (CONF / group / f"{option}.yaml").exists() and any(
+            key.startswith(f"{group.replace('/', '.')}.") for key in words
+        ):
+            meant = meant | words_of_option(group, option)
+    if not words.keys() - meant:  # composing the defaults takes as long as composing the run
         return
     groups = [f"{key}={value}" for key, _, value in typed if (CONF / key).is_dir() or key == "sweeps"]
     hydra_state = GlobalHydra.instance().hydra

@@ -220,6 +220,7 @@ def fit(run: Run, console: Console) -> None:
                 raise
             print(f"error: {what_would_fit(run)}", file=sys.stderr)
             sys.exit(1)
+        gc.collect()  # the model and optimiser that went wrong, which the exception has let go of
 
 
 def is_agreed(error: BaseException) -> bool:
@@ -334,7 +335,6 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     )
     batches = training_batches(run, rank=trainer.global_rank)
     succeeded = False
-    gc.collect()  # what an earlier run of a sweep left behind
     gc.freeze()  # what stands now stays to the end; looking through it again and again costs steps
     try:
         trainer.fit(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from shop import TRAIN
+from warm import Command
 
 pytestmark = pytest.mark.multiprocess
 
@@ -25,7 +24,7 @@ def schedule(step, total):
         raise ValueError("the matrix is cursed")
     return 1.0
 '''
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TORCHRUN = ("--standalone", "--nproc-per-node=2")
 
 
 def processes_in(folder: Path) -> list[str]:
@@ -44,7 +43,7 @@ def processes_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "launcher", "sweep", "who", "of"),
+    ("engine", "torchrun", "sweep", "who", "of"),
     [
         ("ddp", (), (), 1, "ValueError"),
         ("ddp", (), (), 0, "SIGKILL"),
@@ -53,7 +52,7 @@ def processes_in(folder: Path) -> list[str]:
     ],
     ids=["ddp-exception", "ddp-first-killed", "zero2-torchrun-killed", "zero2-sweep-exception"],
 )
-def test_all_processes_end_with_the_first(shop, tmp_path, engine, launcher, sweep, who, of):
+def test_all_processes_end_with_the_first(shop, tmp_path, engine, torchrun, sweep, who, of):
     (tmp_path / "cursed.py").write_text(SCHEDULE)
     (tmp_path / "book.txt").symlink_to(shop.path / "book.txt")
     faulty = (
@@ -62,13 +61,11 @@ def test_all_processes_end_with_the_first(shop, tmp_path, engine, launcher, swee
         "~schedule.warmup",
         "trainer.devices=2",
     )
-    process = subprocess.Popen(
-        [sys.executable, *launcher, TRAIN, *shop.options(*sweep, f"trainer={engine}", *faulty)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path), "WHO": str(who), "OF": of},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    process = Command(
+        [TRAIN, *shop.options(*sweep, f"trainer={engine}", *faulty)],
+        tmp_path,
+        torchrun=torchrun,
+        environment={"PYTHONPATH": str(tmp_path), "WHO": str(who), "OF": of},
     )
     while not any(
         path.read_text().count("\n") >= 4 for path in tmp_path.glob("runs/default/*/metrics.jsonl")
@@ -76,7 +73,7 @@ def test_all_processes_end_with_the_first(shop, tmp_path, engine, launcher, swee
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     began = time.monotonic()
-    said, _ = process.communicate(timeout=200)
+    said = "".join(process.communicate())
     while processes_in(tmp_path):
         assert time.monotonic() - began < 60, processes_in(tmp_path)
         time.sleep(0.1)

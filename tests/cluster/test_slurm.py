@@ -13,6 +13,7 @@ from pathlib import Path
 import one_machine
 import pytest
 from shop import TRAIN, assert_same_training
+from warm import Command
 
 from scantling.run_directory import RunDirectory
 
@@ -37,7 +38,7 @@ def slurm(tmp_path_factory):
         yield {**environment, "WANDB_MODE": "offline"}
 
 
-def wait_for(condition, process: subprocess.Popen | None = None, patience: float = 300):
+def wait_for(condition, process: Command | None = None, patience: float = 300):
     """What `condition` gives once it gives anything; `process` must not end before."""
     end = time.monotonic() + patience
     while not (found := condition()):
@@ -87,8 +88,7 @@ def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, s
     assert "the jobs stay with SLURM" in out
 
     second = shop.start(*arguments, runs="sweep", environment=slurm)
-    for _ in waiting:
-        assert "queued: SLURM's job" in second.stdout.readline()
+    wait_for(lambda: second.said().count("queued: SLURM's job") == len(waiting), second)
     cancelled, *others = waiting
     subprocess.run(["scancel", cancelled], env=slurm, check=True)
     subprocess.run(["scontrol", "release", *others], env=slurm, check=True)
@@ -104,7 +104,9 @@ def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, s
 
 def test_two_tasks_are_one_run_that_goes_on_when_its_time_is_up(shop, alone, slurm):
     runs = shop.path / "tasks"
-    sweep = shop.start(*SWEEP, "seed=0", *TWO_TASKS, "sample.n_tokens=300", runs="tasks", environment=slurm)
+    sweep = shop.start(
+        *SWEEP, "seed=0", *TWO_TASKS, "sample.n_tokens=300", runs="tasks", processes=1, environment=slurm
+    )
     wait_for(lambda: has_begun(runs), sweep)
     (job,) = queue(slurm)
     subprocess.run(

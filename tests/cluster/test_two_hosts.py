@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 from shop import TRAIN, assert_same_training
+from warm import Command
 
 from scantling.run_directory import RunDirectory
 
@@ -72,6 +74,12 @@ class Hosts:
         return [int(card[1]) for card in cards]
 
 
+def enter_network(pid: int) -> None:
+    """That of another process, for this one and those it starts."""
+    with open(f"/proc/{pid}/ns/net") as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
+
+
 @pytest.fixture(scope="module")
 def hosts():
     if missing := [name for name in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(name) is None]:
@@ -89,39 +97,21 @@ def test_two_hosts_train_as_one_process(shop, alone, hosts, engine):
     runs = f"hosts-{engine}"
     before = hosts.received()
     options = shop.options(f"trainer={engine}", "trainer.devices=1", "trainer.nodes=2", "logger=wandb")
+    rendezvous = (f"--rdzv-id={runs}", f"--rdzv-endpoint={ADDRESSES[0]}:29500", "--rdzv-backend=c10d")
     processes = [
-        subprocess.Popen(
-            [
-                *(*hosts.inside(holder), sys.executable, "-m", "torch.distributed.run"),
-                *(
-                    "--nnodes=2",
-                    "--nproc-per-node=1",
-                    f"--rdzv-id={runs}",
-                    f"--rdzv-endpoint={ADDRESSES[0]}:29500",
-                ),
-                *(
-                    "--rdzv-backend=c10d",
-                    f"--local-addr={address}",
-                    f"--rdzv-conf=is_host={address == ADDRESSES[0]}",
-                    TRAIN,
-                    *options,
-                    f"paths.runs={runs}",
-                ),
-            ],
-            cwd=shop.path,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "WANDB_MODE": "offline",
-                "GLOO_SOCKET_IFNAME": hosts.cable,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        Command(
+            [TRAIN, *options, f"paths.runs={runs}"],
+            shop.path,
+            torchrun=(
+                *("--nnodes=2", "--nproc-per-node=1", f"--local-addr={address}"),
+                *(*rendezvous, f"--rdzv-conf=is_host={address == ADDRESSES[0]}"),
+            ),
+            environment={"WANDB_MODE": "offline", "GLOO_SOCKET_IFNAME": hosts.cable},
+            first=partial(enter_network, holder.pid),
         )
         for holder, address in zip(hosts.holders, ADDRESSES, strict=True)
     ]
-    said = [process.communicate(timeout=400)[0] for process in processes]
+    said = ["".join(process.communicate(timeout=400)) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     folder = shop.path / runs / "default"
     (run,) = (path for path in folder.iterdir() if path.name != "wandb")

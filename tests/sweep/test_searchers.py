@@ -6,9 +6,6 @@ below 2 and cannot be installed here.
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -16,6 +13,7 @@ import pytest
 import wandb.wandb_agent
 import yaml
 from omegaconf import OmegaConf
+from warm import Command
 
 from scantling.command_line import ROOT
 from scantling.run_directory import RunDirectory
@@ -108,14 +106,15 @@ def test_the_command_of_an_agent_runs(path, tmp_path, book, monkeypatch):
     """One step of it, offline, under the identity that the agent gave."""
     sweep = yaml.safe_load(path.read_text())
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     command, environment = command_of_an_agent(sweep, monkeypatch, tmp_path)
     small = (
         *("data=text", f"data.files={book}", f"paths.cache={tmp_path}/cache", f"paths.runs={tmp_path}/runs"),
         *("batch_size=1", "budget.flops=6e8", "model.seq_len=64", "val_windows=2", "sample.n_tokens=2"),
     )
-    done = subprocess.run([*command, *small], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert command[:2] == ["/usr/bin/env", "python"]
+    process = Command([*command[2:], *small], ROOT, environment=environment)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
     (run,) = tmp_path.glob("runs/*/llama_tiny-*")
     config = OmegaConf.load(run / "config.yaml")
     assert {name: OmegaConf.select(config, name) for name in first_values(sweep)} == first_values(sweep)

@@ -33,12 +33,6 @@ def starts(directory: RunDirectory) -> int:
     return (directory.path / "log.txt").read_text().count("directory   ")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Jobs are forked from here and inherit this: no figure."""
-    monkeypatch.setattr(run, "draw_curves", lambda *_, **__: None)
-
-
 @pytest.fixture
 def fate(monkeypatch):
     """`fate[seed] = call` makes a job of that seed do something else than train; jobs are forked and inherit it."""

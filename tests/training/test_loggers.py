@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import wandb
+from shop import TRAIN
+from warm import Command
 
 from scantling.run_directory import RunDirectory
 from scantling.training import loggers
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -27,12 +26,11 @@ def offline(monkeypatch):
 
 
 def train(directory: Path, *overrides: str) -> list[str]:
-    """The command of a small run into `directory`, logged to W&B."""
+    """The arguments of a small run into `directory`, logged to W&B."""
     book = directory / "book.txt"
     book.write_text(inspect.getsource(textwrap) * 4)
     return [
-        sys.executable,
-        str(ROOT / "src" / "train.py"),
+        str(TRAIN),
         *("model=nano", "data=text", f"data.files={book}", "tokenizer=byte", "trainer=cpu", "log_every=1"),
         *("budget=steps", "budget.steps=20", "batch_size=4", "val_windows=4", "sample.n_tokens=8"),
         *(f"paths.runs={directory}/runs", f"paths.cache={directory}/cache"),
@@ -60,9 +58,10 @@ def only_run(directory: Path) -> RunDirectory:
 
 @pytest.mark.slow
 def test_offline_run_equals_the_record(tmp_path, offline):
-    done = subprocess.run(train(tmp_path), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "W&B offline (no API key" in done.stdout
+    process = Command(train(tmp_path), tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "W&B offline (no API key" in out
     mirrored = {row["_step"]: row for row in history(tmp_path)}
     for row in only_run(tmp_path).metrics():
         for key, value in row.items():
@@ -72,21 +71,16 @@ def test_offline_run_equals_the_record(tmp_path, offline):
 
 @pytest.mark.slow
 def test_killed_process_loses_at_most_a_second_of_rows(tmp_path, offline):
-    process = subprocess.Popen(
-        train(tmp_path, "budget.steps=100000"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=tmp_path,
-    )
+    process = Command(train(tmp_path, "budget.steps=100000"), tmp_path)
     deadline = time.monotonic() + 120
     rows = []
-    while len(rows) < 500 or rows[-1]["seconds"] < 4:
+    while len(rows) < 100 or rows[-1]["seconds"] < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
         rows = only_run(tmp_path).metrics() if list(tmp_path.glob("runs/default/nano-*")) else []
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     time.sleep(2)  # W&B's own process takes note
     rows = only_run(tmp_path).metrics()
     older = [row["step"] for row in rows if row["seconds"] < rows[-1]["seconds"] - 1.2]
@@ -96,24 +90,25 @@ def test_killed_process_loses_at_most_a_second_of_rows(tmp_path, offline):
 @pytest.mark.slow
 def test_segments_of_a_killed_run_join_to_one_curve(tmp_path, offline):
     """Killed before its first checkpoint, and past one: together the segments hold each step once."""
-    run = train(tmp_path, "budget.steps=400", "val_every=100")
-    for rows in (50, 150):
-        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    run = train(tmp_path, "budget.steps=120", "val_every=30")
+    for rows in (10, 40):
+        process = Command(run, tmp_path)
         while not list(tmp_path.glob("runs/default/nano-*")) or len(only_run(tmp_path).metrics()) < rows:
             assert process.poll() is None
             time.sleep(0.01)
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
         time.sleep(2)  # W&B's own process takes note
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = Command(run, tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
     segments = list(tmp_path.glob("runs/default/wandb/offline-run-*/run-*.wandb"))
     assert len(segments) == 3
     assert len({segment.name for segment in segments}) == 1
     joined = sorted(
         (row for segment in segments for row in history_of(segment)), key=lambda row: row["_step"]
     )
-    assert [row["_step"] for row in joined] == list(range(1, 401))
+    assert [row["_step"] for row in joined] == list(range(1, 121))
     for ours, row in zip(joined, only_run(tmp_path).metrics(), strict=True):
         for key in ("train/loss", "lr", "grad_norm", *(key for key in row if key.startswith("val/"))):
             assert ours[key] == row[key], (row["step"], key)

@@ -94,22 +94,27 @@ def kill_at(name: str, count: int):
     setattr(target, attribute, call)
 
 
+@pytest.fixture(scope="session")
+def trained() -> dict[tuple[str, ...], RunDirectory]:
+    return {}
+
+
 @pytest.fixture
-def whole(command, tmp_path):
-    """`whole(*overrides)`: the same run, never interrupted."""
+def whole(command, tmp_path, trained):
+    """`whole(*overrides)`: the same run, never interrupted; trained once."""
 
     def whole(*overrides) -> RunDirectory:
-        assert command(*LONG, *overrides, "paths.runs=whole")[0] == 0
-        return only_run(tmp_path / "whole")
+        if overrides not in trained:
+            assert command(*LONG, *overrides, "paths.runs=whole")[0] == 0
+            trained[overrides] = only_run(tmp_path / "whole")
+        return trained[overrides]
 
     return whole
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole, precision):
+def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole):
     """In turn: in the middle of the file, before its checksum, before its name, before `last` and `best`."""
-    chosen = f"trainer.precision={precision}"
-    uninterrupted = whole(chosen)
+    uninterrupted = whole()
     run = None
     for name, count, finished in (
         ("Hashed.write", 20, 0),
@@ -120,13 +125,13 @@ def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole, precisio
         ("os.replace", 2, 20),
         ("os.replace", 4, 40),
     ):
-        code = in_child(command, *LONG, chosen, before=lambda name=name, count=count: kill_at(name, count))
+        code = in_child(command, *LONG, before=lambda name=name, count=count: kill_at(name, count))
         assert code == -signal.SIGKILL
         run = only_run(tmp_path / "runs")
         newest, damaged = checkpoints.newest_whole(run)
         assert damaged == []
         assert (0 if newest is None else run.step_of(newest)) == finished
-    code, out, _ = command(*LONG, chosen)
+    code, out, _ = command(*LONG)
     assert code == 0
     assert "resuming after step 40" in out
     assert_equal_runs(run, uninterrupted)
@@ -206,8 +211,7 @@ def test_run_of_an_older_version_is_not_started_over(command, tmp_path):
     assert "is of an older version" in err
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("step", [27, 40])
+@pytest.mark.parametrize(("which", "step"), [(signal.SIGTERM, 27), (signal.SIGUSR1, 40)])
 def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole, which, step):
     """Between two validations, and at the step before one; the signal comes in the middle of an optimiser step."""
     growing = ("batch_warmup.start=2", "batch_warmup.steps=35")
@@ -234,15 +238,16 @@ def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole,
 
 
 def test_checkpoints_come_by_the_clock_too(command, tmp_path, whole):
-    uninterrupted = whole()
-    often = (*LONG, "checkpoint.every_minutes=1e-9", "checkpoint.keep=100")
+    half = "trainer.precision=bf16"
+    uninterrupted = whole(half)
+    often = (*LONG, half, "checkpoint.every_minutes=1e-9", "checkpoint.keep=100")
     # 27 checkpoints of at least two renames; `best` makes it an earlier one.
     assert in_child(command, *often, before=lambda: kill_at("os.replace", 70)) == -signal.SIGKILL
     run = only_run(tmp_path / "runs")
     steps = [run.step_of(path) for path in run.step_checkpoints()]
     assert steps == list(range(len(steps), 0, -1))
     assert len(steps) > 20
-    assert command(*LONG)[0] == 0
+    assert command(*LONG, half)[0] == 0
     assert_equal_runs(run, uninterrupted)
 
 

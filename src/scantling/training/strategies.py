@@ -95,6 +95,11 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         reset_seed()
         self.set_world_ranks()
+        if self.kind == "cpu":
+            # Reductions that only DeepSpeed's inference does: it would compile them for a minute at its first start.
+            import deepspeed.ops
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._init_deepspeed_distributed()
 
     @property

@@ -1,0 +1,12 @@
+# ruff: noqa: F401
+"""What commands import sooner or later, imported: with this the server of `warm` begins."""
+
+import gc
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # with PyTorch's compiler, in every engine's first seconds
+
+import scantling.hub.runs
+import scantling.sweep.outlook
+import scantling.trained
+
+gc.freeze()  # a process that is forked does not look through all this, so that its memory stays shared
