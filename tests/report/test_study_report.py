@@ -240,6 +240,18 @@ def test_a_baseline_that_is_not_on_the_law_is_said(record, shift, is_off):
         assert f"at budget.tokens=1e+09 the baseline comes to {own:.4f} where the law says" in said[1]
 
 
+def test_gains_far_beyond_the_runs_of_the_law_are_said(record):
+    """Its largest run took 10¹⁷ FLOPs."""
+    arms(record, shifts=(("llama", 0.0), ("far", -0.9), ("gelu", 0.05)), scales=(1e7, 1e9))
+    found = compared(record)
+    largest = found.gains[found.gains["scale"] == "budget.tokens=1e+09"].set_index("arm")
+    needed = largest["FLOPs"] * largest["gain"] / 1e17
+    assert list(found.gains["beyond"].tail(2)) == pytest.approx(list(needed))
+    assert needed["far"] > 2
+    (said,) = (text for text in found.cautions if "largest run" in text)
+    assert f"of 1e+17 FLOPs (far {needed['far']:.2g} times as far)" in said
+
+
 def test_gains_that_have_no_end_are_named(record):
     """At 10⁹ tokens the law leaves 0.98 to gain: a difference of 1.2 is beyond it, one of 0.97 not surely within."""
     scales = (1e7, 1e8, 1e9)

@@ -35,6 +35,9 @@ NAMED = 3
 OWN_LAW = 4
 """Scales from which the baseline's own runs give its law."""
 
+FAR = 2
+"""Times the compute of the baseline's largest run, beyond which its law is a guess."""
+
 
 @dataclass(frozen=True)
 class AblationReport:
@@ -64,12 +67,19 @@ class AblationReport:
 
 @dataclass(frozen=True)
 class ArmGain:
-    """Of an arm at a scale, whose baseline takes `compute` FLOPs; `gain`: or why there is none."""
+    """Of an arm at a scale, whose baseline takes `compute` FLOPs; `gain`: or why there is none. `largest`: FLOPs of the
+    largest run that the baseline's law was fitted to."""
 
     scale: str
     arm: str
     compute: float
     gain: Gain | str
+    largest: float
+
+    @property
+    def beyond(self) -> float:
+        """Compute that the baseline would need, over that of its largest run: above 1 its law is extrapolated."""
+        return np.nan if isinstance(self.gain, str) else self.compute * self.gain.multiplier / self.largest
 
 
 def report_arms(
@@ -118,11 +128,13 @@ def report_arms(
             continue
         compute = mean_of(rows(runs, arm=baseline), "flops")
         cautions += off_the_law(law, compute, losses[baseline].to_numpy(), scale)
+        largest = float(max(law.sizes["C"]))
         for c in ordered:
             difference = (losses[c.arm] - losses[baseline]).to_numpy()
             # Seeds of one scale say nothing of those of another: drawn alike they would cancel in the trend.
             gain = gain_of(law, compute, difference, seed + study.scales.index(scale))
-            gains.append(ArmGain(scale, c.arm, compute, gain))
+            gains.append(ArmGain(scale, c.arm, compute, gain, largest))
+    cautions += extrapolated(gains)
     return AblationReport(
         study=study.name,
         metric=metric,
@@ -197,8 +209,23 @@ def off_the_law(law: Fit, compute: float, losses: np.ndarray, scale: str) -> lis
     ]
 
 
+def extrapolated(gains: Sequence[ArmGain]) -> list[str]:
+    """What to say of gains for which the baseline's law is read far beyond its runs, the farthest of each arm."""
+    far: dict[str, float] = {}
+    for each in gains:
+        if each.beyond > FAR:
+            far[each.arm] = max(each.beyond, far.get(each.arm, 0.0))
+    if not far:
+        return []
+    each_arm = ", ".join(f"{arm} {beyond:.2g} times" for arm, beyond in far.items())
+    return [
+        f"gains read the baseline's law beyond its largest run, of {gains[0].largest:.2g} FLOPs ({each_arm} as far): there it "
+        "is a guess, and intervals hold only if it goes on as fitted"
+    ]
+
+
 def gains_table(gains: Sequence[ArmGain]) -> pd.DataFrame:
-    """A row each: gain, low and high, NaN where there is none, and all of it in words."""
+    """A row each: gain, low and high, NaN where there is none, all of it in words, and how far beyond the baseline's runs."""
     table = []
     for each in gains:
         row: dict[str, object] = {"scale": each.scale, "arm": each.arm, "FLOPs": each.compute}
@@ -207,7 +234,7 @@ def gains_table(gains: Sequence[ArmGain]) -> pd.DataFrame:
         else:
             low, high = each.gain.interval
             row |= {"gain": each.gain.multiplier, "low": low, "high": high}
-        table.append(row | {"": str(each.gain)})
+        table.append(row | {"": str(each.gain), "beyond": each.beyond})
     return pd.DataFrame(table)
 
 
@@ -348,7 +375,7 @@ def tables(report: AblationReport) -> dict[str, pd.DataFrame]:
     """By title, those that there are."""
     found = {f"Arms against {report.baseline}, {report.level:.0%} intervals": arms_table(report)}
     if report.gains is not None:
-        said = report.gains.drop(columns=["gain", "low", "high"]).rename(columns={"": "gain"})
+        said = report.gains.drop(columns=["gain", "low", "high", "beyond"]).rename(columns={"": "gain"})
         found["Compute-equivalent gain by the baseline's law"] = said
     return found
 

@@ -225,7 +225,8 @@ def draw_arms(
 
 def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mapping[str, str]) -> None:
     """Compute-equivalent gain of every arm against compute, with its interval: one end of that may lie beyond the axis.
-    `gains`: a row an arm and scale with FLOPs, gain, low and high; rows whose gain is not known are left out."""
+    `gains`: a row an arm and scale with FLOPs, gain, low, high and beyond, compute over that of the baseline's largest run;
+    rows whose gain is not known are left out."""
     known = gains.iloc[np.flatnonzero(np.isfinite(gains["gain"]))]
     arms = list(dict.fromkeys(known["arm"]))[:MOST_ARMS]
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
@@ -236,19 +237,24 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mappi
         beside = 1.06 ** (i - (len(arms) - 1) / 2)  # so that intervals do not hide each other
         at, gain = here["FLOPs"] * beside, here["gain"]
         axes.plot(at, gain, "o-", color=colours[arm], ms=5, lw=1.2, label=arm)
+        hollow = here["beyond"] > 1
+        axes.plot(at[hollow], gain[hollow], "o", color=colours[arm], mfc="white", ms=5, zorder=3)
         axes.vlines(at, here["low"], here["high"].clip(upper=10 * inside.max()), color=colours[arm], lw=2)
     axes.axhline(1, color="0.6", lw=1)
     axes.set(
         xscale="log",
         yscale="log",
         ylim=(0.9 * inside.min(), 1.1 * inside.max()),
-        xlabel="training FLOPs",
+        xlabel=f"training FLOPs; hollow: needs more than {baseline}'s largest run, by its law",
         ylabel=f"compute that {baseline} would need, ×",
         title="compute-equivalent gain; above 1 is better",
     )
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda flops, _: f"{flops:.0e}".replace("e+", "e"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     open_frame(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     save(figure, path)
