@@ -37,8 +37,7 @@ def test_rmsnorm_equals_llamas(x, weight, dtype, scale):
         norm.weight.data.copy_(weight)
         norm.to(dtype)
     x = (scale * x).to(dtype)
-    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
-    assert_close(ours(x), theirs(x), **tolerance)
+    assert_close(ours(x), theirs(x), rtol=0, atol=0)
 
 
 def test_rmsnorm_equals_its_formula(x, weight):
@@ -47,6 +46,16 @@ def test_rmsnorm_equals_its_formula(x, weight):
     x64 = x.double()
     expected = x64 / (x64.pow(2).sum(-1, keepdim=True) / D + 1e-5).sqrt() * weight.double()
     assert_close(norm(x).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_rmsnorm_takes_its_statistics_in_float32_under_autocast(x, weight, grad):
+    """Which would take products of vectors in bfloat16."""
+    ours, theirs = RMSNorm(D, eps=1e-5, unit_offset=False), LlamaRMSNorm(D, eps=1e-5)
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(weight)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        assert_close(ours(x), theirs(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("unit_offset", [False, True])

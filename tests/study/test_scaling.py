@@ -42,8 +42,8 @@ def chinchilla():
 
 @pytest.fixture(scope="module")
 def besiroglu(chinchilla):
-    """The fit without the five highest losses; of Besiroglu's 4000 resamples 1000, which leave 2 % of noise."""
-    return fit_hoffmann(*(column[:240] for column in chinchilla), resamples=1000)
+    """The fit without the five highest losses, with Besiroglu's 4000 resamples."""
+    return fit_hoffmann(*(column[:240] for column in chinchilla), resamples=4000)
 
 
 def planted(form, parameters, noise=0.0, seed=0, n=60):

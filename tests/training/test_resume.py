@@ -112,9 +112,11 @@ def whole(command, tmp_path, trained):
     return whole
 
 
-def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole, precision):
     """In turn: in the middle of the file, before its checksum, before its name, before `last` and `best`."""
-    uninterrupted = whole()
+    chosen = f"trainer.precision={precision}"
+    uninterrupted = whole(chosen)
     run = None
     for name, count, finished in (
         ("Hashed.write", 20, 0),
@@ -125,13 +127,13 @@ def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole):
         ("os.replace", 2, 20),
         ("os.replace", 4, 40),
     ):
-        code = in_child(command, *LONG, before=lambda name=name, count=count: kill_at(name, count))
+        code = in_child(command, *LONG, chosen, before=lambda name=name, count=count: kill_at(name, count))
         assert code == -signal.SIGKILL
         run = only_run(tmp_path / "runs")
         newest, damaged = checkpoints.newest_whole(run)
         assert damaged == []
         assert (0 if newest is None else run.step_of(newest)) == finished
-    code, out, _ = command(*LONG)
+    code, out, _ = command(*LONG, chosen)
     assert code == 0
     assert "resuming after step 40" in out
     assert_equal_runs(run, uninterrupted)
@@ -211,7 +213,8 @@ def test_run_of_an_older_version_is_not_started_over(command, tmp_path):
     assert "is of an older version" in err
 
 
-@pytest.mark.parametrize(("which", "step"), [(signal.SIGTERM, 27), (signal.SIGUSR1, 40)])
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("step", [27, 40])
 def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole, which, step):
     """Between two validations, and at the step before one; the signal comes in the middle of an optimiser step."""
     growing = ("batch_warmup.start=2", "batch_warmup.steps=35")

@@ -68,8 +68,7 @@ class RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # type: ignore[override]
-        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = torch.addcmul(x.new_tensor(eps), root, root, value=1 / x.shape[-1]).rsqrt_()
+        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight)
 
