@@ -116,6 +116,17 @@ def test_rope_is_a_product_of_complex_numbers():
     assert_close(rope().rotate(positions[None])(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_gradients_turn_back(interleaved, fraction):
+    """A rotation's gradient is its inverse: turning what was turned gives x again."""
+    rotate = rope(interleaved=interleaved, fraction=fraction).rotate(torch.arange(7, 7 + T)[None])
+    x = normal(B, T, H, E).double().requires_grad_()
+    torch.autograd.gradcheck(rotate, x)
+    (back,) = torch.autograd.grad(rotate(x), x, rotate(x.detach()))
+    assert_close(back, x.detach(), rtol=1e-6, atol=1e-6)
+
+
 def test_rope_scores_depend_on_the_distance_alone():
     q, k = normal(1, 1, H, E).expand(1, T, H, E), normal(1, 1, H, E, seed=1).expand(1, T, H, E)
 

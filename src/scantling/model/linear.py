@@ -32,10 +32,10 @@ both.
 """
 
 ZEN4 = AMD_FAMILY == 25
-"""Its AVX-512 is 256 bits wide inside: there MKL is ahead where W is small, and in the gradients of weights."""
+"""Its AVX-512 is 256 bits wide inside: there MKL is ahead where little is multiplied, and in the gradients of weights."""
 
-SMALL = 2**16 if ZEN4 else 0
-"""Entries of W up to which PyTorch's choice stands."""
+SMALL, LITTLE = (2**16, 2**24) if ZEN4 else (0, 0)
+"""Up to SMALL entries of W without gradients, up to LITTLE multiplications with them, PyTorch's choice stands."""
 
 FEW = 8
 """Rows of x up to which, without gradients, MKL is given slices of W as a batch: it reads W with one thread and at a third
@@ -56,7 +56,6 @@ def linear(
     """x·Wᵀ + b, as `torch.nn.functional.linear`."""
     if (
         ONEDNN
-        and (weight.numel() > SMALL or weight.is_mkldnn)
         and x.is_cpu
         and x.numel()  # an expert may be given no token
         and x.dtype == weight.dtype == torch.float32
@@ -64,10 +63,13 @@ def linear(
         and not torch.compiler.is_compiling()
     ):
         if torch.is_grad_enabled():
-            return OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
-        if x.numel() <= FEW * x.shape[-1] and not weight.is_mkldnn:
-            return by_slices(x, weight, bias)
-        return onednn(x, weight, bias)
+            if x.numel() * len(weight) > LITTLE:
+                return OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
+        elif weight.is_mkldnn:
+            return onednn(x, weight, bias)
+        elif weight.numel() > SMALL:
+            few = x.numel() <= FEW * x.shape[-1]
+            return by_slices(x, weight, bias) if few else onednn(x, weight, bias)
     return nn.functional.linear(x, weight, bias)
 
 
