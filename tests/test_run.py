@@ -8,6 +8,7 @@ import resource
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -323,23 +324,20 @@ def test_failing_training_is_no_mistake_of_the_user(command, monkeypatch):
         command()
 
 
-def test_out_of_memory_is_one_line_with_settings_that_fit(command, tmp_path):
+def leave_room(n_bytes: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + n_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def test_out_of_memory_is_one_line_with_settings_that_fit(shop):
     """Where address space for 300 MB is left, 1 GB of activations does not fit, and what the line says does."""
     large = ("model.d_model=128", "model.d_ff=512", "model.n_layers=4", "batch_size=256", "budget.steps=1")
 
-    def limited(*overrides) -> tuple[int, str]:
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                limit = pages * resource.getpagesize() + 300_000_000
-                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-                code, _, err = command(*large, *overrides)
-                (tmp_path / "error.txt").write_text(err)
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code, (tmp_path / "error.txt").read_text()
+    def limited(*overrides) -> tuple[int | None, str]:
+        process = shop.start(*large, *overrides, runs="large", first=partial(leave_room, 300_000_000))
+        _, err = process.communicate()
+        return process.returncode, err
 
     code, err = limited()
     assert code == 1
