@@ -132,8 +132,9 @@ def test_lines_keep_to_the_terminal(command, monkeypatch, width):
         (["model=llama3_8bb"], "model=llama3_8bb is unknown: did you mean llama3_8b"),
         (["contxt=5"], "contxt is not a setting: did you mean context"),
         (["model=nano", "model.n_heads=5"], "n_heads=5 does not divide d_model=32"),
-        (["model=nano", "context=0"], "context=0 must be positive"),
-        (["model=nano", "cache.contexts=[8,-1]"], r"cache.contexts[1]=-1 must be positive"),
+        (["model=nano", "context=0"], "context=0 must be a whole number, at least 1"),
+        (["model=nano", "micro_batch_size=0"], "micro_batch_size=0 must be a whole number, at least 1"),
+        (["model=nano", "cache.contexts=[8,-1]"], r"cache.contexts[1]=-1 must be a whole number, at least 1"),
         (
             ["model=nano", "cache.precisions=[int4]"],
             "a cache in int4 is unknown: use one of fp32, bf16, int8, fp8",

@@ -22,6 +22,7 @@ from scantling.data.loading import (
 )
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
+from scantling.model.checks import check_whole
 from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory
@@ -69,8 +70,8 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
     precision = hardware.resolved_precision(config.trainer.precision, device)
     for key in ("batch_size", "micro_batch_size", "log_every", "checkpoint.keep"):
         value = OmegaConf.select(config, key)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{key}={value} must be a whole number, at least 1")
+        if value is not None:
+            check_whole(key, value)
     steps_between_validations(config.val_every, steps=1)
     sampling.Settings(**{name: value for name, value in config.sample.items() if name != "prompt"})
     if config.checkpoint.every_minutes is not None and config.checkpoint.every_minutes <= 0:

@@ -23,6 +23,7 @@ from scantling.memory import (
     number_of_bytes,
     training_memory,
 )
+from scantling.model.checks import check_whole
 from scantling.model.decoder import Decoder
 from scantling.plan import (
     Training,
@@ -116,16 +117,14 @@ def advice(chosen: Choice | None, forecast: Callable[[Choice], Memory], limit: i
 
 
 def check(config: DictConfig) -> None:
-    positive = {
-        "devices": config.devices,
-        "peak": config.peak,
-        "mfu": config.mfu,
-        "batch_size": config.batch_size,
-    }
+    for key in ("peak", "mfu"):
+        if config[key] is not None and config[key] <= 0:
+            raise ValueError(f"{key}={config[key]} must be positive")
     contexts = {f"cache.contexts[{i}]": n for i, n in enumerate(config.cache.contexts)}
-    for key, value in (positive | contexts | {"context": config.context}).items():
-        if value is not None and value <= 0:
-            raise ValueError(f"{key}={value} must be positive")
+    counts = {key: config[key] for key in ("devices", "batch_size", "micro_batch_size", "context")}
+    for key, value in (counts | contexts).items():
+        if value is not None:
+            check_whole(key, value)
 
 
 def trainings(config: DictConfig, decoder: Decoder) -> list[Training]:

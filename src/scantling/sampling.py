@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from scantling.model.cache import BUFFERS
+from scantling.model.checks import check_whole
 
 Ids = list[int]
 
@@ -56,8 +57,7 @@ class Settings:
         if self.context is not None:
             whole["context"] = self.context
         for name, value in whole.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value} must be a whole number, at least 1")
+            check_whole(name, value)
         for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"):
             if not isinstance(getattr(self, name), (int, float, NoneType)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a number")

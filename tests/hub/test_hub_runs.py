@@ -313,6 +313,10 @@ DAMAGE = {
         lambda s: change_config(s, hidden_act="mish"),
         "hidden_act=mish is not supported, only silu",
     ),
+    "period": (
+        lambda s: change_config(s, model_type="smollm3", no_rope_layer_interval=0),
+        "config.json: no_rope_layer_interval=0 must be a whole number, at least 1",
+    ),
     "heads": (lambda s: change_config(s, num_key_value_heads=3), "n_kv_heads=3 does not divide n_heads=4"),
     "scaling": (
         lambda s: change_config(s, rope_parameters={"rope_type": "longrope"}),

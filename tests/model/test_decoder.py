@@ -157,6 +157,8 @@ def test_layers_that_do_not_share_evenly_are_refused(nano):
         ("model.n_layers=0", "n_layers=0 must be"),
         ("model.n_heads=0", "n_heads=0 must be"),
         ("model.d_model=0", "d_model=0 must be"),
+        ("model.d_ff=0", "d_ff=0 must be"),
+        ("ffn=moe ffn.n_shared=-1", "n_shared=-1 must be a whole number, at least 0"),
         ("model.seq_len=0", "seq_len=0 must be"),
         ("model.d_head=7", "d_head=7 must be even"),
     ],

@@ -80,18 +80,21 @@ def test_sliding_window_is_mistrals(window):
 
 
 @pytest.mark.parametrize(
-    "empty",
+    ("refused", "least"),
     [
-        lambda: Sliding(0, window=0),
-        lambda: Sinks(0, window=0, n_sinks=4),
-        lambda: Dilated(0, window=4, dilation=0),
-        lambda: BlockGlobal(0, window=4, every=0),
-        lambda: Random(0, block=4, n_local=0, n_global=1, n_random=1),
+        (lambda: Sliding(0, window=0), 1),
+        (lambda: Sinks(0, window=0, n_sinks=4), 1),
+        (lambda: Sinks(0, window=4, n_sinks=-1), 0),
+        (lambda: Dilated(0, window=4, dilation=0), 1),
+        (lambda: BlockGlobal(0, window=4, every=0), 1),
+        (lambda: Random(0, block=4, n_local=0, n_global=1, n_random=1), 1),
+        (lambda: Random(0, block=4, n_local=1, n_global=1, n_random=-1), 0),
     ],
 )
-def test_a_query_that_would_not_see_itself_is_refused(empty):
-    with pytest.raises(ValueError, match="=0: a query sees at least itself, so at least 1"):
-        empty()
+def test_what_a_query_sees_is_counted(refused, least):
+    """A query sees at least itself."""
+    with pytest.raises(ValueError, match=f"must be a whole number, at least {least}"):
+        refused()
 
 
 @pytest.mark.parametrize("every", [0, -2])

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from scantling.model.checks import check_whole
 from scantling.model.ffn import gated_width
 
 Config = dict[str, Any]
@@ -332,6 +333,7 @@ class LayerTypes(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         every = next((hf[key] for key in self.period if key in hf), self.every)
+        check_whole("config.json: sliding_window_pattern", every)
         n_layers = value_of(hf, "num_hidden_layers", REQUIRED)
         types = hf.get("layer_types") or self.types(n_layers, every)
         if "full_attention" in types:

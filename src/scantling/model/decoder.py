@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from scantling.model.attn import Mixer
 from scantling.model.block import Block
 from scantling.model.cache import BUFFERS, KVCache, Step
+from scantling.model.checks import check_whole
 from scantling.model.embed import Embedding
 from scantling.model.head import Head
 from scantling.model.moe import Router
@@ -59,9 +60,8 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         sizes = {"n_layers": n_layers, "layers_per_block": layers_per_block, "d_model": d_model}
-        for name, size in {**sizes, "n_heads": n_heads, "seq_len": seq_len}.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}={size} must be a whole number, at least 1")
+        for name, size in {**sizes, "n_heads": n_heads, "d_ff": d_ff, "seq_len": seq_len}.items():
+            check_whole(name, size)
         if d_head is None:
             if d_model % n_heads:
                 raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scantling.model.checks import check_whole
 from scantling.model.linear import Linear, linear
 
 
@@ -133,6 +134,7 @@ class MixtureOfExperts(nn.Module):
         n_shared: int,
     ):
         super().__init__()
+        check_whole("n_shared", n_shared, least=0)
         self.router = router(d_model, n_experts)
         self.experts = nn.ModuleList([expert(d_model, d_ff, layer) for _ in range(n_experts)])
         self.shared = expert(d_model, n_shared * d_ff, layer) if n_shared else None

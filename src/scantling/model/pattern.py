@@ -15,19 +15,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from scantling.model.checks import check_whole
+
 
 @dataclass(frozen=True)
 class Pattern(ABC):
     """Base of every option."""
 
     layer: int = field(compare=False)  # layers that see alike share a mask
-    counts: ClassVar[tuple[str, ...]] = ()
-    """Fields without whose 1 or more a query would not even see itself."""
+    counts: ClassVar[dict[str, int]] = {}
+    """The least that a count may be: 1 where without it a query would not even see itself."""
 
     def __post_init__(self):
-        for name in self.counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a query sees at least itself, so at least 1")
+        for name, least in self.counts.items():
+            check_whole(name, getattr(self, name), least=least)
 
     @property
     def reach(self) -> int | None:
@@ -78,7 +79,7 @@ class Sliding(Pattern):
     """
 
     window: int
-    counts = ("window",)
+    counts: ClassVar = {"window": 1}
 
     @property
     def reach(self) -> int:
@@ -100,6 +101,7 @@ class Sinks(Sliding):
     """
 
     n_sinks: int
+    counts: ClassVar = {"window": 1, "n_sinks": 0}
 
     @property
     def n_first(self) -> int:
@@ -121,7 +123,7 @@ class Dilated(Pattern):
 
     window: int
     dilation: int
-    counts = ("window", "dilation")
+    counts: ClassVar = {"window": 1, "dilation": 1}
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         distance = query - key
@@ -139,7 +141,7 @@ class BlockGlobal(Pattern):
 
     window: int
     every: int
-    counts = ("window", "every")
+    counts: ClassVar = {"window": 1, "every": 1}
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         return (query - key < self.window) | (key % self.every == 0) | (query % self.every == 0)
@@ -162,7 +164,7 @@ class Random(Pattern):
     n_local: int
     n_global: int
     n_random: int
-    counts = ("block", "n_local")
+    counts: ClassVar = {"block": 1, "n_local": 1, "n_global": 0, "n_random": 0}
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         own, other = query // self.block, key // self.block
@@ -185,6 +187,5 @@ def local_global(layer: int, *, window: int, every: int) -> Pattern:
     """Every `every`-th layer sees all positions, the others the last `window`. Gemma 2, arXiv:2408.00118, §2 (every = 2);
     Gemma 3, arXiv:2503.19786, §2 (6). Raises ValueError unless `every` is a whole number, at least 1.
     """
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"attn.pattern.every={every} must be a whole number, at least 1")
+    check_whole("attn.pattern.every", every)
     return Full(layer) if (layer + 1) % every == 0 else Sliding(layer, window=window)

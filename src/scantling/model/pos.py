@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from scantling.model.checks import check_whole
 from scantling.model.rope_scaling import FrequencyScaling
 
 Rotation = Callable[[Tensor], Tensor]
@@ -198,8 +199,7 @@ class EveryNth(Position):
         every: int,
     ):
         super().__init__(d_model, n_heads, d_head)
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"pos.every={every} must be a whole number, at least 1")
+        check_whole("pos.every", every)
         self.nth, self.others = nth(d_model, n_heads, d_head), others(d_model, n_heads, d_head)
         self.every = every
 

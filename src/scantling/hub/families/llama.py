@@ -22,6 +22,7 @@ from scantling.hub.fields import (
 )
 from scantling.hub.rope import Rope, overrides_of, parameters_of
 from scantling.hub.weights import Apart, Joined, Table, Together
+from scantling.model.checks import check_whole
 
 L = "model.layers.{i}"
 QKV_BIAS = ("attn.q_bias", "attn.k_bias", "attn.v_bias")
@@ -201,6 +202,7 @@ class NopeLayers(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         every, n_layers = hf.get("no_rope_layer_interval", 4), hf["num_hidden_layers"]
+        check_whole("config.json: no_rope_layer_interval", every)
         turns = hf.get("no_rope_layers") or self.turns(n_layers, every)
         if 0 in turns:
             every = turns.index(0) + 1
