@@ -84,7 +84,7 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
     @functools.wraps(task)
     def job(config: DictConfig) -> None:
         # Explained here too: past this function Hydra prints a line of its own.
-        explained(lambda: (check_numbers(config, config_name), task(config)))
+        explained(lambda: (check_values(config, config_name), task(config)))
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     with raising_hydra():
@@ -187,9 +187,15 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @functools.cache
+def own_settings(config_name: str) -> dict[str, Any]:
+    """Those that the file itself gives, not an option."""
+    return OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"), resolve=False)  # type: ignore[return-value]
+
+
+@functools.cache
 def words_of(config_name: str) -> set[str]:
-    """Settings that the file itself gives as words, and the names of arms; not those that an option gives."""
-    own = leaves(OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"), resolve=False))  # type: ignore[arg-type]
+    """Settings that the file itself gives as words, and the names of arms."""
+    own = leaves(own_settings(config_name))
     return {"arm"} | {key for key, value in own.items() if is_word(value)}
 
 
@@ -211,9 +217,16 @@ def words_of_option(group: str, option: str) -> set[str]:
     return words.union(*(words_of_option(group, base) for base in bases))
 
 
-def check_numbers(config: DictConfig, config_name: str) -> None:
-    """Raise Mistake where a word was typed for a setting whose default is a number."""
+def check_values(config: DictConfig, config_name: str) -> None:
+    """Raise Mistake where one value was typed for what holds settings, or a word where the default is a number."""
     typed = [o.partition("=") for o in HydraConfig.get().overrides.task if not o.startswith(("+", "~"))]
+    for key, _, value in typed:
+        if (CONF / key).is_dir() or OmegaConf.is_dict(OmegaConf.select(config, key)):
+            continue
+        if (CONF / key.replace(".", "/")).is_dir():
+            raise Mistake(f"{key}={value}: an option is chosen with a slash, {key.replace('.', '/')}={value}")
+        if held := [name for name in leaves(own_settings(config_name)) if name.startswith(f"{key}.")]:
+            raise Mistake(f"{key}={value}: {key} holds settings, {', '.join(held)}")
     words = {key: value for key, _, value in typed if isinstance(OmegaConf.select(config, key), str)}
     meant = words_of(config_name)
     for group, option in HydraConfig.get().runtime.choices.items():

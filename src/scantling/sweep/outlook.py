@@ -18,7 +18,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from scantling import assembly, identity
-from scantling.command_line import Mistake, check_numbers, mistakes, one_line
+from scantling.command_line import Mistake, check_values, mistakes, one_line
 from scantling.run_directory import RunDirectory
 from scantling.sweep.devices import Devices
 from scantling.sweep.matching import Matching
@@ -132,7 +132,7 @@ def looked_at(
         )
     if config.match is not None:
         more = matching.match(config, overrides)
-    check_numbers(config, "train")
+    check_values(config, "train")
     as_trained, path = copy.deepcopy(config), identity.path_of(config)
     on_gpu = config.trainer.accelerator == "gpu"
     if elsewhere:
