@@ -199,12 +199,12 @@ def draw_arms(
         colour = colours[arm]
         names = rows(runs, arm=arm, scale=largest)["run"]
         by_step = validated.iloc[np.flatnonzero(validated["run"].isin(names))].groupby("step")
-        mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean()
+        mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean() / 1e6
         error = by_step[f"val/{metric}"].sem().fillna(0)
         left.plot(tokens, mean, color=colour, lw=1.5, label=arm)
         left.fill_between(tokens, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
     unit = UNITS[metric]
-    left.set(xlabel="training tokens", ylabel=f"validation, {unit}", title=largest)
+    left.set(xlabel="training tokens, millions", ylabel=f"validation, {unit}", title=largest)
     ends = [row["loss"] for row in here]
     left.set_ylim(0.98 * min(ends), 1.15 * max(ends))
     several = len({row["scale"] for row in table}) > 1
@@ -215,7 +215,8 @@ def draw_arms(
     right.axvline(0, color="0.6", lw=1)
     labels = [f"{row['arm']} {row['scale']}" if several else row["arm"] for row in compared]
     right.set_yticks(range(len(compared)), labels, fontsize=8)
-    right.set(xlabel=f"difference from {baseline}, {unit}; left is better")
+    right.set_ylim(-0.6, len(compared) - 0.4)
+    right.set(xlabel=f"difference from {baseline},\n{unit}; left is better")
     for axes in (left, right):
         open_frame(axes)
     if len(shown) <= LEGEND:
