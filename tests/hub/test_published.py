@@ -360,3 +360,20 @@ def test_a_published_model_has_its_published_size(name):
     model_type, settings, n_parameters = PUBLISHED[name]
     decoder = on_meta(composed(tuple(train_overrides(FAMILIES[model_type], settings)))["decoder"])
     assert sum(parameter.numel() for parameter in decoder.parameters()) == n_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "period", "listed"),
+    [
+        ("SmolLM3-3B", "no_rope_layer_interval", {}),
+        (
+            "gemma-3-1b",
+            "sliding_window_pattern",
+            {"layer_types": [*["sliding_attention"] * 5, "full_attention"] * 4 + ["sliding_attention"] * 2},
+        ),
+    ],
+)
+def test_a_period_is_not_asked_for_where_the_layers_are_listed(name, period, listed):
+    model_type, settings, _ = PUBLISHED[name]
+    family, settings = FAMILIES[model_type], settings | listed
+    assert train_overrides(family, settings | {period: None}) == train_overrides(family, settings)

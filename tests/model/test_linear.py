@@ -64,6 +64,17 @@ def test_few_rows_are_as_many(monkeypatch, rows):
 
 
 @onednn_only
+@pytest.mark.parametrize("little", [0, 2**30])
+def test_a_product_with_gradients_goes_to_onednn_by_its_size(monkeypatch, little):
+    monkeypatch.setattr(module, "ONEDNN", True)
+    monkeypatch.setattr(module, "LITTLE", little)
+    x, weight, bias = operands((5, 16))
+    ours, torchs = linear(x, weight, bias), functional.linear(x, weight, bias)
+    assert (ours.grad_fn.name() == torchs.grad_fn.name()) == (little >= 5 * 16 * 24)
+    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
+
+
+@onednn_only
 def test_no_gradient_where_none_is_asked_for():
     x, weight, bias = operands((5, 16))
     OneDNNLinear.apply(x.detach(), weight, bias).sum().backward()

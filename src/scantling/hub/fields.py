@@ -333,7 +333,6 @@ class LayerTypes(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         every = next((hf[key] for key in self.period if key in hf), self.every)
-        check_whole("config.json: sliding_window_pattern", every)
         n_layers = value_of(hf, "num_hidden_layers", REQUIRED)
         types = hf.get("layer_types") or self.types(n_layers, every)
         if "full_attention" in types:
@@ -350,6 +349,7 @@ class LayerTypes(Field):
 
     @staticmethod
     def types(n_layers: int, every: int) -> list[str]:
+        check_whole("config.json: sliding_window_pattern", every)
         return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)]
 
     def hf_config(self, decoder: Config) -> Config:

@@ -166,7 +166,7 @@ def turned_by(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 class Turn(torch.autograd.Function):
-    """`turned_by`, whose gradient turns back: three calls each way, a third faster on a CPU than by autograd."""
+    """`turned_by`, whose gradient turns back: three calls each way, 2 % less of a small Llama's step on a CPU."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):  # type: ignore[override]

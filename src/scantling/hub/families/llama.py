@@ -202,7 +202,6 @@ class NopeLayers(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         every, n_layers = hf.get("no_rope_layer_interval", 4), hf["num_hidden_layers"]
-        check_whole("config.json: no_rope_layer_interval", every)
         turns = hf.get("no_rope_layers") or self.turns(n_layers, every)
         if 0 in turns:
             every = turns.index(0) + 1
@@ -215,6 +214,7 @@ class NopeLayers(Field):
 
     @staticmethod
     def turns(n_layers: int, every: int) -> list[int]:
+        check_whole("config.json: no_rope_layer_interval", every)
         return [int((i + 1) % every != 0) for i in range(n_layers)]
 
     def hf_config(self, decoder: Config) -> Config:
