@@ -83,6 +83,21 @@ def test_processes_agree_on_a_bad_step(shop, engine, action):
     assert 0 < len(ours) < 15
 
 
+def test_processes_average_weights_and_grow_batches_as_one(shop):
+    """What a process averages is its own share, and of a batch that grows it trains as much as the others."""
+    common = ("micro_batch_size=4", "batch_warmup.start=4", "batch_warmup.steps=6", "ema.decay=0.9")
+    single = shop.run("trainer=cpu", *common, runs="averaged")
+    expected = stored_weights(single, "last_average")
+    for engine in ("fsdp", "zero2"):
+        run = shop.run(*ENGINES[engine], *common, "trainer.devices=2", runs=f"averaged-{engine}")
+        assert_same_training(run, single)
+        assert [row["tokens"] for row in run.metrics()] == [row["tokens"] for row in single.metrics()]
+        average = stored_weights(run, "last_average")
+        assert average.keys() == expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(average[name], weight, rtol=1e-4, atol=2e-5)
+
+
 def test_torchrun_starts_the_processes(shop, alone):
     """From nothing. With the loss in chunks, as of a large vocabulary: 100 of the 512 tokens of a process at once."""
     script = shop.path / "in_chunks.py"
