@@ -212,6 +212,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("budget.steps=many",), "budget.steps=many is not a number"),
         (("guard=off",), "guard holds settings, guard.action, guard.spike"),
         (("sample=null",), "sample holds settings, sample.prompt, sample.n_tokens"),
+        (
+            ("trainer.strategy=ddp",),
+            "trainer.strategy holds settings, which come with trainer=: use one of ddp",
+        ),
         (("attn.pattern=sliding",), "an option is chosen with a slash, attn/pattern=sliding"),
         (("budget.steps=0.5",), "below one optimiser step"),
         (("paths.runs=/proc/none",), "cannot be written"),

@@ -155,10 +155,17 @@ def nearest(wrong: str, options: Sequence[str]) -> str:
 
 
 def options_with(key: str) -> list[str]:
-    """Of a dotted key's group, the options whose yaml has it."""
+    """Of a dotted key's group, the options whose yaml has it; with a dot at its end, those that have settings below it."""
     group, dot, name = key.partition(".")
     files = sorted((CONF / group).glob("*.yaml")) if dot else []
-    return [path.stem for path in files if name in leaves(OmegaConf.to_container(OmegaConf.load(path)))]  # type: ignore[arg-type]
+    return [
+        path.stem
+        for path in files
+        if any(
+            leaf == name or (name.endswith(".") and leaf.startswith(name))
+            for leaf in leaves(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+        )
+    ]
 
 
 def settings(config_name: str) -> list[str]:
@@ -227,6 +234,11 @@ def check_values(config: DictConfig, config_name: str) -> None:
             raise Mistake(f"{key}={value}: an option is chosen with a slash, {key.replace('.', '/')}={value}")
         if held := [name for name in leaves(own_settings(config_name)) if name.startswith(f"{key}.")]:
             raise Mistake(f"{key}={value}: {key} holds settings, {', '.join(held)}")
+        if isinstance(OmegaConf.select(config, key), str) and (options := options_with(f"{key}.")):
+            group = key.partition(".")[0]
+            raise Mistake(
+                f"{key}={value}: {key} holds settings, which come with {group}=: use one of {', '.join(options)}"
+            )
     words = {key: value for key, _, value in typed if isinstance(OmegaConf.select(config, key), str)}
     meant = words_of(config_name)
     for group, option in HydraConfig.get().runtime.choices.items():
