@@ -56,6 +56,15 @@ def test_it_prints_and_writes_the_fit(command, tmp_path):
     assert (directory / "fit.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("floor", [1.8, 0.0])
+def test_a_floor_far_below_the_runs_is_not_drawn(command, tmp_path, floor):
+    """It would flatten all else to a line."""
+    table = runs(noise=1e-6)
+    command(table.assign(loss=table["loss"] - LAW["E"] + floor), "gate.tolerance=0.05")
+    page = (tmp_path / "runs" / "reports" / "runs.csv" / "report.html").read_text()
+    assert ('"E = ' in page) == (floor > 0)
+
+
 def test_flops_stand_in_for_tokens_and_a_failed_gate_is_on_every_page(command, tmp_path):
     table = runs()
     table.loc[table.flops > np.quantile(table.flops, 0.8) * 1.06, "loss"] *= 1.2

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from scantling.report.spec import Axis, Chart, Series
-from scantling.study.allocation import allocation_exponent, optimal_parameters, optimum_table
+from scantling.study.allocation import (
+    allocation_exponent,
+    floor_is_near,
+    optimal_parameters,
+    optimum_table,
+)
 from scantling.study.budgets import drawn_budgets, grouped
 from scantling.study.huber import Array
 from scantling.study.isoflop import parabola_minimum
@@ -131,8 +136,9 @@ def frontier_chart(report: LawReport) -> Chart:
                 colour=0,
             )
         )
-        ends = [float(budgets[0]), float(budgets[-1])]
-        found.append(Series(f"E = {fit.E:.4g}", {"C": ends, "loss": [fit.E] * 2}, style="dashed"))
+        if floor_is_near(fit, optimum):
+            ends = [float(budgets[0]), float(budgets[-1])]
+            found.append(Series(f"E = {fit.E:.4g}", {"C": ends, "loss": [fit.E] * 2}, style="dashed"))
     return Chart(
         "Frontier",
         tuple(found),

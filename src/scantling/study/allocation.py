@@ -66,6 +66,11 @@ def optimum_table(
     return pd.DataFrame(table)
 
 
+def floor_is_near(fit: Fit, optimum: pd.DataFrame) -> bool:
+    """Whether a chart of `optimum_table` has room for E: farther below, a line there would flatten all else."""
+    return fit.E > optimum["loss"].min() / 2
+
+
 def allocation_exponent(fit: Fit) -> tuple[float, Interval | None]:
     """a of N_opt ∝ C^a, which is beta/(alpha + beta)."""
     return estimate(fit, lambda law: law["beta"] / (law["alpha"] + law["beta"]))

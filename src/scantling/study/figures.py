@@ -17,7 +17,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from scantling.study.allocation import hoffmann_loss, optimum_table
+from scantling.study.allocation import floor_is_near, hoffmann_loss, optimum_table
 from scantling.study.arms import MOST_ARMS, rows
 from scantling.study.budgets import drawn_budgets, larger
 from scantling.study.huber import Array
@@ -95,8 +95,9 @@ def draw_law(
             lw=0,
             label=f"{fit.level:.0%} of its bootstrap",
         )
-        law.axhline(fit.E, color=TRAIN, ls=":", lw=1)
-        law.annotate(f"E = {fit.E:.4g}", (budgets[-1], fit.E), ha="right", va="bottom", color="0.4")
+        if floor_is_near(fit, optimum):
+            law.axhline(fit.E, color=TRAIN, ls=":", lw=1)
+            law.annotate(f"E = {fit.E:.4g}", (budgets[-1], fit.E), ha="right", va="bottom", color="0.4")
     norm = LogNorm(fit.sizes["N"].min(), fit.sizes["N"].max())
     points = law.scatter(compute, fit.loss, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
     figure.colorbar(points, ax=law, label="parameters", pad=0.01)
