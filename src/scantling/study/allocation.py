@@ -68,7 +68,7 @@ def optimum_table(
 
 def floor_is_near(fit: Fit, optimum: pd.DataFrame) -> bool:
     """Whether a chart of `optimum_table` has room for E: farther below, a line there would flatten all else."""
-    return fit.E > optimum["loss"].min() / 2
+    return bool(optimum["loss"].min() < 2 * fit.E)
 
 
 def allocation_exponent(fit: Fit) -> tuple[float, Interval | None]:
