@@ -48,7 +48,7 @@ def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
         config = compose("train", overrides=[*directory.environment["overrides"], *typed, SWEEPS])
         stored = OmegaConf.load(directory.config)
         assert isinstance(stored, DictConfig)
-        differences = different_keys(identity(stored), identity(config))
+        differences = different_keys(typed_once(stored, config), typed_once(config, config))
         if differences:
             raise ValueError(
                 f"{directory.path} is another run and cannot go on as this one: {'; '.join(differences)}"
@@ -59,6 +59,13 @@ def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
         others = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
         path = path if not path.exists() else next(other for other in others if not other.exists())
     return config, RunDirectory(path)
+
+
+def typed_once(config: DictConfig, here: DictConfig) -> dict[str, Any]:
+    """A run's identity without what `decoder` repeats of other settings, as it does in `here`."""
+    plain = identity(config)
+    own = [key for key in plain["decoder"] if not OmegaConf.is_interpolation(here.decoder, key)]
+    return {**plain, "decoder": {key: plain["decoder"][key] for key in own}}
 
 
 def different_keys(stored: dict, here: dict, prefix: str = "") -> list[str]:
