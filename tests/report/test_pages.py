@@ -267,6 +267,26 @@ def test_a_law_has_its_valleys_and_what_was_held_out(record, report, page):
     assert exponents[0]["low"]["a"][0] < planted < exponents[0]["high"]["a"][0]
 
 
+def test_a_law_of_few_sizes_has_a_line_for_each(record, report, page, tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = np.geomspace(1e5, 1e6, 5)
+    for compute in (1e13, 1e14, 1e15, 1e16):
+        for i, n in enumerate(sizes):
+            d = compute / 6 / n
+            overrides = [f"budget.flops={compute:g}", "seed=0", f"arm=d{i}", f"model.d_model={i}"]
+            loss = loss_of(n, d) * np.exp(1e-4 * rng.standard_normal())
+            record("law", f"{compute:g}-{i}", overrides, loss=loss, params=n, tokens=d, arm=f"d{i}")
+    assert report("study=law")[0] == 0
+    series = charts_of(page("law"))["Loss by size and tokens"]["series"]
+    assert [one["style"] for one in series] == 5 * ["points", "line"]
+    for n, points, line in zip(sizes, series[::2], series[1::2], strict=True):
+        assert len(points["values"]["D"]) == 4
+        tokens = np.array(line["values"]["D"])
+        assert line["values"]["loss"] == pytest.approx(loss_of(n, tokens).tolist(), rel=0.01)
+    for name in ("grid.png", "grid.svg"):
+        assert (tmp_path / "runs" / "reports" / "law" / name).exists()
+
+
 def test_an_arm_has_one_colour_in_all_charts(record, report, page, tmp_path):
     arms(
         record,

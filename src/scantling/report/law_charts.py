@@ -13,12 +13,15 @@ from scantling.study.allocation import (
 )
 from scantling.study.budgets import drawn_budgets, grouped
 from scantling.study.huber import Array
-from scantling.study.isoflop import parabola_minimum
+from scantling.study.isoflop import valleys
 from scantling.study.law_report import LawReport
 from scantling.study.scaling import estimate
 
 MOST_RUNS = 2000
 """Points of a chart; of more runs so many are drawn evenly."""
+
+MOST_SIZES = 12
+"""Of a chart that has a line for each."""
 
 SIZES = (
     Axis("C", "training FLOPs", log=True),
@@ -35,6 +38,7 @@ def law_charts(report: LawReport) -> list[Chart]:
         chart
         for chart in (
             valleys_chart(report),
+            sizes_chart(report),
             frontier_chart(report),
             optimum_chart(report),
             residuals_chart(report),
@@ -61,37 +65,24 @@ def valleys_chart(report: LawReport) -> Chart | None:
         return None
     runs = report.observations.runs
     n, c, loss = (runs[name].to_numpy() for name in ("N", "C", "loss"))
-    budgets = grouped(np.log(c))
     found = []
-    for i, rows in enumerate(budgets):
-        group, colour = f"{c[rows].mean():.3g} FLOPs", i / (len(budgets) - 1)
-        log_n, log_loss = np.log(n[rows]), np.log(loss[rows])
-        fine = np.linspace(log_n.min(), log_n.max(), 40)
-        parabola = np.polyfit(log_n - log_n.mean(), log_loss, 2)
-        low = parabola_minimum(log_n, log_loss[None])
-        names = [f"{group}, run {run}" for run in runs["run"].iloc[rows]]
+    of_budgets = valleys(n, c, loss)
+    for i, valley in enumerate(of_budgets):
+        group, colour = f"{valley.compute:.3g} FLOPs", i / (len(of_budgets) - 1)
+        names = [f"{group}, run {run}" for run in runs["run"].iloc[valley.rows]]
+        size, least = valley.lowest
         found += [
             Series(
                 group,
-                {"N": n[rows].tolist(), "loss": loss[rows].tolist()},
+                {"N": n[valley.rows].tolist(), "loss": loss[valley.rows].tolist()},
                 style="points",
                 colour=colour,
                 hover=names,
             ),
+            Series(group, {"N": valley.sizes.tolist(), "loss": valley.losses.tolist()}, colour=colour),
             Series(
                 group,
-                {
-                    "N": np.exp(fine).tolist(),
-                    "loss": np.exp(np.polyval(parabola, fine - log_n.mean())).tolist(),
-                },
-                colour=colour,
-            ),
-            Series(
-                group,
-                {
-                    "N": np.exp(low).tolist(),
-                    "loss": np.exp(np.polyval(parabola, low - log_n.mean())).tolist(),
-                },
+                {"N": [size], "loss": [least]},
                 style="rings",
                 colour=colour,
                 hover=f"{group}: lowest",
@@ -103,6 +94,41 @@ def valleys_chart(report: LawReport) -> Chart | None:
         (Axis("N", "parameters", log=True, si=True),),
         (LOSS,),
         note="Each budget's runs, a parabola in log N through them, and a ring where it is lowest.",
+    )
+
+
+def sizes_chart(report: LawReport) -> Chart | None:
+    """Loss against tokens at each size: its runs, and the law. Where sizes have runs of several lengths."""
+    runs, fit = report.observations.runs, report.fit
+    n, d, loss = (runs[name].to_numpy() for name in ("N", "D", "loss"))
+    of_sizes = grouped(np.log(n))
+    if len(of_sizes) > MOST_SIZES or len(runs) < 2 * len(of_sizes):
+        return None
+    found = []
+    tokens = np.geomspace(d.min(), d.max(), 40)
+    for rows in of_sizes:
+        size = float(n[rows].mean())
+        group, colour = f"{size:.3g} parameters", float(by_logarithm(n)[rows].mean())
+        found += [
+            Series(
+                group,
+                {"D": d[rows].tolist(), "loss": loss[rows].tolist()},
+                style="points",
+                colour=colour,
+                hover=[f"{group}, run {run}" for run in runs["run"].iloc[rows]],
+            ),
+            Series(
+                group,
+                {"D": tokens.tolist(), "loss": fit.predict(N=np.full(len(tokens), size), D=tokens).tolist()},
+                colour=colour,
+            ),
+        ]
+    return Chart(
+        "Loss by size and tokens",
+        tuple(found),
+        (Axis("D", "tokens", log=True, si=True),),
+        (LOSS,),
+        note=f"Lines: {fit.form.formula}, at the size of each colour.",
     )
 
 

@@ -170,7 +170,7 @@ PAGE = "report.html"
 
 BESIDE = (
     *("arms.csv", "arms.png", "arms.svg", "gains.png", "gains.svg"),
-    *("parameters.csv", "optimum.csv", "fit.png", "fit.svg"),
+    *("parameters.csv", "optimum.csv", "fit.png", "fit.svg", "grid.png", "grid.svg"),
 )
 """Files that some reports have beside the page and others have not."""
 

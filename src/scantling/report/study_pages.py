@@ -19,7 +19,7 @@ from scantling.report.spec import PALETTE, Block, Figure, Report, Section, Table
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport
 from scantling.study.arms import StudyRuns, mean_of, rows
-from scantling.study.figures import draw_arms, draw_gains, draw_law
+from scantling.study.figures import draw_arms, draw_gains, draw_grid, draw_law
 from scantling.study.law_report import LawReport
 from scantling.study.lengths import FILES as LENGTHS
 
@@ -87,6 +87,9 @@ def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: R
         caution=None if laws.passed else laws.fit.verdict,
     )
     blocks += [Figure("Loss against compute, and what the fit leaves", "fit.png", draw)]
+    if laws.isoflop is not None:
+        draw = partial(draw_grid, laws.fit, runs["C"].to_numpy(), title=f"approach 2, {len(runs)} runs")
+        blocks += [Figure("Budgets, sizes and tokens", "grid.png", draw)]
     blocks += [Text(law_report.headline(laws))]
     verdict = [laws.gate.verdict] if laws.gate is not None and laws.passed else []  # no caution
     blocks += [Text(text) for text in verdict]

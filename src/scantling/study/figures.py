@@ -15,12 +15,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from scantling.study.allocation import floor_is_near, hoffmann_loss, optimum_table
 from scantling.study.arms import MOST_ARMS, rows
-from scantling.study.budgets import drawn_budgets, larger
+from scantling.study.budgets import drawn_budgets, grouped, larger
 from scantling.study.huber import Array
+from scantling.study.isoflop import valleys
 from scantling.study.scaling import Fit
 from scantling.study.store import UNITS
 
@@ -130,6 +131,42 @@ def draw_law(
     save(figure, path)
 
 
+def draw_grid(fit: Fit, compute: Array, path: Path, *, title: str) -> None:
+    """Left: loss against size, a colour a budget, with the parabola of approach 2 and a ring where it is lowest. Right:
+    loss against tokens, a colour a size, with the fitted law."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    n, d = fit.sizes["N"], fit.sizes["D"]
+    found = valleys(n, compute, fit.loss)
+    for valley, shade in zip(found, shades(len(found)), strict=True):
+        left.plot(valley.sizes, valley.losses, color=shade, lw=1, alpha=0.6)
+        label = f"{valley.compute:.2g} FLOPs"
+        left.plot(n[valley.rows], fit.loss[valley.rows], "o", ms=4, color=shade, label=label)
+        left.plot(*valley.lowest, "o", ms=9, mfc="none", color=VALIDATION)
+    of_sizes = grouped(np.log(n))
+    for runs, shade in zip(of_sizes, shades(len(of_sizes)), strict=True):
+        tokens = np.geomspace(d[runs].min() / 1.5, d[runs].max() * 1.5, 40)
+        law = fit.predict(N=np.full(len(tokens), n[runs].mean()), D=tokens)
+        right.plot(tokens, law, color=shade, lw=1, alpha=0.6)
+        label = f"{EngFormatter(places=1)(n[runs].mean())} parameters"
+        right.plot(d[runs], fit.loss[runs], "o", ms=4, color=shade, label=label)
+    left.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token")
+    left.set_title(title, fontsize=9)
+    right.set(xscale="log", xlabel="tokens")
+    right.set_title(f"lines: {fit.form.formula}", fontsize=9)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        open_frame(axes)
+        axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def shades(n: int) -> Array:
+    """From dark to light."""
+    return plt.get_cmap("viridis")(np.linspace(0, 0.85, n))
+
+
 def open_frame(axes: Axes) -> None:
     """Two sides, and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -148,9 +185,8 @@ def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, 
     optimum ringed. Right: parameters against compute, and the optima. Runs have parameters, budget, tokens."""
     figure, (curves, plane) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     budgets = sorted({cell["budget"] for cell in cells})
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(budgets)))
     optima = []
-    for budget, shade in zip(budgets, shades, strict=True):
+    for budget, shade in zip(budgets, shades(len(budgets)), strict=True):
         here = [cell for cell in cells if cell["budget"] == budget]
         n, d = (np.array([cell[name] for cell in here], dtype=float) for name in ("parameters", "tokens"))
         fine = np.geomspace(n.min(), n.max(), 200)

@@ -35,6 +35,34 @@ class PowerLaw:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Valley:
+    """Runs of one budget, and the parabola through them, log of loss against log N."""
+
+    compute: float
+    rows: Array
+    """Which runs."""
+    sizes: Array
+    """N along the parabola, and `losses` its loss."""
+    losses: Array
+    lowest: tuple[float, float]
+    """N and loss where it is lowest."""
+
+
+def valleys(N: Array, compute: Array, loss: Array) -> list[Valley]:
+    found = []
+    for rows in grouped(np.log(compute)):
+        log_n, log_loss = np.log(N[rows]), np.log(loss[rows])
+        parabola = np.polyfit(log_n - log_n.mean(), log_loss, 2)
+        fine = np.linspace(log_n.min(), log_n.max(), 40)
+        low = parabola_minimum(log_n, log_loss[None])[0]
+        losses, least = (np.exp(np.polyval(parabola, at - log_n.mean())) for at in (fine, low))
+        found.append(
+            Valley(compute[rows].mean(), rows, np.exp(fine), losses, (float(np.exp(low)), float(least)))
+        )
+    return found
+
+
 def fit_isoflop(
     N: ArrayLike,
     compute: ArrayLike,
