@@ -14,7 +14,7 @@ from scantling.study.allocation import (
 from scantling.study.budgets import drawn_budgets, grouped
 from scantling.study.huber import Array
 from scantling.study.isoflop import valleys
-from scantling.study.law_report import LawReport
+from scantling.study.law_report import LawReport, counted
 from scantling.study.scaling import estimate
 
 MOST_RUNS = 2000
@@ -108,7 +108,7 @@ def sizes_chart(report: LawReport) -> Chart | None:
     tokens = np.geomspace(d.min(), d.max(), 40)
     for rows in of_sizes:
         size = float(n[rows].mean())
-        group, colour = f"{size:.3g} parameters", float(by_logarithm(n)[rows].mean())
+        group, colour = f"{counted(size)} parameters", float(by_logarithm(n)[rows].mean())
         found += [
             Series(
                 group,
