@@ -154,18 +154,14 @@ def nearest(wrong: str, options: Sequence[str]) -> str:
     return f": use one of {', '.join(sorted(options))}" if 0 < len(options) <= 20 else ""
 
 
-def options_with(key: str) -> list[str]:
-    """Of a dotted key's group, the options whose yaml has it; with a dot at its end, those that have settings below it."""
+def options_with(key: str, *, below: bool = False) -> list[str]:
+    """Of a dotted key's group, the options whose yaml has it as a setting or, with `below`, has settings below it."""
     group, dot, name = key.partition(".")
     files = sorted((CONF / group).glob("*.yaml")) if dot else []
-    return [
-        path.stem
-        for path in files
-        if any(
-            leaf == name or (name.endswith(".") and leaf.startswith(name))
-            for leaf in leaves(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
-        )
-    ]
+    found = {path.stem: OmegaConf.load(path) for path in files}
+    if below:
+        return [option for option, own in found.items() if OmegaConf.is_dict(OmegaConf.select(own, name))]
+    return [option for option, own in found.items() if name in leaves(OmegaConf.to_container(own))]  # type: ignore[arg-type]
 
 
 def settings(config_name: str) -> list[str]:
@@ -234,7 +230,7 @@ def check_values(config: DictConfig, config_name: str) -> None:
             raise Mistake(f"{key}={value}: an option is chosen with a slash, {key.replace('.', '/')}={value}")
         if held := [name for name in leaves(own_settings(config_name)) if name.startswith(f"{key}.")]:
             raise Mistake(f"{key}={value}: {key} holds settings, {', '.join(held)}")
-        if isinstance(OmegaConf.select(config, key), str) and (options := options_with(f"{key}.")):
+        if isinstance(OmegaConf.select(config, key), str) and (options := options_with(key, below=True)):
             group = key.partition(".")[0]
             raise Mistake(
                 f"{key}={value}: {key} holds settings, which come with {group}=: use one of {', '.join(options)}"

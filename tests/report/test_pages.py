@@ -259,6 +259,7 @@ def test_a_law_has_its_valleys_and_what_was_held_out(record, report, page):
     assert (code, err) == (0, "")
     shown = charts_of(page("law"))
     assert len({series["group"] for series in shown["IsoFLOP valleys"]["series"]}) == 4
+    assert "Loss by size and tokens" not in shown  # of twenty sizes, a run each
     held_out = shown["Held out: 5 runs above 1e+15 FLOPs, predicted from 15"]["series"][1]
     assert held_out["values"]["predicted"] == pytest.approx(held_out["values"]["loss"], rel=0.02)
     exponents = shown["How the exponent depends on the way of finding it"]["series"]

@@ -11,7 +11,7 @@ from scantling.study.allocation import (
     optimal_parameters,
     optimum_table,
 )
-from scantling.study.budgets import drawn_budgets, grouped
+from scantling.study.budgets import drawn_budgets, repeated
 from scantling.study.huber import Array
 from scantling.study.isoflop import valleys
 from scantling.study.law_report import LawReport, counted
@@ -19,9 +19,6 @@ from scantling.study.scaling import estimate
 
 MOST_RUNS = 2000
 """Points of a chart; of more runs so many are drawn evenly."""
-
-MOST_SIZES = 12
-"""Of a chart that has a line for each."""
 
 SIZES = (
     Axis("C", "training FLOPs", log=True),
@@ -101,8 +98,8 @@ def sizes_chart(report: LawReport) -> Chart | None:
     """Loss against tokens at each size: its runs, and the law. Where sizes have runs of several lengths."""
     runs, fit = report.observations.runs, report.fit
     n, d, loss = (runs[name].to_numpy() for name in ("N", "D", "loss"))
-    of_sizes = grouped(np.log(n))
-    if len(of_sizes) > MOST_SIZES or len(runs) < 2 * len(of_sizes):
+    of_sizes = repeated(n)
+    if not of_sizes:
         return None
     found = []
     tokens = np.geomspace(d.min(), d.max(), 40)

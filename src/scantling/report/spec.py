@@ -32,6 +32,8 @@ PALETTE = (
     ("#4b5563", "#b6bec8"),
     ("#4d5bce", "#a1aaff"),
     ("#6b7a1a", "#b9cb5a"),
+    ("#111827", "#f3f4f6"),
+    ("#8a5a44", "#d3a88f"),
 )
 """Colours of arms on a light page, and in print, and on a dark one. Of more arms the first again."""
 

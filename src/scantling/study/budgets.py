@@ -13,15 +13,24 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
 SAME_BUDGET = 0.05
 """Runs have one budget where their FLOPs, in order, differ by at most this share from one to the next."""
 
+MOST_SIZES = 12
+"""Of a figure that has a line for each."""
+
 BEYOND = 100.0
 """How far above the largest run's FLOPs a law is drawn and asked."""
 
 
-def grouped(log_compute: Array, tolerance: float = SAME_BUDGET) -> list[np.ndarray]:
-    """Rows of each budget, in order of budgets."""
-    order = np.argsort(log_compute, kind="stable")
-    steps = np.flatnonzero(np.diff(log_compute[order]) > np.log1p(tolerance)) + 1
+def grouped(logs: Array, tolerance: float = SAME_BUDGET) -> list[np.ndarray]:
+    """Rows of each budget, or of each size, in its order, by logarithms."""
+    order = np.argsort(logs, kind="stable")
+    steps = np.flatnonzero(np.diff(logs[order]) > np.log1p(tolerance)) + 1
     return np.split(order, steps)
+
+
+def repeated(n: Array) -> list[np.ndarray]:
+    """Rows of each size, smallest first; none where sizes are too many, or have too few runs each, for a line a size."""
+    of_sizes = grouped(np.log(n))
+    return of_sizes if len(of_sizes) <= min(MOST_SIZES, len(n) // 2) else []
 
 
 def larger(compute: ArrayLike, cutoff: ArrayLike) -> NDArray[np.bool_]:

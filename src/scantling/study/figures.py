@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFor
 
 from scantling.study.allocation import floor_is_near, hoffmann_loss, optimum_table
 from scantling.study.arms import MOST_ARMS, rows
-from scantling.study.budgets import drawn_budgets, grouped, larger
+from scantling.study.budgets import drawn_budgets, larger, repeated
 from scantling.study.huber import Array
 from scantling.study.isoflop import valleys
 from scantling.study.scaling import Fit
@@ -132,33 +132,38 @@ def draw_law(
 
 
 def draw_grid(fit: Fit, compute: Array, path: Path, *, title: str) -> None:
-    """Left: loss against size, a colour a budget, with the parabola of approach 2 and a ring where it is lowest. Right:
-    loss against tokens, a colour a size, with the fitted law."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    """Left: loss against size, a colour a budget, with the parabola of approach 2 and a ring where it is lowest. Right,
+    where sizes repeat: loss against tokens, a colour a size, with the fitted law."""
     n, d = fit.sizes["N"], fit.sizes["D"]
+    of_sizes = repeated(n)
+    panels = 2 if of_sizes else 1
+    figure, axes = plt.subplots(
+        1, panels, figsize=(5.5 * panels, 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    left, right = axes[0, 0], axes[0, -1]
     found = valleys(n, compute, fit.loss)
     for valley, shade in zip(found, shades(len(found)), strict=True):
         left.plot(valley.sizes, valley.losses, color=shade, lw=1, alpha=0.6)
         label = f"{valley.compute:.2g} FLOPs"
         left.plot(n[valley.rows], fit.loss[valley.rows], "o", ms=4, color=shade, label=label)
         left.plot(*valley.lowest, "o", ms=9, mfc="none", color=VALIDATION)
-    of_sizes = grouped(np.log(n))
     for runs, shade in zip(of_sizes, shades(len(of_sizes)), strict=True):
         tokens = np.geomspace(d[runs].min() / 1.5, d[runs].max() * 1.5, 40)
         law = fit.predict(N=np.full(len(tokens), n[runs].mean()), D=tokens)
         right.plot(tokens, law, color=shade, lw=1, alpha=0.6)
         label = f"{EngFormatter(places=1)(n[runs].mean())} parameters"
         right.plot(d[runs], fit.loss[runs], "o", ms=4, color=shade, label=label)
-    left.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token")
-    left.set_title(title, fontsize=9)
-    right.set(xscale="log", xlabel="tokens")
+    right.set(xlabel="tokens")
     right.set_title(f"lines: {fit.form.formula}", fontsize=9)
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        open_frame(axes)
-        axes.legend(frameon=False, fontsize=8)
+    left.set(xlabel="parameters", ylabel="loss, nats per token")
+    left.set_title(title, fontsize=9)
+    for panel in axes.flat:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(EngFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        open_frame(panel)
+        panel.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 

@@ -53,14 +53,18 @@ def valleys(N: Array, compute: Array, loss: Array) -> list[Valley]:
     found = []
     for rows in grouped(np.log(compute)):
         log_n, log_loss = np.log(N[rows]), np.log(loss[rows])
-        parabola = np.polyfit(log_n - log_n.mean(), log_loss, 2)
         fine = np.linspace(log_n.min(), log_n.max(), 40)
-        low = parabola_minimum(log_n, log_loss[None])[0]
-        losses, least = (np.exp(np.polyval(parabola, at - log_n.mean())) for at in (fine, low))
-        found.append(
-            Valley(compute[rows].mean(), rows, np.exp(fine), losses, (float(np.exp(low)), float(least)))
-        )
+        low = parabola_minimum(log_n, log_loss[None])
+        losses, (least,) = (np.exp(parabola(log_n, log_loss, at)) for at in (fine, low))
+        lowest = (float(np.exp(low[0])), float(least))
+        found.append(Valley(compute[rows].mean(), rows, np.exp(fine), losses, lowest))
     return found
+
+
+def parabola(log_n: Array, log_loss: Array, at: Array) -> Array:
+    """The one through the points, by least squares, at other sizes."""
+    centre = log_n.mean()
+    return np.polyval(np.polyfit(log_n - centre, log_loss, 2), at - centre)
 
 
 def fit_isoflop(
@@ -98,7 +102,7 @@ def fit_isoflop(
     budgets = np.array([c[group].mean() for group in groups])
     smooth = np.empty_like(y)
     for g in groups:
-        smooth[g] = np.polyval(np.polyfit(n[g] - n[g].mean(), y[g], 2), n[g] - n[g].mean())
+        smooth[g] = parabola(n[g], y[g], n[g])
     degrees_of_freedom = max(len(y) - 3 * len(groups), 1)
     if noise is None:
         noise = float(np.sqrt(((y - smooth) ** 2).sum() / degrees_of_freedom))
