@@ -18,7 +18,7 @@ from rich.console import Console
 from scantling.command_line import Mistake, mistakes
 from scantling.report.pages import Recorded, run_page, runs_page
 from scantling.report.view_charts import Views
-from scantling.reported_page import command, directory_of, written
+from scantling.reported_page import command, directory_of, warn, written
 from scantling.run_directory import RunDirectory
 from scantling.study.arms import told_apart
 from scantling.study.store import find, load_curves, load_runs
@@ -108,7 +108,7 @@ def report_run(config: DictConfig, console: Console) -> None:
     files = written(config, made, recorded.directory)
     console.print(made.answer)
     for caution in made.cautions:
-        console.print(f"warning: {caution}", style="yellow")
+        warn(console, caution)
     console.print(", ".join(map(str, files)))
 
 

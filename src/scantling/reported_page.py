@@ -1,4 +1,4 @@
-"""The page of a report, written where the command line says."""
+"""The page of a report, written where the command line says, and its cautions on the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from rich.console import Console
 
 from scantling.report.html import page
 from scantling.report.spec import Report, write
@@ -23,3 +24,7 @@ def directory_of(config: DictConfig, name: str) -> Path:
 def written(config: DictConfig, made: Report, directory: Path) -> list[Path]:
     reload_seconds = config.watch_seconds if config.watch else None
     return write(made, directory, page=page(made, command=command(), reload_seconds=reload_seconds))
+
+
+def warn(console: Console, caution: str) -> None:
+    console.print(f"warning: {caution}", style="yellow")

@@ -17,7 +17,7 @@ from scantling.command_line import ROOT
 from scantling.report.pages import Recorded, partial_page
 from scantling.report.spec import PAGE, Report, figures_of
 from scantling.report.study_pages import arms_page, law_page
-from scantling.reported_page import command, directory_of, written
+from scantling.reported_page import command, directory_of, warn, written
 from scantling.run_directory import RunDirectory
 from scantling.study import ablation_report, law_report
 from scantling.study.ablation_report import AblationReport, report_arms
@@ -103,8 +103,10 @@ def report_study(config: DictConfig, console: Console) -> None:
         show_law(console, found, files)
     else:
         console.print(ablation_report.headline(found), style="bold")
-        for note in ablation_report.notes(found):
-            console.print(note, style="yellow" if note.startswith("warning") else "")
+        for caution in found.cautions:
+            warn(console, caution)
+        for trend in found.trends:
+            console.print(trend)
         show(console, ablation_report.tables(found), files)
 
 
@@ -227,7 +229,10 @@ def question_of(sweep: Path) -> str:
 def show_law(console: Console, laws: LawReport, files: list[Path]) -> None:
     console.print(law_report.headline(laws))
     for caution in law_report.cautions(laws):
-        console.print(caution, style="" if laws.passed and caution == laws.fit.verdict else "yellow")
+        if laws.passed and caution == laws.fit.verdict:
+            console.print(caution)
+        else:
+            warn(console, caution)
     show(console, law_report.tables(laws), files)
 
 

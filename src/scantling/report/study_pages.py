@@ -112,7 +112,7 @@ def law_page(laws: LawReport, *, name: str, study: StudyRuns | None, recorded: R
         kind=f"scaling law · {len(runs)} runs",
         question=question,
         answer=law_report.answer(laws),
-        cautions=tuple(text.removeprefix("warning: ") for text in cautions),
+        cautions=tuple(cautions),
         sections=tuple(sections),
         data=data if laws.optimum is None else data | {"optimum.csv": laws.optimum},
     )

@@ -378,8 +378,3 @@ def tables(report: AblationReport) -> dict[str, pd.DataFrame]:
         said = report.gains.drop(columns=["gain", "low", "high", "beyond"]).rename(columns={"": "gain"})
         found["Compute-equivalent gain by the baseline's law"] = said
     return found
-
-
-def notes(report: AblationReport) -> list[str]:
-    """Cautions, and gains over scale."""
-    return [*(f"warning: {text}" for text in report.cautions), *report.trends]

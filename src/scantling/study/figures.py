@@ -284,11 +284,16 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mappi
         axes.plot(at[hollow], gain[hollow], "o", color=colours[arm], mfc="white", ms=5, zorder=3)
         axes.vlines(at, here["low"], here["high"].clip(upper=10 * inside.max()), color=colours[arm], lw=2)
     axes.axhline(1, color="0.6", lw=1)
+    legend = (
+        f"; hollow: needs more than {baseline}'s largest run, by its law"
+        if (known["beyond"] > 1).any()
+        else ""
+    )
     axes.set(
         xscale="log",
         yscale="log",
         ylim=(0.9 * inside.min(), 1.1 * inside.max()),
-        xlabel=f"training FLOPs; hollow: needs more than {baseline}'s largest run, by its law",
+        xlabel=f"training FLOPs{legend}",
         ylabel=f"compute that {baseline} would need, ×",
         title="compute-equivalent gain; above 1 is better",
     )

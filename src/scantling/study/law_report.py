@@ -167,7 +167,7 @@ def cautions(report: LawReport) -> list[str]:
     """Verdict, warnings and rows left out: what stands on every page beside the numbers."""
     verdict = [] if report.fit.verdict is None else [report.fit.verdict]
     left_out = [] if report.observations.left_out is None else [report.observations.left_out]
-    return [*verdict, *(f"warning: {text}" for text in report.fit.warnings), *left_out]
+    return [*verdict, *report.fit.warnings, *left_out]
 
 
 def answer(report: LawReport) -> str:
