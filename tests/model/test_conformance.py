@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -202,3 +203,23 @@ def test_a_state_dict_brings_the_logits_back(nano, option, lively):
     again = nano(*option, "model.bias=true", seed=7).eval()
     again.load_state_dict(lively.state_dict())
     assert torch.equal(again(TOKENS), lively(TOKENS))
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_number_out_of_range_is_refused_by_its_name(nano, option, value):
+    """Each number that the option's own file sets: 0 and -1 either make a model that can be trained, or are refused."""
+    group, name = option[-1].split("=")
+    settings = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    numbers = {key: type(default) for key, default in settings.items() if type(default) in (int, float)}
+    for key, kind in numbers.items():
+        refusal = ""
+        try:
+            decoder = nano(*option, f"{group.replace('/', '.')}.{key}={kind(value)}")
+        except ValueError as error:
+            refusal = str(error)
+        if not refusal:
+            loss = decoder(TOKENS, targets_BT=TOKENS.roll(-1, 1)) + decoder.auxiliary_loss()
+            loss.backward()
+            assert loss.isfinite()
+            assert all(p.grad.isfinite().all() for p in decoder.parameters() if p.grad is not None)
+        assert not refusal or key in refusal

@@ -34,7 +34,7 @@ class Decoder(nn.Module):
     d_model / n_heads; `d_ff` is the hidden width of an ungated feed-forward layer. Each block serves
     `layers_per_block` layers in a row: 1 for most models, n_layers for ALBERT (Lan et al. 2019, arXiv:1909.11942, §3.1).
 
-    Raises ValueError when the shapes do not fit each other.
+    Raises ValueError when the shapes do not fit each other, or a part's setting is out of range.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from scantling.model.checks import check_whole
 from scantling.model.linear import Linear
 from scantling.model.norm import NormFactory
 
@@ -112,6 +113,7 @@ class Factorised(Embedding):
         width_exponent: float,
         norm: NormFactory | None,
     ):
+        check_whole("rank", rank)
         super().__init__(
             vocab_size, d_model, width=rank, scale=scale, width_exponent=width_exponent, norm=norm
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scantling.model.checks import check_whole
 from scantling.model.linear import Linear
 
 Activation = Callable[[], nn.Module]
@@ -54,5 +55,6 @@ class GatedFeedForward(nn.Module):
 
 
 def gated_width(d_ff: int, multiple_of: int) -> int:
-    """Two thirds of `d_ff` in multiples of `multiple_of`."""
+    """Two thirds of `d_ff` in multiples of `multiple_of`. Raises ValueError unless that is a whole number, at least 1."""
+    check_whole("multiple_of", multiple_of)
     return max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scantling.model import cross_entropy
+from scantling.model.checks import check_positive
 from scantling.model.cross_entropy import (
     IGNORED,
     chunked_negative_log_likelihood,
@@ -66,6 +67,8 @@ class Full(Head):
 
     def __init__(self, vocab_size: int, d_model: int, *, scale: float | None, softcap: float | None):
         super().__init__(vocab_size, d_model)
+        if softcap is not None:
+            check_positive("softcap", softcap)
         self.scale, self.softcap = scale, softcap
 
     def logits(self, x_BTD: Float[Tensor, "B T D"], embed: Embedding) -> Float[Tensor, "B T V"]:
@@ -156,6 +159,11 @@ class Adaptive(Head):
 
     def __init__(self, vocab_size: int, d_model: int, *, cutoffs: Sequence[float], narrower: float):
         super().__init__(vocab_size, d_model)
+        check_positive("narrower", narrower)
+        if d_model < narrower ** len(cutoffs):
+            raise ValueError(
+                f"narrower={narrower:g} leaves the last of {len(cutoffs)} clusters no width of d_model={d_model}"
+            )
         limits = [round(share * vocab_size) for share in cutoffs]
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(d_model, vocab_size, limits, div_value=narrower)
 

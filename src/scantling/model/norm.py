@@ -13,6 +13,12 @@ NormFactory = Callable[[int], nn.Module]
 """width -> a norm over the last axis."""
 
 
+def check_eps(eps: float) -> None:
+    """Raises ValueError for one that makes the root of a negative number of small vectors."""
+    if not eps >= 0:
+        raise ValueError(f"eps={eps:g} must be 0 or more")
+
+
 class LayerNorm(nn.Module):
     """y = (x - mean(x)) / sqrt(var(x) + eps) · w + b, over D. Ba et al. 2016, arXiv:1607.06450.
 
@@ -22,6 +28,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, d_model: int, *, eps: float, weight: bool, bias: bool, unit_offset: bool):
         super().__init__()
+        check_eps(eps)
         start = torch.zeros if unit_offset else torch.ones
         self.weight = nn.Parameter(start(d_model)) if weight else None
         self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
@@ -43,6 +50,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, d_model: int, *, eps: float, unit_offset: bool):
         super().__init__()
+        check_eps(eps)
         self.weight = nn.Parameter(torch.zeros(d_model) if unit_offset else torch.ones(d_model))
         self.eps, self.unit_offset = eps, unit_offset
 

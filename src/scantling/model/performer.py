@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scantling.model.attn import Mixer
 from scantling.model.cache import Buffer
+from scantling.model.checks import check_whole
 from scantling.model.linear import Linear
 from scantling.model.pos import Rotation
 from scantling.model.scores import Scores
@@ -48,6 +49,7 @@ class Performer(Mixer):
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, layer: int, *, n_features: int, bias: bool):
         super().__init__()
+        check_whole("n_features", n_features)
         self.n_heads, self.d_head, self.n_features = n_heads, d_head, n_features
         self.d_rotated = d_head
         self.qkv = Linear(d_model, 3 * n_heads * d_head, bias=bias)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scantling.model.checks import check_whole
+from scantling.model.checks import check_positive, check_whole
 from scantling.model.rope_scaling import FrequencyScaling
 
 Rotation = Callable[[Tensor], Tensor]
@@ -73,6 +73,7 @@ class Sinusoidal(Position):
         super().__init__(d_model, n_heads, d_head)
         if d_model % 2:
             raise ValueError(f"pos=sinusoidal pairs sines with cosines: d_model={d_model} must be even")
+        check_positive("theta", theta)
         self.theta, self.scale = theta, scale
 
     def embed(
@@ -88,6 +89,7 @@ class Learned(Position):
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, *, max_len: int):
         super().__init__(d_model, n_heads, d_head)
+        check_whole("max_len", max_len)
         self.weight = nn.Parameter(torch.empty(max_len, d_model))
         self.max_len = max_len
 
@@ -121,9 +123,11 @@ class RoPE(Position):
         width = round(d_head * fraction)
         if width % 2 or not 0 < width <= d_head:
             raise ValueError(
-                f"pos=rope turns pairs of channels: {fraction:g} of d_head={d_head} must be even and more than 0"
+                f"pos=rope turns pairs of channels: fraction={fraction:g} of d_head={d_head} must be even and more than 0"
             )
+        check_positive("theta", theta)
         self.width, self.theta, self.interleaved, self.scaling = width, theta, interleaved, scaling
+        self.frequencies(torch.device("cpu"))  # raises for a scaling that has none
 
     def frequencies(self, device: torch.device) -> tuple[Float[Tensor, " F"], float]:
         """Of each pair, and the factor on turned queries and keys."""

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scantling.model.checks import check_positive
+
 FrequencyScaling = Callable[[Tensor, float], tuple[Tensor, float]]
 
 
@@ -25,6 +27,7 @@ def linear(
     frequencies_F: Float[Tensor, " F"], theta: float, *, factor: float
 ) -> tuple[Float[Tensor, " F"], float]:
     """Position interpolation: all frequencies divided by `factor`. Chen et al. 2023, arXiv:2306.15595, eq. 4."""
+    check_positive("factor", factor)
     return frequencies_F / factor, 1.0
 
 
@@ -34,6 +37,7 @@ def ntk(
     """NTK-aware: the base becomes θ·factor^(R/(R-2)), so that the lowest frequency is divided by `factor` and the highest
     stays. Peng et al. 2023 (YaRN), arXiv:2309.00071, §3.1, after bloc97.
     """
+    check_positive("factor", factor)
     pairs = len(frequencies_F)
     exponents = torch.arange(pairs, device=frequencies_F.device) / max(1, pairs - 1)
     return frequencies_F * factor**-exponents, 1.0
@@ -55,6 +59,8 @@ def yarn(
 
     Turned queries and keys grow by `attention_factor`; null is 0.1·ln(factor) + 1.
     """
+    for name, value in {"factor": factor, "beta_fast": beta_fast, "beta_slow": beta_slow}.items():
+        check_positive(name, value)
     width = 2 * len(frequencies_F)
 
     def channel(turns: float) -> float:
@@ -85,6 +91,11 @@ def llama3(
     """Llama 3.1: wavelengths above original/low are interpolated, those below original/high stay, those between are
     blended linearly in their number of turns. arXiv:2407.21783, §3.4.2, and Meta's reference code.
     """
+    check_positive("factor", factor)
+    if not low_frequency_factor < high_frequency_factor:
+        raise ValueError(
+            f"low_frequency_factor={low_frequency_factor:g} must be below high_frequency_factor={high_frequency_factor:g}"
+        )
     turns = original_seq_len * frequencies_F / (2 * math.pi)
     kept = (turns - low_frequency_factor) / (high_frequency_factor - low_frequency_factor)
     kept = kept.clamp(0, 1)
