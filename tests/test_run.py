@@ -224,6 +224,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("micro_batch_size=0",), "micro_batch_size=0 must be"),
         (("log_every=2.5",), "log_every=2.5 must be"),
         (("checkpoint.keep=1.5",), "checkpoint.keep=1.5 must be"),
+        (("checkpoint.every_minutes=0",), "checkpoint.every_minutes=0 must be positive, or null"),
+        (("clip=0",), "clip=0 must be positive, or null"),
+        (("schedule.floor=1.5",), "schedule.floor=1.5 must be from 0 to 1"),
         (("sample.n_tokens=0",), "n_tokens=0 must be a whole number, at least 1"),
         (
             ("val_every=0",),

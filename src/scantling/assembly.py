@@ -22,7 +22,7 @@ from scantling.data.loading import (
 )
 from scantling.data.tokens import TokenizedCorpus, prepare
 from scantling.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
-from scantling.model.checks import check_whole
+from scantling.model.checks import check_positive, check_whole
 from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory
@@ -74,10 +74,9 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
             check_whole(key, value)
     steps_between_validations(config.val_every, steps=1)
     sampling.Settings(**{name: value for name, value in config.sample.items() if name != "prompt"})
-    if config.checkpoint.every_minutes is not None and config.checkpoint.every_minutes <= 0:
-        raise ValueError(
-            f"checkpoint.every_minutes={config.checkpoint.every_minutes} must be positive, or null"
-        )
+    for key in ("checkpoint.every_minutes", "clip"):
+        check_positive(key, OmegaConf.select(config, key), or_null=True)
+    instantiate(config.schedule)(0, 1)
     decoder = build_decoder(config, config.model.vocab_size, "meta")
     if config.z_loss is not None and not (decoder.head.takes_z_loss and config.z_loss >= 0):
         raise ValueError(

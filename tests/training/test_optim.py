@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 from scantling.training.optim import adamw, decay_groups, lion, muon, orthogonalised, sgd
@@ -207,6 +208,16 @@ def test_only_matrices_decay(optim, model):
             assert_close(shrink, torch.full_like(p, shrink.mean().item()), rtol=1e-5, atol=0)
         else:
             assert torch.equal(p, start), name
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_negative_number_is_refused(composed, name, model):
+    settings = OmegaConf.to_container(composed("model=nano", f"optim={name}"), resolve=True)["optim"]
+    numbers = [key for key, default in settings.items() if type(default) is float]
+    assert "weight_decay" in numbers
+    for key in numbers:
+        with pytest.raises(ValueError, match="-1"):
+            instantiate(settings | {key: -1.0}, _convert_="all")(model.named_parameters())
 
 
 def test_every_parameter_is_optimised_once(optim, model):

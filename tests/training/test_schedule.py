@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.utils import instantiate
 
 from scantling.training.schedule import constant, cosine, linear, warmup_steps, wsd
@@ -74,3 +75,11 @@ def test_every_schedule_stays_in_bounds_and_ends_near_its_floor(composed, name, 
     if total == 1000:
         floor = schedule.keywords.get("floor", 1.0)
         assert factors[-1] == pytest.approx(floor, abs=0.01)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_negative_number_is_refused_by_its_name(name):
+    settings = yaml.safe_load((CONF / "schedule" / f"{name}.yaml").read_text())
+    for key in settings.keys() - {"_target_", "_partial_"}:
+        with pytest.raises(ValueError, match=f"schedule.{key}=-1"):
+            instantiate(settings | {key: -1.0})(0, 100)

@@ -72,8 +72,7 @@ class PatternedAttention(Mixer):
         self, layer: int, *, pattern: Callable[[int], Pattern], softcap: float | None, dropout: float
     ):
         super().__init__()
-        if softcap is not None:
-            check_positive("softcap", softcap)
+        check_positive("softcap", softcap, or_null=True)
         self.pattern, self.softcap, self.dropout = pattern(layer), softcap, dropout
 
     @property
@@ -140,8 +139,7 @@ class Attention(PatternedAttention):
         if not 1 <= n_kv_heads <= n_heads or n_heads % n_kv_heads:
             fits = [k for k in range(1, n_heads + 1) if n_heads % k == 0]
             raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}: use one of {fits}")
-        if clip_qkv is not None:
-            check_positive("clip_qkv", clip_qkv)
+        check_positive("clip_qkv", clip_qkv, or_null=True)
         self.heads = [n_heads, n_kv_heads, n_kv_heads]
         self.d_head = self.d_rotated = d_head
         self.scale, self.clip_qkv = d_head**-0.5 if scale is None else scale, clip_qkv

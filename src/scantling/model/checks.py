@@ -1,4 +1,4 @@
-"""Checks that parts of a model share with what is built around them."""
+"""Checks of settings that parts of a model share with what is built around them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,23 @@ def check_whole(name: str, value: Any, *, least: int = 1) -> None:
         raise ValueError(f"{name}={value} must be a whole number, at least {least}")
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raises ValueError unless `value`, the setting `name`, is more than 0."""
-    if not value > 0:
-        raise ValueError(f"{name}={value:g} must be positive")
+def check_positive(name: str, value: Any, *, or_null: bool = False) -> None:
+    """Raises ValueError unless `value`, the setting `name`, is a number above 0, or with `or_null` None."""
+    if not (or_null and value is None) and not (is_number(value) and value > 0):
+        raise ValueError(f"{name}={value} must be positive{', or null' if or_null else ''}")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raises ValueError unless `value`, the setting `name`, is a number, 0 or more."""
+    if not (is_number(value) and value >= 0):
+        raise ValueError(f"{name}={value} must be 0 or more")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raises ValueError unless `value`, the setting `name`, is a number from 0 to 1."""
+    if not (is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name}={value} must be from 0 to 1")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -67,8 +67,7 @@ class Full(Head):
 
     def __init__(self, vocab_size: int, d_model: int, *, scale: float | None, softcap: float | None):
         super().__init__(vocab_size, d_model)
-        if softcap is not None:
-            check_positive("softcap", softcap)
+        check_positive("softcap", softcap, or_null=True)
         self.scale, self.softcap = scale, softcap
 
     def logits(self, x_BTD: Float[Tensor, "B T D"], embed: Embedding) -> Float[Tensor, "B T V"]:

@@ -9,14 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from scantling.model.checks import check_not_negative
+
 NormFactory = Callable[[int], nn.Module]
 """width -> a norm over the last axis."""
-
-
-def check_eps(eps: float) -> None:
-    """Raises ValueError for one that makes the root of a negative number of small vectors."""
-    if not eps >= 0:
-        raise ValueError(f"eps={eps:g} must be 0 or more")
 
 
 class LayerNorm(nn.Module):
@@ -28,7 +24,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, d_model: int, *, eps: float, weight: bool, bias: bool, unit_offset: bool):
         super().__init__()
-        check_eps(eps)
+        check_not_negative("eps", eps)
         start = torch.zeros if unit_offset else torch.ones
         self.weight = nn.Parameter(start(d_model)) if weight else None
         self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
@@ -50,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, d_model: int, *, eps: float, unit_offset: bool):
         super().__init__()
-        check_eps(eps)
+        check_not_negative("eps", eps)
         self.weight = nn.Parameter(torch.zeros(d_model) if unit_offset else torch.ones(d_model))
         self.eps, self.unit_offset = eps, unit_offset
 

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_update
 
+from scantling.model.checks import check_not_negative, check_positive
+
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 
 def decay_groups(named: NamedParameters, weight_decay: float) -> list[dict]:
-    """Matrices and tables decay; biases and norm weights do not."""
+    """Matrices and tables decay; biases and norm weights do not. Raises ValueError for a negative decay."""
+    check_not_negative("optim.weight_decay", weight_decay)
     parameters = [p for _, p in named if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -61,6 +64,8 @@ def lion(
     named: NamedParameters, *, lr: float, lr_ratio: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
     """Lion at `lr_ratio` times the learning rate that AdamW would have."""
+    check_not_negative("lr", lr)
+    check_positive("optim.lr_ratio", lr_ratio)
     return Lion(decay_groups(named, weight_decay), lr=lr * lr_ratio, betas=betas)
 
 
@@ -95,6 +100,10 @@ def muon(
     eps: float,
 ) -> torch.optim.Optimizer:
     """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
+    check_not_negative("lr", lr)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"optim.momentum={momentum} must be 0 or more, below 1")
+    check_not_negative("optim.eps", eps)
     hidden, rest = [], []
     for name, p in named:
         (hidden if p.ndim == 2 and ".blocks." in f".{name}" else rest).append((name, p))

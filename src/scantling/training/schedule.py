@@ -1,12 +1,16 @@
-"""Learning-rate schedules: `schedule=`. Each gives the factor of the peak rate at a step of `total`."""
+"""Learning-rate schedules: `schedule=`. Each gives the factor of the peak rate at a step of `total`, and raises ValueError
+for a negative warm-up, and for a floor or a share of decay that is not from 0 to 1."""
 
 from __future__ import annotations
 
 import math
 
+from scantling.model.checks import check_not_negative, check_share
+
 
 def warmup_steps(warmup: float, total: int) -> int:
     """`warmup` in steps, or below 1 as a share of the run."""
+    check_not_negative("schedule.warmup", warmup)
     return round(warmup * total) if warmup < 1 else round(warmup)
 
 
@@ -21,15 +25,21 @@ def progress(step: int, total: int, warmup: float) -> float:
     return min(1.0, max(0.0, (step - start) / max(1, total - start)))
 
 
+def down_to(floor: float, share: float) -> float:
+    """`share` of the way from `floor` to 1."""
+    check_share("schedule.floor", floor)
+    return floor + (1 - floor) * share
+
+
 def cosine(step: int, total: int, *, warmup: float, floor: float) -> float:
     """From 1 to `floor` on half a cosine. Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5."""
     decay = 0.5 * (1 + math.cos(math.pi * progress(step, total, warmup)))
-    return rising(step, total, warmup) * (floor + (1 - floor) * decay)
+    return rising(step, total, warmup) * down_to(floor, decay)
 
 
 def linear(step: int, total: int, *, warmup: float, floor: float) -> float:
     """From 1 to `floor` on a line. To zero it beats cosine in Bergsma et al. 2025, arXiv:2502.15938."""
-    return rising(step, total, warmup) * (1 - (1 - floor) * progress(step, total, warmup))
+    return rising(step, total, warmup) * down_to(floor, 1 - progress(step, total, warmup))
 
 
 def wsd(step: int, total: int, *, warmup: float, floor: float, decay: float) -> float:
@@ -37,8 +47,9 @@ def wsd(step: int, total: int, *, warmup: float, floor: float, decay: float) -> 
 
     Hu et al. 2024, arXiv:2404.06395, §4; the shape is Hägele et al. 2024, arXiv:2405.18392, eq. 1.
     """
+    check_share("schedule.decay", decay)
     left = max(0.0, (step - (1 - decay) * total) / max(1.0, decay * total))
-    return rising(step, total, warmup) * (floor + (1 - floor) * (1 - math.sqrt(min(1.0, left))))
+    return rising(step, total, warmup) * down_to(floor, 1 - math.sqrt(min(1.0, left)))
 
 
 def constant(step: int, total: int, *, warmup: float) -> float:
