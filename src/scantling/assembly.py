@@ -145,8 +145,7 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
     budget: dict[str, Any] = dict(config.budget)
     flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
     nodes = config.trainer.nodes
-    if nodes < 1:
-        raise ValueError(f"trainer.nodes={nodes} must be positive")
+    check_whole("trainer.nodes", nodes)
     world_size = devices_per_node(config.trainer.devices, device) * nodes
     micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
     sizes = BatchSizes(config.batch_size, **config.batch_warmup)

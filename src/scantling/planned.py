@@ -23,7 +23,7 @@ from scantling.memory import (
     number_of_bytes,
     training_memory,
 )
-from scantling.model.checks import check_whole
+from scantling.model.checks import check_positive, check_whole
 from scantling.model.decoder import Decoder
 from scantling.plan import (
     Training,
@@ -118,8 +118,7 @@ def advice(chosen: Choice | None, forecast: Callable[[Choice], Memory], limit: i
 
 def check(config: DictConfig) -> None:
     for key in ("peak", "mfu"):
-        if config[key] is not None and config[key] <= 0:
-            raise ValueError(f"{key}={config[key]} must be positive")
+        check_positive(key, config[key], or_null=True)
     contexts = {f"cache.contexts[{i}]": n for i, n in enumerate(config.cache.contexts)}
     counts = {key: config[key] for key in ("devices", "batch_size", "micro_batch_size", "context")}
     for key, value in (counts | contexts).items():

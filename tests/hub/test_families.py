@@ -136,7 +136,14 @@ CASES = {
     },
     "bloom": {**SMALL, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "bloom 6 heads": {**SMALL, "hidden_size": 48, "n_layer": 2, "n_head": 6},
-    "mpt": {**SMALL, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "mpt": {
+        **SMALL,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "attn_config": {"clip_qkv": 0.0},  # which is none
+    },
     "mpt clipped": {
         **SMALL,
         "d_model": 48,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -209,7 +209,7 @@ def test_a_state_dict_brings_the_logits_back(nano, option, lively):
 def test_a_number_out_of_range_is_refused_by_its_name(nano, option, value):
     """Each number that the option's own file sets: 0 and -1 either make a model that can be trained, or are refused."""
     group, name = option[-1].split("=")
-    settings = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    settings = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
     numbers = {key: type(default) for key, default in settings.items() if type(default) in (int, float)}
     for key, kind in numbers.items():
         refusal = ""

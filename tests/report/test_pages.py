@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from planted import LAW, arms, loss_of, sizes
 
 from scantling.report.curve_charts import LINES, POINTS, curves_chart, thinned
@@ -110,13 +111,61 @@ def test_a_failed_run_takes_its_arm_out_and_the_others_stay(record, report, page
     (lost / "failed.json").write_text(json.dumps({"reason": "no [/data/corpus.txt]"}))
     assert "failed: no [/data/corpus.txt]" in report(f"run={lost.name}")[1]
     (lost / "failed.json").write_text(json.dumps({"reason": "loss is not finite <at> step 7"}))
+    metrics = (lost / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (lost / "metrics.jsonl").write_text(metrics[0])
     code, out, _ = report("study=parts", "baseline=llama")
     assert code == 0
     assert "arm alibi is not compared: its seed 3 failed" in out
     assert "of 1 comparisons with llama" in out
     shown = page("parts")
     assert "alibi-3-1e+07 (alibi, seed 3) failed: loss is not finite &lt;at&gt; step 7" in shown
-    assert "alibi" in {series["group"] for series in charts_of(shown)["Validation and training"]["series"]}
+    lines = charts_of(shown)["Validation and training"]["series"]
+    (mean,) = (line for line in lines if line["group"] == "alibi" and line["style"] == "line")
+    assert len(mean["values"]["tokens"]) == 2, "the mean of the others goes on where it ended"
+    (thin,) = (line for line in lines if line["hover"] == "alibi, seed 3")
+    assert len(thin["values"]["tokens"]) == 1
+
+
+def test_before_anything_is_validated_the_training_loss_is_drawn(record, report, page, tmp_path):
+    record("early", "begun", ["seed=0"], loss=3.0, finished=False)
+    rows = [{"step": step, "tokens": 10 * step, "train/loss": 5.0 - step} for step in (1, 2)]
+    (tmp_path / "runs/early/begun/metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, out, _ = report("run=begun")
+    assert code == 0
+    assert "Nothing was validated yet" in out
+    chart = charts_of(page("begun"))["Validation and training"]
+    assert [axis["key"] for axis in chart["y"]] == ["train/loss"]
+    assert chart["series"][0]["values"]["train/loss"] == [4.0, 3.0]
+
+
+def test_rates_tried_are_a_line_an_arm_and_scale(record, report, page, tmp_path):
+    arms(record, seeds=3, scales=(1e7, 1e8))
+    note = {"lr": [5e-4, 1e-3], "bpb": [1.2, 1.1], "edge": True}
+    for run in (tmp_path / "runs/parts").iterdir():
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"tuned": note}))
+    assert report("study=parts", "baseline=llama")[0] == 0
+    lines = [s for s in charts_of(page("parts"))["Learning rates tried"]["series"] if s["style"] == "line"]
+    assert sorted(line["hover"] for line in lines) == sorted(
+        f"{arm}, budget.tokens={tokens}"
+        for arm in ("llama", "alibi", "gelu")
+        for tokens in ("1e+07", "1e+08")
+    )
+    assert all(line["values"]["lr"] == [5e-4, 1e-3] for line in lines)
+    assert "the tries of tune=lr apart" in page("parts")
+
+
+def test_every_table_is_a_csv_too(record, report, tmp_path):
+    losses = arms(record, seeds=30)
+    assert report("study=parts", "baseline=llama")[0] == 0
+    tables = tmp_path / "runs/reports/parts/tables"
+    runs = pd.read_csv(tables / "all-90-runs.csv")
+    assert runs["nats per token"].tolist() == pytest.approx(
+        [losses[None, arm, seed] for arm, seed in zip(runs["arm"], runs["seed"], strict=True)], abs=1e-4
+    )
+    assert (tables / "arms-against-llama-95-intervals.csv").exists()
+    assert report("study=parts", "baseline=gelu")[0] == 0
+    assert not (tables / "arms-against-llama-95-intervals.csv").exists()
 
 
 def test_a_run_that_the_baseline_lacks_takes_its_seed_out(record, report, tmp_path):
@@ -179,7 +228,12 @@ def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page
     shown = page("parts")
     assert re.search(rf'<p class="answer">No answer yet: .*{message}', shown)
     assert "Validation and training" in charts_of(shown)
-    assert sorted(file.name for file in earlier.iterdir()) == ["mine.csv", "report.html", "report.md"]
+    assert sorted(file.name for file in earlier.iterdir()) == [
+        "mine.csv",
+        "report.html",
+        "report.md",
+        "tables",
+    ]
 
 
 def test_runs_of_a_study_without_an_answer_are_averaged_over_seeds_alone(record, report, page):
@@ -296,14 +350,15 @@ def test_an_arm_has_one_colour_in_all_charts(record, report, page, tmp_path):
         scales=(1e7, 1e8, 1e9, 1e10),
     )
     read = [
-        {"run": f"{arm} seed=0", "sliding": False, "length": 64, "trained_at": 64, "loss": 3.0, "bpb": 1.0}
+        {"run": f"pos={arm} seed=0", "directory": f"{arm}-0-1e+07"}
+        | {"sliding": False, "length": 64, "trained_at": 64, "loss": 3.0, "bpb": 1.0}
         for arm in ("gelu", "llama", "another")
     ]
     (tmp_path / "runs/parts/lengths.json").write_text(json.dumps(read))
     assert report("study=parts", "baseline=llama")[0] == 0
     assert (tmp_path / "runs/reports/parts/gains.png").read_bytes()[:4] == b"\x89PNG"
     shown = charts_of(page("parts"))
-    expected = {"llama": "c0", "gelu": "c1", "alibi": "c2", "another": "c3"}
+    expected = {"llama": "c0", "gelu": "c1", "alibi": "c2", "pos=another": "c3"}
     for title in (
         "Validation and training",
         "Difference from llama over scale",
@@ -403,6 +458,7 @@ def test_many_runs_stay_small():
             "run": [f"r{i}" for i in range(2 * n_arms)],
             "arm": [f"a{i // 2}" for i in range(2 * n_arms)],
             "scale": "",
+            "status": "finished",
             "seed": [0, 1] * n_arms,
             "loss": np.arange(2.0 * n_arms),
             "bpb": 1.0,
@@ -427,6 +483,8 @@ def test_many_runs_stay_small():
     assert set(chart.series[0].values["tokens"]) <= set(10 * steps)
     assert (chart.series[0].values["tokens"][0], chart.series[0].values["tokens"][-1]) == (10, 10 * n_rows)
     assert list(thinned(np.arange(5), 10)) == [0, 1, 2, 3, 4]
+    chart = curves_chart(curves, runs, metric="loss", baseline="a59")
+    assert [series.group for series in chart.series] == ["a59", *(f"a{i}" for i in range(MOST_ARMS - 1))]
 
 
 @pytest.mark.parametrize("least", [2, 3, 17, 99_999, 100_000])

@@ -7,6 +7,7 @@ import pytest
 from planted import arms, sizes
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 from scantling.study.store import load_runs
 from scantling.views import views_of
@@ -153,6 +154,19 @@ def test_numbers_are_those_of_the_store(record, report, opened, tmp_path):
     verdicts = {row[0]: row for row in next(table for table in cells if table[0][0] == "arm")[1:]}
     assert "worse" in verdicts["alibi"]
     assert "undecided" in verdicts["gelu"]
+
+
+@pytest.mark.parametrize(("form", "begins"), [("png", b"\x89PNG"), ("svg", b"<svg")])
+def test_a_chart_is_saved_as_a_picture(record, report, opened, tmp_path, form, begins):
+    arms(record, seeds=2)
+    report("study=parts", "baseline=llama")
+    page = opened("parts")
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    page.execute_script(f"document.querySelector('[data-title=\"Save as {form.upper()}\"]').click()")
+    saved = tmp_path / f"Validation and training.{form}"
+    WebDriverWait(page, 30).until(lambda _: saved.exists() and saved.stat().st_size)
+    assert saved.read_bytes()[: len(begins)] == begins
 
 
 @pytest.mark.parametrize("name", ["parts", "sizes", "llama-0-1e+07"])

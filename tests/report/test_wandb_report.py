@@ -153,6 +153,7 @@ def test_a_report_is_saved_with_its_blocks_and_comes_back(server):
     for said in ("Which norm?", "one device of two", "a text", "python src/train.py", "def f():", "| 1.5 |"):
         assert said in text
     assert "Only on the page" not in text
+    assert "../r" not in text, "a directory of this machine"
     (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")
     panels = [panel["config"] for panel in grid["metadata"]["panelBankSectionConfig"]["panels"]]
     assert [(panel["xAxis"], panel["metrics"], panel.get("xLogScale", False)) for panel in panels] == [

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scantling.model.cache import Buffer, LayerCache
-from scantling.model.checks import check_positive, check_whole
+from scantling.model.checks import check_positive, check_share, check_whole
 from scantling.model.linear import Linear, linear
 from scantling.model.norm import NormFactory
 from scantling.model.pattern import Pattern
@@ -72,7 +72,8 @@ class PatternedAttention(Mixer):
         self, layer: int, *, pattern: Callable[[int], Pattern], softcap: float | None, dropout: float
     ):
         super().__init__()
-        check_positive("softcap", softcap, or_null=True)
+        check_positive("attn.softcap", softcap, or_null=True)
+        check_share("attn.dropout", dropout)
         self.pattern, self.softcap, self.dropout = pattern(layer), softcap, dropout
 
     @property
@@ -139,7 +140,7 @@ class Attention(PatternedAttention):
         if not 1 <= n_kv_heads <= n_heads or n_heads % n_kv_heads:
             fits = [k for k in range(1, n_heads + 1) if n_heads % k == 0]
             raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}: use one of {fits}")
-        check_positive("clip_qkv", clip_qkv, or_null=True)
+        check_positive("attn.clip_qkv", clip_qkv, or_null=True)
         self.heads = [n_heads, n_kv_heads, n_kv_heads]
         self.d_head = self.d_rotated = d_head
         self.scale, self.clip_qkv = d_head**-0.5 if scale is None else scale, clip_qkv
@@ -283,14 +284,11 @@ class LatentAttention(PatternedAttention):
         dropout: float,
     ):
         super().__init__(layer, pattern=pattern, softcap=softcap, dropout=dropout)
-        for name, size in {
-            "q_rank": q_rank,
-            "kv_rank": kv_rank,
-            "d_rotated": d_rotated,
-            "d_value": d_value,
-        }.items():
-            if size is not None:
-                check_whole(name, size)
+        check_whole("attn.kv_rank", kv_rank)
+        check_whole("attn.d_rotated", d_rotated, least=0)
+        for name, width in {"attn.q_rank": q_rank, "attn.d_value": d_value}.items():
+            if width is not None:
+                check_whole(name, width)
         self.n_heads, self.d_nope, self.d_rotated = n_heads, d_head, d_rotated
         self.d_value = d_head if d_value is None else d_value
         self.kv_rank = kv_rank

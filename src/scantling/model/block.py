@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scantling.model.attn import Mixer
+from scantling.model.checks import check_below_one
 from scantling.model.norm import NormFactory
 
 
@@ -21,10 +22,7 @@ class Residual(nn.Module):
 
     def __init__(self, layer: int, n_layers: int, *, scale: float, dropout: float, drop_path: float):
         super().__init__()
-        if not 0 <= drop_path < 1:
-            raise ValueError(
-                f"drop_path={drop_path:g} is the last layer's chance to be left out: 0 or more, below 1"
-            )
+        check_below_one("block.drop_path", drop_path)
         self.scale, self.dropout = scale, nn.Dropout(dropout)
         self.drop_path = drop_path * (layer + 1) / n_layers
 

@@ -1,7 +1,8 @@
-"""Checks of settings that parts of a model share with what is built around them."""
+"""Checks of settings, which parts of a model share with what is built around them."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -29,5 +30,12 @@ def check_share(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value} must be from 0 to 1")
 
 
+def check_below_one(name: str, value: Any) -> None:
+    """Raises ValueError unless `value`, the setting `name`, is a number, 0 or more and below 1."""
+    if not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{name}={value} must be 0 or more, below 1")
+
+
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A finite one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -70,6 +70,7 @@ class Decoder(nn.Module):
                     ", or set model.d_head"
                 )
             d_head = d_model // n_heads
+        check_whole("d_head", d_head)
         if n_layers % layers_per_block:
             raise ValueError(f"layers_per_block={layers_per_block} does not divide n_layers={n_layers}")
         self.n_heads, self.seq_len, self.layers_per_block = n_heads, seq_len, layers_per_block

@@ -113,7 +113,7 @@ class Factorised(Embedding):
         width_exponent: float,
         norm: NormFactory | None,
     ):
-        check_whole("rank", rank)
+        check_whole("embed.rank", rank)
         super().__init__(
             vocab_size, d_model, width=rank, scale=scale, width_exponent=width_exponent, norm=norm
         )

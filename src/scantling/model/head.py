@@ -67,7 +67,7 @@ class Full(Head):
 
     def __init__(self, vocab_size: int, d_model: int, *, scale: float | None, softcap: float | None):
         super().__init__(vocab_size, d_model)
-        check_positive("softcap", softcap, or_null=True)
+        check_positive("head.softcap", softcap, or_null=True)
         self.scale, self.softcap = scale, softcap
 
     def logits(self, x_BTD: Float[Tensor, "B T D"], embed: Embedding) -> Float[Tensor, "B T V"]:
@@ -118,7 +118,7 @@ class Sampled(Full):
         super().__init__(vocab_size, d_model, scale=scale, softcap=softcap)
         if not 0 < n_samples < vocab_size:
             raise ValueError(
-                f"head=sampled: n_samples={n_samples} must be below the vocabulary's {vocab_size}"
+                f"head.n_samples={n_samples} must be at least 1, and below the vocabulary's {vocab_size}"
             )
         self.vocab_size, self.n_samples = vocab_size, n_samples
 
@@ -158,10 +158,10 @@ class Adaptive(Head):
 
     def __init__(self, vocab_size: int, d_model: int, *, cutoffs: Sequence[float], narrower: float):
         super().__init__(vocab_size, d_model)
-        check_positive("narrower", narrower)
+        check_positive("head.narrower", narrower)
         if d_model < narrower ** len(cutoffs):
             raise ValueError(
-                f"narrower={narrower:g} leaves the last of {len(cutoffs)} clusters no width of d_model={d_model}"
+                f"head.narrower={narrower:g} leaves the last of {len(cutoffs)} clusters no width of d_model={d_model}"
             )
         limits = [round(share * vocab_size) for share in cutoffs]
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(d_model, vocab_size, limits, div_value=narrower)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scantling.model.checks import check_whole
+from scantling.model.checks import check_not_negative, check_whole
 from scantling.model.linear import Linear, linear
 
 
@@ -36,6 +36,8 @@ class Router(nn.Module):
         super().__init__()
         if not 1 <= n_active <= n_experts:
             raise ValueError(f"n_active={n_active} of n_experts={n_experts}: use 1 … {n_experts}")
+        for name, weight in {"load_balance": load_balance, "z": z}.items():
+            check_not_negative(f"ffn.router.{name}", weight)
         self.n_experts, self.n_active, self.renormalised = n_experts, n_active, renormalised
         self.load_balance, self.z = load_balance, z
         self.gate = Linear(d_model, n_experts, bias=False)
@@ -163,4 +165,6 @@ def dense_first(
     d_ff_dense: int,
 ) -> nn.Module:
     """Dense feed-forwards of width `d_ff_dense` in the first `n_dense` layers, experts in the rest. DeepSeek-V3, §4.2."""
+    check_whole("ffn.n_dense", n_dense, least=0)
+    check_whole("ffn.d_ff_dense", d_ff_dense)
     return dense(d_model, d_ff_dense, layer) if layer < n_dense else rest(d_model, d_ff, layer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scantling.model.checks import check_positive
+
 
 @dataclass(frozen=True)
 class Parametrisation:
@@ -37,8 +39,8 @@ def mup(d_model: int, d_head: int, *, base_width: int, base_d_head: int) -> Para
 
     Raises ValueError when a base is not positive.
     """
-    if base_width <= 0 or base_d_head <= 0:
-        raise ValueError(f"param.base_width={base_width} and base_d_head={base_d_head} must be positive")
+    check_positive("param.base_width", base_width)
+    check_positive("param.base_d_head", base_d_head)
     r = d_model / base_width
     return Parametrisation(
         hidden_std=r**-0.5, hidden_rate=1 / r, logits=1 / r, scores=(base_d_head / d_head) ** 0.5

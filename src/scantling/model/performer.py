@@ -49,7 +49,7 @@ class Performer(Mixer):
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, layer: int, *, n_features: int, bias: bool):
         super().__init__()
-        check_whole("n_features", n_features)
+        check_whole("attn.n_features", n_features)
         self.n_heads, self.d_head, self.n_features = n_heads, d_head, n_features
         self.d_rotated = d_head
         self.qkv = Linear(d_model, 3 * n_heads * d_head, bias=bias)

@@ -89,7 +89,7 @@ class Learned(Position):
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, *, max_len: int):
         super().__init__(d_model, n_heads, d_head)
-        check_whole("max_len", max_len)
+        check_whole("pos.max_len", max_len)
         self.weight = nn.Parameter(torch.empty(max_len, d_model))
         self.max_len = max_len
 
@@ -123,11 +123,12 @@ class RoPE(Position):
         width = round(d_head * fraction)
         if width % 2 or not 0 < width <= d_head:
             raise ValueError(
-                f"pos=rope turns pairs of channels: fraction={fraction:g} of d_head={d_head} must be even and more than 0"
+                f"pos=rope turns pairs of channels: fraction={fraction:g} of d_head={d_head} must be even and more than 0; "
+                "with attn=mla it is of attn.d_rotated"
             )
         check_positive("theta", theta)
         self.width, self.theta, self.interleaved, self.scaling = width, theta, interleaved, scaling
-        self.frequencies(torch.device("cpu"))  # raises for a scaling that has none
+        self.frequencies(torch.device("cpu"))  # raises for settings of the scaling that are out of range
 
     def frequencies(self, device: torch.device) -> tuple[Float[Tensor, " F"], float]:
         """Of each pair, and the factor on turned queries and keys."""

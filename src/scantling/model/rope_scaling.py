@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scantling.model.checks import check_positive
+from scantling.model.checks import check_positive, check_whole
 
 FrequencyScaling = Callable[[Tensor, float], tuple[Tensor, float]]
 
@@ -61,6 +61,10 @@ def yarn(
     """
     for name, value in {"factor": factor, "beta_fast": beta_fast, "beta_slow": beta_slow}.items():
         check_positive(name, value)
+    check_whole("original_seq_len", original_seq_len)
+    check_positive("attention_factor", attention_factor, or_null=True)
+    if theta <= 1:
+        raise ValueError(f"theta={theta} gives no channel a longer wave than another: YaRN needs more than 1")
     width = 2 * len(frequencies_F)
 
     def channel(turns: float) -> float:
@@ -92,9 +96,10 @@ def llama3(
     blended linearly in their number of turns. arXiv:2407.21783, §3.4.2, and Meta's reference code.
     """
     check_positive("factor", factor)
-    if not low_frequency_factor < high_frequency_factor:
+    check_whole("original_seq_len", original_seq_len)
+    if low_frequency_factor > high_frequency_factor:
         raise ValueError(
-            f"low_frequency_factor={low_frequency_factor:g} must be below high_frequency_factor={high_frequency_factor:g}"
+            f"low_frequency_factor={low_frequency_factor} is above high_frequency_factor={high_frequency_factor}"
         )
     turns = original_seq_len * frequencies_F / (2 * math.pi)
     kept = (turns - low_frequency_factor) / (high_frequency_factor - low_frequency_factor)

@@ -136,10 +136,13 @@ def not_drawn(gains: Sequence[dict[str, Any]]) -> str:
     return f" Not drawn: {', '.join(texts)}{more}." if texts else ""
 
 
-def lengths_chart(records: Sequence[dict[str, Any]], colours: Mapping[str, int]) -> Chart:
-    """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of training."""
+def lengths_chart(
+    records: Sequence[dict[str, Any]], arms: Mapping[str, str], colours: Mapping[str, int]
+) -> Chart:
+    """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of training. `arms`:
+    of the study's runs, by their directory's name."""
     frame = pd.DataFrame(records)
-    frame["arm"] = [arm_of(name) for name in frame["run"]]
+    frame["arm"] = [arms.get(record["directory"], arm_of(record["run"])) for record in records]
     colours = with_others(colours, frame["arm"])
     slides = bool(frame["sliding"].any())
     found = []

@@ -37,14 +37,16 @@ def curves_chart(
     metric: str,
     by_size: bool = False,
     colours: Mapping[str, int] = MappingProxyType({}),
+    baseline: str | None = None,
 ) -> Chart | None:
     """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean over seeds
-    with a band of ± two standard errors, and the runs themselves where they are few.
+    with a band of ± two standard errors, and the runs themselves where they are few. Runs that are not finished are no
+    part of a mean with others that are.
 
-    `metric`: the one shown first. `by_size`: colours by parameters, from small to large; else `colours`, by arm. None where
-    nothing was recorded.
+    `metric`: the one shown first. `by_size`: colours by parameters, from small to large; else `colours`, by arm. `baseline`:
+    an arm that is shown however many there are. None where nothing was recorded.
     """
-    if not len(curves) or not set(VALIDATED) <= set(curves):
+    if not len(curves) or not {*VALIDATED, TRAINED} & set(curves):
         return None
     of_run = dict(list(curves.groupby("run", sort=False)))
     keys = dict.fromkeys(zip(runs["arm"], runs["scale"], strict=True))
@@ -52,10 +54,11 @@ def curves_chart(
     groups = [group for group in groups if any(name in of_run for name in group[2]["run"])]
     note = "Bands: ± two standard errors over seeds. " if len(runs) > len(groups) else ""
     if len(groups) > MOST_ARMS:
-        note += f"The {MOST_ARMS} of {len(groups)} arms with the lowest losses are shown. "
-        groups = sorted(groups, key=lambda g: float(np.nan_to_num(g[2]["loss"].mean(), nan=np.inf)))[
-            :MOST_ARMS
-        ]
+        groups.sort(key=lambda g: float(np.nan_to_num(g[2]["loss"].mean(), nan=np.inf)))
+        groups.sort(key=lambda g: g[0] != baseline)
+        note += f"{MOST_ARMS} of {len(groups)} curves are shown, those with the lowest losses"
+        note += ". " if baseline is None else f" and those of {baseline}. "
+        del groups[MOST_ARMS:]
     if by_size:
         groups.sort(key=lambda g: float(np.nan_to_num(g[2]["params"].mean())))
     n_lines = sum(len(group) for *_, group in groups)
@@ -71,9 +74,11 @@ def curves_chart(
         else:
             colour = colours[arm]
         label = arm if set(scale.split()) <= set(arm.split()) else f"{arm}, {scale}"
-        tables = [of_run[name] for name in group["run"] if name in of_run]
+        finished = rows(group, status="finished")
+        averaged = finished if len(finished) else group
+        tables = [of_run[name] for name in averaged["run"] if name in of_run]
         found += mean_curve(tables, arm, label, colour, points)
-        if each and len(tables) > 1:
+        if each and len(group) > 1:
             for name, seed in zip(group["run"], group["seed"], strict=True):
                 if name in of_run:
                     found += mean_curve(
@@ -86,8 +91,9 @@ def curves_chart(
         "val/loss": Axis("val/loss", "nats per token", range=focus(found, "val/loss")),
         TRAINED: Axis(TRAINED, "training, nats per token", range=focus(found, TRAINED)),
     }
-    first = f"val/{metric}"
-    shown = (axes.pop(first), *axes.values())
+    axes = {key: axis for key, axis in axes.items() if any(key in series.values for series in found)}
+    first = [axis for key, axis in axes.items() if key == f"val/{metric}"]
+    shown = (*first, *(axis for axis in axes.values() if axis not in first))
     note += "Drag to look closer, double-click for all"
     note += "; click a name to hide it, double-click to see it alone." if len(groups) > 1 else "."
     x = tuple(replace(axis, log=by_size) for axis in X)

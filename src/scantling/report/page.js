@@ -31,6 +31,14 @@ function element(tag, parent, properties = {}) {
   return parent.appendChild(Object.assign(document.createElement(tag), properties));
 }
 
+function image(format, icon) { // a button that saves a chart as a file of this format
+  const title = `Save as ${format.toUpperCase()}`;
+  return { name: title, title, icon: Plotly.Icons[icon], click: (plot) => {
+    const filename = plot.closest(".chart").querySelector("h3").textContent;
+    Plotly.downloadImage(plot, { format, filename, width: plot.clientWidth, height: plot.clientHeight, scale: format === "png" ? 2 : 1 });
+  } };
+}
+
 class Chart {
   constructor(card) {
     this.spec = JSON.parse(card.querySelector("script").textContent);
@@ -161,7 +169,7 @@ class Chart {
       hoverlabel: { align: "left", bgcolor: css("--card"), bordercolor: line, font: { color: css("--ink") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--muted"), activecolor: css("--accent") },
       xaxis: layoutOf("x"), yaxis: layoutOf("y"), uirevision: JSON.stringify([this.state.x, this.state.y]), // a closer look outlives the next frame
-    }, { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", modeBarButtons: [["toImage", "autoScale2d"]] });
+    }, { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", modeBarButtons: [[image("png", "camera"), image("svg", "disk"), "autoScale2d"]] });
   }
 }
 

@@ -11,6 +11,8 @@ import pandas as pd
 
 from scantling.report.curve_charts import curves_chart, others_chart, with_others
 from scantling.report.records import (
+    COMPARED,
+    SAMPLES,
     differing_settings,
     failures,
     last_samples,
@@ -25,7 +27,7 @@ from scantling.report.records import (
 from scantling.report.spec import Axis, Chart, Code, Report, Section, Series, Table
 from scantling.report.view_charts import Views, view_section
 from scantling.study.arms import rows
-from scantling.study.store import load_tuning
+from scantling.study.store import rates_tried
 
 FOLDED = 20
 """Rows above which a table of runs is shown when asked for."""
@@ -144,24 +146,28 @@ def tuning(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
     """What `tune=lr` tried."""
     if recorded.study is None or all(pd.isna(note) for note in recorded.runs["tuned"].tolist()):
         return []
-    tried = load_tuning(recorded.study)
+    tried = rates_tried(recorded.runs)
     colours = with_others(colours, tried["arm"])
     found = []
-    for arm in dict.fromkeys(tried["arm"]):
-        of_arm, chosen = rows(tried, arm=arm), rows(tried, arm=arm, chosen=True)
-        values = {"lr": of_arm["lr"].tolist(), "bpb": of_arm["bpb"].tolist()}
-        found.append(Series(str(arm), values, colour=colours[arm]))
-        ring = {"lr": chosen["lr"].tolist(), "bpb": chosen["bpb"].tolist()}
-        found.append(Series(str(arm), ring, style="rings", colour=colours[arm], hover=f"{arm}: chosen"))
+    for arm, scale in dict.fromkeys(zip(tried["arm"], tried["scale"], strict=True)):
+        here = rows(tried, arm=arm, scale=scale)
+        name, colour = ", ".join(filter(None, (str(arm), str(scale)))), colours[arm]
+        rings = rows(here, chosen=True)
+        found.append(Series(str(arm), tried_of(here), colour=colour, hover=name))
+        found.append(Series(str(arm), tried_of(rings), style="rings", colour=colour, hover=f"{name}: chosen"))
     chart = Chart(
         "Learning rates tried",
         tuple(found),
         (Axis("lr", "learning rate", log=True),),
         (Axis("bpb", "bits per byte"),),
-        note="In shorter runs of a seed of their own; rings: what the comparison uses.",
+        note="In runs of a seed of their own; rings: what the comparison uses.",
         height=320,
     )
     return [Section("Learning rates", (chart,))]
+
+
+def tried_of(rates: pd.DataFrame) -> dict[str, list[float]]:
+    return {key: rates[key].tolist() for key in ("lr", "bpb")}
 
 
 def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
@@ -172,9 +178,12 @@ def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
     n = len(recorded.runs)
     title = f"All {n} runs" if n <= LISTED else f"The first {LISTED} of {n} runs"
     shown = Table(title, table, folded=n > FOLDED)
+    m = len(examples)
+    between = "Between arms" if m <= COMPARED else f"Between the first {COMPARED} of {m} arms"
+    side_by_side = "Samples side by side" + ("" if m <= SAMPLES else f", of the first {SAMPLES} of {m} arms")
     return [
-        *([Section("Settings that differ", (Table("Between arms", settings),))] if len(settings) else []),
-        *([Section("Samples side by side", (samples,))] if samples else []),
+        *([Section("Settings that differ", (Table(between, settings),))] if len(settings) else []),
+        *([Section(side_by_side, (samples,))] if samples else []),
         Section("Runs", (shown,)),
         provenance_of(recorded),
     ]

@@ -104,7 +104,7 @@ def block_of(block: Block, entity: str, project: str, group: str, by: Sequence[s
     if isinstance(block, Code):
         return [wr.CodeBlock(code=block.text, language="markdown")]
     if isinstance(block, Table):
-        return [wr.MarkdownBlock(text="\n".join(lines))] if (lines := in_markdown(block)) else []
+        return [wr.MarkdownBlock(text="\n".join(lines))] if (lines := in_markdown(block, links=False)) else []
     if isinstance(block, Samples):
         return [
             part

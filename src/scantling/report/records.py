@@ -169,7 +169,8 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
     }
     table += [{"": title, "value": value} for title, value in extra.items() if value]
     flops, seconds = (float(np.nansum(runs[name].to_numpy(dtype=float))) for name in ("flops", "seconds"))
-    table.append({"": "cost", "value": f"{flops:.3g} FLOPs, {hours(seconds)} of training"})
+    tuned = "" if all(pd.isna(note) for note in runs["tuned"].tolist()) else ", the tries of tune=lr apart"
+    table.append({"": "cost", "value": f"{flops:.3g} FLOPs, {hours(seconds)} of training{tuned}"})
     return pd.DataFrame(table)
 
 

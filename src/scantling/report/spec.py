@@ -3,8 +3,10 @@ Markdown with its figures, and as CSV."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +17,9 @@ from scantling.run_directory import replace_text
 
 MARKDOWN_ROWS = 60
 """Longer tables stand in the page and in CSV alone."""
+
+TABLES = "tables"
+"""Where every table of the page stands as CSV."""
 
 Values = Sequence[float] | Sequence[str]
 Style = Literal["line", "dashed", "thin", "points", "rings", "words"]
@@ -171,7 +176,7 @@ class Report:
 PAGE = "report.html"
 
 BESIDE = (
-    *("arms.csv", "arms.png", "arms.svg", "gains.png", "gains.svg"),
+    *("arms.csv", "arms.png", "arms.svg", "gains.csv", "gains.png", "gains.svg"),
     *("parameters.csv", "optimum.csv", "fit.png", "fit.svg", "grid.png", "grid.svg"),
 )
 """Files that some reports have beside the page and others have not."""
@@ -184,6 +189,8 @@ def write(report: Report, directory: Path, *, page: str) -> list[Path]:
     if written[0].exists():
         for name in BESIDE:
             (directory / name).unlink(missing_ok=True)
+        for path in (directory / TABLES).glob("*.csv"):
+            path.unlink()
     replace_text(written[0], page)
     written[1].write_text(markdown(report))
     for name, frame in report.data.items():
@@ -194,7 +201,18 @@ def write(report: Report, directory: Path, *, page: str) -> list[Path]:
             block.draw(directory / block.name)
             written += [directory / block.name, (directory / block.name).with_suffix(".svg")]
     assert {path.name for path in written[2:]} <= {*BESIDE}, "a later report would leave them"
+    if tables := [block for block in blocks(report) if isinstance(block, Table)]:
+        (directory / TABLES).mkdir(exist_ok=True)
+        for table in tables:
+            cells = table.frame.map(lambda cell: cell.text if isinstance(cell, Link) else cell)
+            cells.to_csv(directory / TABLES / f"{slug(table.title)}.csv", index=False)
+        written.append(directory / TABLES)
     return written
+
+
+def slug(title: str) -> str:
+    """As the name of a file: `Arms against gelu, 95% intervals` is `arms-against-gelu-95-intervals`."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def blocks(report: Report) -> list[Block]:
@@ -211,7 +229,8 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def in_markdown(block: Block) -> list[str]:
+def in_markdown(block: Block, *, links: bool = True) -> list[str]:
+    """Without `links`, which lead to files beside the report, the words of each."""
     if isinstance(block, Text):
         return [block.text, ""]
     if isinstance(block, Code):
@@ -220,13 +239,17 @@ def in_markdown(block: Block) -> list[str]:
         return [f"![{block.title}]({block.name})", ""]
     if isinstance(block, Table) and len(block.frame) <= MARKDOWN_ROWS:
         head = [f"### {block.title}", "", "| " + " | ".join(block.frame) + " |"]
-        rows = ["| " + " | ".join(map(in_cell, row)) + " |" for row in block.frame.itertuples(index=False)]
+        cell = partial(in_cell, links=links)
+        rows = ["| " + " | ".join(map(cell, row)) + " |" for row in block.frame.itertuples(index=False)]
         return [*head, "|" + "---|" * len(block.frame.columns), *rows, ""]
     return []
 
 
-def in_cell(value: object) -> str:
-    text = f"[{value.text}]({value.target})" if isinstance(value, Link) else figures_of(value)
+def in_cell(value: object, *, links: bool) -> str:
+    if isinstance(value, Link):
+        text = f"[{value.text}]({value.target})" if links else value.text
+    else:
+        text = figures_of(value)
     return " ".join(text.split()).replace("|", "\\|")
 
 

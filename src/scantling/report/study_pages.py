@@ -53,7 +53,7 @@ def arms_page(found: AblationReport, study: StudyRuns, recorded: Recorded) -> Re
         compared.append(Figure("What each arm is worth in compute", "gains.png", draw))
     largest = runs.iloc[np.flatnonzero(runs["scale"] == found.largest)]
     sections = [
-        *training(recorded.runs, recorded.curves, found.metric, colours=colours),
+        *training(recorded.runs, recorded.curves, found.metric, colours=colours, baseline=found.baseline),
         Section("Arms compared", tuple(compared)),
         *tuning(recorded, colours),
         *lengths(recorded, colours),
@@ -68,7 +68,7 @@ def arms_page(found: AblationReport, study: StudyRuns, recorded: Recorded) -> Re
         answer=ablation_report.answer(found),
         cautions=tuple(cautions),
         sections=tuple(sections),
-        data={"arms.csv": found.arms},
+        data={"arms.csv": found.arms} | ({} if gains is None else {"gains.csv": gains.drop(columns=[""])}),
     )
 
 
@@ -122,6 +122,7 @@ def lengths(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
     """Of what `evaluate.py lengths=[…] to=DIR` left beside the page or in the study."""
     for place in (recorded.directory, recorded.study):
         if place is not None and (place / LENGTHS[0]).exists():
-            chart = lengths_chart(json.loads((place / LENGTHS[0]).read_text()), colours)
+            arms = dict(zip(recorded.runs["run"], recorded.runs["arm"], strict=True))
+            chart = lengths_chart(json.loads((place / LENGTHS[0]).read_text()), arms, colours)
             return [Section("Beyond the length of training", (chart,))]
     return []

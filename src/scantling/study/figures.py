@@ -272,6 +272,7 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mappi
     rows whose gain is not known are left out."""
     known = gains.iloc[np.flatnonzero(np.isfinite(gains["gain"]))]
     arms = list(dict.fromkeys(known["arm"]))[:MOST_ARMS]
+    known = known.iloc[np.flatnonzero(known["arm"].isin(arms))]
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     inside = known[["gain", "low", "high"]].to_numpy(dtype=float)
     inside = inside[np.isfinite(inside) & (inside > 0)]

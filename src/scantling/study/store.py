@@ -82,17 +82,21 @@ def load_tuning(study: Path | str) -> pd.DataFrame:
 
     `edge`: of the chosen, whether it is the lowest or highest tried, so that a better one may lie beyond.
     """
-    runs = load_runs(study)
+    return rates_tried(load_runs(study))
+
+
+def rates_tried(runs: pd.DataFrame) -> pd.DataFrame:
+    """`load_tuning` of runs at hand, with their `scale` where they have one."""
     rows: list[dict[str, Any]] = []
-    noted = runs.dropna(subset="tuned").drop_duplicates(["arm", "tuned"]) if len(runs) else runs
+    of_run = [name for name in ("arm", "scale") if name in runs]
+    noted = runs.dropna(subset="tuned").drop_duplicates([*of_run, "tuned"]) if len(runs) else runs
     for _, run in noted.iterrows():
         note = json.loads(str(run["tuned"]))
         for lr, bpb in zip(note["lr"], note["bpb"], strict=True):
             chosen = lr == run["lr"]
-            rows.append(
-                {"arm": run["arm"], "lr": lr, "bpb": bpb, "chosen": chosen, "edge": chosen and note["edge"]}
-            )
-    return pd.DataFrame(rows, columns=["arm", "lr", "bpb", "chosen", "edge"])
+            tried = {"lr": lr, "bpb": bpb, "chosen": chosen, "edge": chosen and note["edge"]}
+            rows.append({name: run[name] for name in of_run} | tried)
+    return pd.DataFrame(rows, columns=[*of_run, "lr", "bpb", "chosen", "edge"])
 
 
 # --- a run's rows ---

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_update
 
-from scantling.model.checks import check_not_negative, check_positive
+from scantling.model.checks import check_below_one, check_not_negative, check_positive
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -22,6 +22,11 @@ def decay_groups(named: NamedParameters, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def check_betas(betas: Iterable[float]) -> None:
+    for i, beta in enumerate(betas):
+        check_below_one(f"optim.betas[{i}]", beta)
 
 
 def follow_width(optimizer: torch.optim.Optimizer, factors: Mapping[torch.nn.Parameter, float]) -> None:
@@ -49,6 +54,7 @@ def adamw(
     named: NamedParameters, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; torch's fused kernel."""
+    check_not_negative("lr", lr)
     return torch.optim.AdamW(decay_groups(named, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
@@ -56,6 +62,8 @@ def sgd(
     named: NamedParameters, *, lr: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum, Sutskever et al. 2013."""
+    check_not_negative("optim.lr", lr)
+    check_below_one("optim.momentum", momentum)
     groups = decay_groups(named, weight_decay)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
 
@@ -66,6 +74,7 @@ def lion(
     """Lion at `lr_ratio` times the learning rate that AdamW would have."""
     check_not_negative("lr", lr)
     check_positive("optim.lr_ratio", lr_ratio)
+    check_betas(betas)
     return Lion(decay_groups(named, weight_decay), lr=lr * lr_ratio, betas=betas)
 
 
@@ -101,8 +110,8 @@ def muon(
 ) -> torch.optim.Optimizer:
     """Muon for the matrices inside the blocks, AdamW for embeddings, head, norms and biases."""
     check_not_negative("lr", lr)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"optim.momentum={momentum} must be 0 or more, below 1")
+    check_betas(betas)
+    check_below_one("optim.momentum", momentum)
     check_not_negative("optim.eps", eps)
     hidden, rest = [], []
     for name, p in named:

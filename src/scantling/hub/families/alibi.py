@@ -69,7 +69,7 @@ class AttnConfig(Field):
         Only("attn_uses_sequence_id", False),
     )
     read = (
-        Same("clip_qkv", "attn.clip_qkv", absent=None, nullable=True),
+        Same("clip_qkv", "attn.clip_qkv", absent=None, nullable=True, read=lambda bound: bound or None),
         Same("softmax_scale", "attn.scale", absent=None, nullable=True),
     )
 
