@@ -40,7 +40,7 @@ SHORTER = {
     r"^make test$": "make test ARGS_TEST=tests/test_architecture.py",
     r"^(python src/train\.py (?!.*(budget\.steps=|sweeps=smoke|dry_run=)).*)$": r"\1 dry_run=true",
     r"^(python src/report\.py .*)$": r"\1 resamples=200",
-    r"^(.* watch=true.*)$": r"timeout --preserve-status --signal=INT 20 \1",
+    r"^(.* watch=true.*)$": r"timeout --foreground --preserve-status --signal=INT 20 \1",
 }
 """What would take long: built, planned and checked, not trained; or less of it."""
 

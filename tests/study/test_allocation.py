@@ -106,6 +106,7 @@ def test_the_gate_passes_a_law_and_fails_one_that_bends():
     holds = held_out_gate(n, d, loss, **gate)
     assert holds.passed
     assert (holds.n_fitted, holds.n_held_out) == (27, 9)
+    assert holds.cutoff in c
     assert holds.error < 1e-4
     bent = np.where(c > 5e20, loss * 1.05, loss)
     fails = held_out_gate(n, d, bent, **gate)

@@ -160,7 +160,7 @@ class Chart {
       const a = this.axis(which), state = this.state[which], log = state.log[state.at] && !a.words;
       const range = a.range && (log ? (a.range[0] > 0 ? a.range.map(Math.log10) : null) : a.range);
       return { title: { text: a.words ? "" : narrow ? a.short : a.title, standoff: 8 }, type: a.words ? "category" : log ? "log" : "linear", gridcolor: line,
-        zerolinecolor: css("--muted"), linecolor: line, automargin: true, tickformat: a.words ? "" : a.si ? "~s" : ".4~g", ...(narrow && which === "x" ? { nticks: 5 } : {}),
+        zerolinecolor: css("--muted"), linecolor: line, automargin: true, tickformat: a.words ? "" : a.si ? "~s" : ".4~g", ...(which === "x" && (log || narrow) ? { nticks: log ? 4 : 5 } : {}) /* of a decade 1, 2, 5: all nine overlap */,
         ...(a.words ? { autorange: "reversed", ...(a.order.length ? { categoryorder: "array", categoryarray: a.order } : {}), tickfont: { size: narrow ? 10 : 12 } } : range ? { range } : {}) };
     };
     Plotly.react(this.plot, this.traces(), {

@@ -124,7 +124,7 @@ def convention_table(
 
 @dataclass(frozen=True)
 class Gate:
-    """A fit of the runs below `cutoff` FLOPs put to the test on those above.
+    """A fit of the runs up to `cutoff` FLOPs, put to the test on those above.
 
     `held_out`: a row each of these, with C, loss, predicted and, where an interval was computed, low and high.
     `error`: mean of |predicted/observed − 1| over the held-out runs; `bias`: the mean with its sign; `inside`: the share of
@@ -173,14 +173,12 @@ def held_out_gate(
     Raises ValueError where the rest is too small to fit or nothing is larger.
     """
     n, d, losses, flops = (np.asarray(x, dtype=float) for x in (N, D, loss, compute))
-    cutoff = float(np.quantile(flops, 1 - share))
-    above = larger(flops, cutoff)
+    above = larger(flops, np.quantile(flops, 1 - share))
     if not above.any():  # the largest budget has more than this share
         smaller = flops[larger(flops.max(), flops)]
         if not len(smaller):
-            raise ValueError(f"no run has more than {cutoff:.3g} FLOPs: nothing larger is left to predict")
-        cutoff = float(smaller.max())
-        above = larger(flops, cutoff)
+            raise ValueError(f"no run has more than {flops.max():.3g} FLOPs: nothing larger is left to predict")
+        above = larger(flops, smaller.max())
     names = None if runs is None else np.asarray(runs)[~above]
     inner = refit_hoffmann(n[~above], d[~above], losses[~above], runs=names, seed=seed, **settings)
     sizes, observed = {"N": n[above], "D": d[above]}, losses[above]
@@ -193,7 +191,7 @@ def held_out_gate(
         inside = float(((low <= observed) & (observed <= high)).mean())
         held_out = held_out.assign(low=low, high=high)
     return Gate(
-        cutoff=cutoff,
+        cutoff=float(flops[~above].max()),
         n_fitted=int((~above).sum()),
         n_held_out=int(above.sum()),
         error=float(np.abs(relative).mean()),

@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFor
 
 from scantling.study.allocation import floor_is_near, hoffmann_loss, optimum_table
 from scantling.study.arms import MOST_ARMS, rows
-from scantling.study.budgets import drawn_budgets, larger, repeated
+from scantling.study.budgets import drawn_budgets, repeated
 from scantling.study.huber import Array
 from scantling.study.isoflop import valleys
 from scantling.study.scaling import Fit
@@ -106,7 +106,7 @@ def draw_law(
     left.axhline(0, color="0.6", lw=1)
     left.scatter(compute, residual, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
     if cutoff is not None:
-        beyond = larger(compute, cutoff)
+        beyond = compute > cutoff
         for axes, y in ((law, fit.loss), (left, residual)):
             axes.scatter(
                 compute[beyond],
