@@ -177,7 +177,9 @@ def held_out_gate(
     if not above.any():  # the largest budget has more than this share
         smaller = flops[larger(flops.max(), flops)]
         if not len(smaller):
-            raise ValueError(f"no run has more than {flops.max():.3g} FLOPs: nothing larger is left to predict")
+            raise ValueError(
+                f"no run has more than {flops.max():.3g} FLOPs: nothing larger is left to predict"
+            )
         above = larger(flops, smaller.max())
     names = None if runs is None else np.asarray(runs)[~above]
     inner = refit_hoffmann(n[~above], d[~above], losses[~above], runs=names, seed=seed, **settings)
