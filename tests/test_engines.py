@@ -197,7 +197,7 @@ def test_a_repeated_run_has_one_directory(shop):
             "batch_size 16 is no multiple of micro_batch_size 5 x 3 ranks = 15",
         ),
         (("trainer=ddp", "trainer.devices=0"), "trainer.devices=0: use auto or a positive number"),
-        (("trainer=ddp", "trainer.nodes=0"), "trainer.nodes=0 must be positive"),
+        (("trainer=ddp", "trainer.nodes=0"), "trainer.nodes=0 must be a whole number, at least 1"),
         (("trainer=zero2", "trainer.devices=2", "optim=muon"), "optim=muon works on whole matrices"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ SWEEP = (
     "hydra.launcher.poll_seconds=0.3",
     "hydra.launcher.timeout_min=10",
 )
+SBATCH = shutil.which("sbatch", path=one_machine.search_path())
 TWO_TASKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "logger=wandb")
 
 pytestmark = [
@@ -76,24 +78,40 @@ def wandb_runs(path: Path) -> set[str]:
     return {p.name.split("-", 3)[3] for p in path.glob("default/wandb/offline-run-*")}
 
 
-def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, slurm):
+def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, slurm, tmp_path):
+    """Ctrl-C comes to the first launcher while sbatch has taken the jobs and not yet said their numbers, to the second while
+    it watches; the third sees them end."""
     runs = shop.path / "sweep"
     held = "+hydra.launcher.additional_parameters.hold=true"
     arguments = (*SWEEP, "seed=0,1,2", "budget.steps=2", held)
-    first = shop.start(*arguments, runs="sweep", environment=slurm)
-    waiting = wait_for(lambda: list(numbers) if len(numbers := queue(slurm)) == 3 else None, first)
-    first.send_signal(signal.SIGINT)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nsaid=$({SBATCH} "$@")\nkill -INT $PPID\nsleep 1\necho "$said"\n')
+    sbatch.chmod(0o755)
+    interrupting = slurm | {"PATH": f"{tmp_path}:{slurm['PATH']}"}
+    first = shop.start(*arguments, runs="sweep", environment=interrupting)
     out, err = first.communicate(timeout=300)
     assert first.returncode == 130, out + err
+    waiting = list(queue(slurm))
+    assert len(waiting) == 3
+    assert {*waiting} <= {*out.partition("scancel")[2].split()}
+
+    def watching():
+        launcher = shop.start(*arguments, runs="sweep", environment=slurm)
+        wait_for(lambda: launcher.said().count("queued: SLURM's job") == len(waiting), launcher)
+        return launcher
+
+    second = watching()
+    second.send_signal(signal.SIGINT)
+    out, err = second.communicate(timeout=300)
+    assert second.returncode == 130, out + err
     assert "the jobs stay with SLURM" in out
 
-    second = shop.start(*arguments, runs="sweep", environment=slurm)
-    wait_for(lambda: second.said().count("queued: SLURM's job") == len(waiting), second)
+    third = watching()
     cancelled, *others = waiting
     subprocess.run(["scancel", cancelled], env=slurm, check=True)
     subprocess.run(["scontrol", "release", *others], env=slurm, check=True)
-    out, err = second.communicate(timeout=300)
-    assert second.returncode == 1, out + err
+    out, err = third.communicate(timeout=300)
+    assert third.returncode == 1, out + err
     assert err.strip() == "error: 1 of 3 jobs failed"
     of = {json.loads((run.path / "slurm.json").read_text())["job"]: run for run in runs_of(runs)}
     assert [of[number].is_finished for number in waiting] == [False, True, True]

@@ -142,7 +142,14 @@ def test_two_launchers_share_a_sweep_and_one_inherits(command, tmp_path):
     one, two = context.Process(target=worker), context.Process(target=worker)
     one.start()
     two.start()
-    while sum(1 for _ in tmp_path.glob("runs/default/*/metrics.jsonl")) < 2:
+    while (
+        sum(
+            not (path.parent / "summary.json").exists()
+            for path in tmp_path.glob("runs/default/*/metrics.jsonl")
+        )
+        < 2
+    ):
+        assert two.is_alive()
         time.sleep(0.002)
     one.kill()
     one.join()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,19 @@ GO_ON = ["code=$?", '[ $code -eq 130 ] && scontrol requeue "$SLURM_JOB_ID"', "ex
 
 LEASE_SECONDS = 60
 """Within which a job is handed in."""
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end: of a job that SLURM has taken the number must be noted, or it would be handed in again."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda which, _: asked.append(which))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if asked:
+            raise KeyboardInterrupt
 
 
 class Queue:
@@ -94,10 +108,11 @@ class Queue:
                     leases[job.number] = lease
                     kinds.setdefault(json.dumps(self.settings(job), sort_keys=True), []).append(job)
             for alike in kinds.values():
-                for job, number in zip(alike, self.submit(alike), strict=True):
-                    self.numbers[job.number] = number
-                    replace_text(note_of(job), json.dumps({"job": number}) + "\n")
-                    self.change(job, "queued", f"SLURM's job {number}")
+                with uninterrupted():
+                    for job, number in zip(alike, self.submit(alike), strict=True):
+                        self.numbers[job.number] = number
+                        replace_text(note_of(job), json.dumps({"job": number}) + "\n")
+                        self.change(job, "queued", f"SLURM's job {number}")
         finally:
             for lease in leases.values():
                 lease.release()
