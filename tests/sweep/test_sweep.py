@@ -29,6 +29,11 @@ def results(path) -> dict[str, dict]:
     }
 
 
+def under_way(study: Path) -> int:
+    """Runs that have taken a step and not their last."""
+    return sum(not path.with_name("summary.json").exists() for path in study.glob("*/metrics.jsonl"))
+
+
 def starts(directory: RunDirectory) -> int:
     return (directory.path / "log.txt").read_text().count("directory   ")
 
@@ -142,13 +147,7 @@ def test_two_launchers_share_a_sweep_and_one_inherits(command, tmp_path):
     one, two = context.Process(target=worker), context.Process(target=worker)
     one.start()
     two.start()
-    while (
-        sum(
-            not (path.parent / "summary.json").exists()
-            for path in tmp_path.glob("runs/default/*/metrics.jsonl")
-        )
-        < 2
-    ):
+    while under_way(tmp_path / "runs" / "default") < 2:
         assert two.is_alive()
         time.sleep(0.002)
     one.kill()
