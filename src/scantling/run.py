@@ -7,6 +7,7 @@ import errno
 import gc
 import logging
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader
 from scantling import __version__
 from scantling.assembly import Run, assemble, description, training_batches, what_would_fit
 from scantling.command_line import mistakes
-from scantling.composition import build_decoder, choices, plain
+from scantling.composition import PARTS, build_decoder, choices, plain
 from scantling.continuation import continuation
 from scantling.data.loading import validation_batches
 from scantling.identity import already_finished, located
@@ -172,7 +173,8 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
     name, study = run.directory.name, str(run.directory.path.parent)
     if not config._target_.endswith(".Wandb"):
         return [instantiate(config)(save_dir=study, name=name)]
-    logger: Wandb = instantiate(config)(save_dir=study, name=name, group=run.config.study)
+    tags = [*config.tags, *tags_of_arm(run.config.arm)]
+    logger: Wandb = instantiate(config)(save_dir=study, name=name, group=run.config.study, tags=tags)
     resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
     console.print(
         logger.start(
@@ -182,6 +184,14 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
     if taken_up:
         logger.catch_up(run.directory.metrics(), read_rows(run.directory.samples))
     return [logger]
+
+
+def tags_of_arm(arm: str | None) -> list[str]:
+    """Its name; of one without a name the parts that were typed for it, as `attn=gqa`."""
+    if arm is not None:
+        return [arm]
+    typed = HydraConfig.get().overrides.task
+    return [text for text in typed if re.split(r"[/.=]", text)[0] in PARTS]
 
 
 @rank_zero_only

@@ -14,8 +14,10 @@ import wandb
 from shop import TRAIN
 from warm import Command
 
+from scantling.run import tags_of_arm
 from scantling.run_directory import RunDirectory
 from scantling.training import loggers
+from scantling.wandb_file import records
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def only_run(directory: Path) -> RunDirectory:
 
 @pytest.mark.slow
 def test_offline_run_equals_the_record(tmp_path, offline):
-    process = Command(train(tmp_path), tmp_path)
+    process = Command(train(tmp_path, "attn=gqa", "attn.n_kv_heads=2", "logger.tags=[mine]"), tmp_path)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "W&B offline (no API key" in out
@@ -67,6 +69,10 @@ def test_offline_run_equals_the_record(tmp_path, offline):
         for key, value in row.items():
             assert mirrored[row["step"]][key] == pytest.approx(value), key
         assert mirrored[row["step"]]["trainer/global_step"] == row["step"]
+    (log,) = tmp_path.glob("runs/default/wandb/offline-run-*/run-*.wandb")
+    opened = next(record["run"] for record in records(log) if record["type"] == "run")
+    assert opened["tags"] == ["mine", "attn=gqa", "attn.n_kv_heads=2"]
+    assert tags_of_arm("gelu") == ["gelu"]
 
 
 @pytest.mark.slow

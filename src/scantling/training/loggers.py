@@ -22,7 +22,7 @@ class Wandb(WandbLogger):
     makes the segments join: together they hold every step once.
     """
 
-    def __init__(self, *, project: str, tags: list[str | None], save_dir: str, name: str, group: str):
+    def __init__(self, *, project: str, tags: list[str], save_dir: str, name: str, group: str):
         import wandb  # here and below: a run without it need not wait for it
 
         self.mode, self.reason = mode_and_reason()
@@ -32,7 +32,7 @@ class Wandb(WandbLogger):
         """Whether W&B's own process has gone. A scheduler's SIGTERM ends it too, while the run writes its checkpoint."""
         super().__init__(
             project=project,
-            tags=[tag for tag in tags if tag],
+            tags=tags,
             save_dir=save_dir,
             name=name,
             id=name,
