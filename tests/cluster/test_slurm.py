@@ -30,7 +30,7 @@ TWO_TASKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "log
 
 pytestmark = [
     pytest.mark.multiprocess,
-    pytest.mark.skipif(reason := one_machine.reason_not_to(), reason=str(reason)),
+    pytest.mark.skipif(bool(reason := one_machine.reason_not_to()), reason=str(reason)),
 ]
 
 
