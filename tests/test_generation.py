@@ -1,5 +1,6 @@
 """Generation against the same decoder without a cache, and `transformers`."""
 
+import copy
 import itertools
 import math
 from functools import partial
@@ -145,14 +146,35 @@ def test_the_layout_for_decoding_changes_memory_alone(nano, embed):
         laid_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
     )
     if ONEDNN:
-        assert laid_out.blocks[0].ffn.up.weight.is_mkldnn
+        assert laid_out.blocks[0].ffn.gate_up.weight.is_mkldnn
         assert (laid_out.embed.output if embed == "untied" else laid_out.head.packed_output).is_mkldnn
     else:
-        assert laid_out.blocks[0].ffn.up.weight.stride() == (1, 88)
-    for (name, p), (other, q) in zip(plain.named_parameters(), laid_out.named_parameters(), strict=True):
-        assert name == other
-        assert torch.equal(p, q.to_dense())
+        assert laid_out.blocks[0].ffn.gate_up.weight.stride() == (1, 2 * 88)
+    expected = dict(plain.named_parameters())
+    for name, p in laid_out.named_parameters():
+        parts = [expected.pop(name.replace("gate_up", part), None) for part in ("gate", "up")]
+        assert torch.equal(torch.cat(parts) if "gate_up" in name else parts[0], p.to_dense())
+    assert not expected
     assert generated(laid_out, 30, **GREEDY) == generated(plain, 30, **GREEDY)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "overrides",
+    [("ffn=geglu",), ("ffn=reglu", "ffn.bias=true"), ("ffn=moe", "ffn.n_shared=1")],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("rows", [1, FEW])
+def test_joined_gates_are_the_same_function(nano, overrides, rows):
+    decoder = nano(*overrides, gain=8)
+    for p in decoder.parameters():
+        if p.ndim == 1:
+            p.add_(torch.randn(p.shape))
+    laid_out = laid_out_for_decoding(copy.deepcopy(decoder), rows)
+    assert any("gate_up" in name for name, _ in laid_out.named_parameters())
+    assert not any("up.weight" in name and "gate_up" not in name for name, _ in laid_out.named_parameters())
+    tokens = torch.randint(512, (rows, 9), generator=torch.Generator().manual_seed(0))
+    assert_close(laid_out(tokens), decoder(tokens), rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from scantling.model.attn import PatternedAttention
 from scantling.model.cache import KVCache
 from scantling.model.decoder import Decoder
 from scantling.model.embed import Embedding
+from scantling.model.ffn import GatedFeedForward
 from scantling.model.head import Full
 from scantling.model.linear import FEW, ONEDNN, Linear, linear, packed
 from scantling.sampling import Ids, Settings, one_of, seen_tokens
@@ -111,14 +112,41 @@ class PackedHead(Full):
         return self.shaped(linear(embed.narrowed(x_BTD), self.packed_output, embed.output_bias))
 
 
+class JoinedGates(nn.Module):
+    """A gated feed-forward that multiplies by both of its first matrices at once."""
+
+    def __init__(self, ffn: GatedFeedForward):
+        super().__init__()
+        self.activation, self.out = ffn.activation, ffn.out
+        self.gate_up = joined(ffn.gate, ffn.up)
+
+    def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        gate, up = self.gate_up(x_BTD).chunk(2, -1)
+        return self.out(self.activation(gate) * up)
+
+
+def joined(first: Linear, second: Linear) -> Linear:
+    """Both layers' outputs side by side."""
+    with torch.device("meta"):
+        both = Linear(first.in_features, 2 * first.out_features, bias=first.bias is not None)
+    for name, _ in list(both.named_parameters()):
+        values = torch.cat((getattr(first, name), getattr(second, name)))
+        setattr(both, name, nn.Parameter(values, requires_grad=False))
+    return both
+
+
 @torch.no_grad()
 def laid_out_for_decoding(decoder: Decoder, rows: int) -> Decoder:
-    """The same model; its matrices stand in memory as decoding so many texts at once reads them fastest on a CPU.
+    """The same model for decoding so many texts at once, and for that alone: it is neither trained nor saved.
 
-    There MKL's product with one vector, or a few, is fastest along the longer side of the matrix: a matrix of more rows
-    than columns is stored column by column, its values, name and shape as before. Where oneDNN multiplies, more than a
-    few texts take its own layout of linear layers, which serves products alone: such a model is neither trained nor saved.
+    Gates are joined. On a CPU matrices stand in memory as they are read fastest: MKL's product with one vector, or a
+    few, is fastest along the longer side of the matrix, so that one of more rows than columns is stored column by column,
+    its values and shape as before. Where oneDNN multiplies, more than a few texts take its own layout of linear layers.
     """
+    for module in list(decoder.modules()):
+        for name, part in module.named_children():
+            if type(part) is GatedFeedForward:
+                setattr(module, name, JoinedGates(part))
     if ONEDNN:
         if rows > FEW // 2:
             pack(decoder)

@@ -138,7 +138,9 @@ class RoPE(Position):
         frequencies_F, factor = self.frequencies(positions_BT.device)
         angles_BTF = positions_BT[..., None] * frequencies_F
         cos_BT1F, sin_BT1F = (angles_BTF.cos() * factor)[:, :, None], (angles_BTF.sin() * factor)[:, :, None]
-        cos_BT1R = cos_BT1F.repeat_interleave(2, -1) if self.interleaved else cos_BT1F.repeat(1, 1, 1, 2)
+        cos_BT1R = (
+            cos_BT1F.repeat_interleave(2, -1) if self.interleaved else torch.cat((cos_BT1F, cos_BT1F), -1)
+        )
 
         def turn(x_BTHE: Tensor) -> Tensor:
             whole = self.width == x_BTHE.shape[-1]
