@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
+from shop import assert_same_training
 
 from scantling import trained
 from scantling.command_line import one_line
@@ -358,6 +360,13 @@ def test_out_of_memory_is_one_line_with_settings_that_fit(shop):
     chosen = settings[1].split()
     code, err = limited(*chosen, "micro_batch_size=8")  # of the same kind, with room for all else
     assert code == 0, err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: g++")
+def test_a_compiled_run_trains_as_any_other(shop, alone):
+    compiled = shop.run("trainer=cpu", "trainer.compile=true", runs="compiled")
+    assert_same_training(compiled, alone)
 
 
 def test_zero_3_does_not_compute_activations_twice(command):

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
+from warm import CONTEXT, warm_up
 
 from scantling.accounting import forward_flops_per_token
 from scantling.composition import PARTS
@@ -150,6 +151,34 @@ def test_every_parameter_gets_a_gradient(lively):
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.any(), name
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """A process in which the model goes without the checks of shapes that tests add, and that no compiler can trace."""
+    warm_up()
+    with CONTEXT.Pool(1) as pool:
+        yield pool
+
+
+def gradients(decoder, backend: str | None) -> list[torch.Tensor]:
+    """The loss and its gradients; compiled, in what the compiler traced, run by torch itself where `backend` is eager."""
+    torch.compiler.reset()
+    if backend is not None:
+        decoder.compile(backend=backend)
+    torch.manual_seed(0)
+    loss = decoder(TOKENS[:, :-1], targets_BT=TOKENS[:, 1:])
+    return [loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()))]
+
+
+def test_compiled_it_trains_the_same(nano, option, unchecked):
+    """As `trainer.compile=true` has it traced."""
+    decoder = nano(*option, "model.n_layers=1", gain=8)
+    jitter(decoder)
+    eager, traced = (unchecked.apply(gradients, (decoder, backend)) for backend in (None, "eager"))
+    assert_close(traced[0], eager[0], rtol=1e-5, atol=0)
+    for a, b in zip(traced, eager, strict=True):  # in norm: rounding may turn a hidden unit of ReLU on or off
+        assert (a - b).norm() < 0.02 * b.norm()
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ class RoPE(Position):
             whole = self.width == x_BTHE.shape[-1]
             x_BTHR = x_BTHE if whole else x_BTHE[..., : self.width]
             cos, sin = cos_BT1R.type_as(x_BTHE), sin_BT1F.type_as(x_BTHE)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
                 turned = Turn.apply(x_BTHR, cos, sin, self.interleaved)
             else:
                 turned = turned_by(x_BTHR, cos, sin, self.interleaved)
