@@ -161,24 +161,30 @@ def unchecked():
         yield pool
 
 
-def gradients(decoder, backend: str | None) -> list[torch.Tensor]:
-    """The loss and its gradients; compiled, in what the compiler traced, run by torch itself where `backend` is eager."""
+GRAPHS_IN_PIECES = {"ffn=moe", "ffn=moe_shared", "head=adaptive", "head=sampled"}
+"""Where what is computed depends on what the tokens are."""
+
+
+def gradients(decoder, compiled: bool, fullgraph: bool) -> list[torch.Tensor]:
+    """The loss and its gradients in bf16; compiled they come from what the compiler traced, which torch itself then runs."""
     torch.compiler.reset()
-    if backend is not None:
-        decoder.compile(backend=backend)
+    if compiled:
+        decoder.compile(backend="eager", fullgraph=fullgraph)
     torch.manual_seed(0)
-    loss = decoder(TOKENS[:, :-1], targets_BT=TOKENS[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = decoder(TOKENS[:, :-1], targets_BT=TOKENS[:, 1:])
     return [loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()))]
 
 
 def test_compiled_it_trains_the_same(nano, option, unchecked):
-    """As `trainer.compile=true` has it traced."""
+    """As `trainer.compile=true` has it traced: in one graph."""
     decoder = nano(*option, "model.n_layers=1", gain=8)
     jitter(decoder)
-    eager, traced = (unchecked.apply(gradients, (decoder, backend)) for backend in (None, "eager"))
-    assert_close(traced[0], eager[0], rtol=1e-5, atol=0)
-    for a, b in zip(traced, eager, strict=True):  # in norm: rounding may turn a hidden unit of ReLU on or off
-        assert (a - b).norm() < 0.02 * b.norm()
+    fullgraph = not GRAPHS_IN_PIECES & set(option)
+    eager, traced = (unchecked.apply(gradients, (decoder, compiled, fullgraph)) for compiled in (False, True))
+    assert_close(traced[0], eager[0], rtol=1e-2, atol=0)
+    for a, b in zip(traced, eager, strict=True):  # in norm: rounding turns hidden units of ReLU on and off
+        assert (a - b).norm() < 0.2 * b.norm()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from scantling.model import scores
 from scantling.model.cache import Buffer, KVCache, LayerCache, Step
 from scantling.model.pattern import BlockGlobal, Dilated, Full, Random, Sinks, Sliding
 from scantling.model.pos import ALiBi
@@ -129,7 +130,7 @@ def test_rows_of_different_length_see_their_own_keys(pattern):
 @pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("length", [T, LONG, 9 * E])  # a CPU without AMX takes another way up to 8·E
 def test_bfloat16_attention_is_near_float32(monkeypatch, amx, length):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(scores, "AMX", amx)
     q, k, v = inputs(H, length)
     step = Step.whole(torch.zeros(B, length))
     low, high = (

@@ -14,6 +14,8 @@ from scantling.model.linear import ZEN4
 from scantling.model.pattern import Pattern
 from scantling.model.pos import ScoreBias
 
+AMX = torch.cpu._is_amx_tile_supported()
+
 
 class Scores:
     """softmax(cap(scale·QKᵀ) + bias)·V over the keys that causality and the pattern show, cap(s) = c·tanh(s/c).
@@ -48,7 +50,7 @@ class Scores:
             return self.flex(q_BHTE, k_BKSE, v_BKSE, pattern, scale, softcap, kernel)
         causal = plain and keys is None  # the kernel's own mask serves
         all_seen = self.bias is None and keys is not None and keys.all_seen
-        slow_bfloat16 = q_BHTE.is_cpu and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+        slow_bfloat16 = q_BHTE.is_cpu and dtype == torch.bfloat16 and not AMX
         # The CPU's flash kernel is slow in bfloat16 without AMX, and up to 64 keys slower than the formula, but for Zen 4.
         # The formula takes no more memory than a cast to float32, which serves longer contexts, up to T = 8·E.
         # For a single query of each of many rows two batched products are faster than the kernel, in bfloat16 above all.
