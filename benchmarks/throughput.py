@@ -124,14 +124,24 @@ class Cell:
 
 
 def measured(
-    shape: Shape, family: str, precision: str, *, seconds: float, clock: Callable[[], float], scratch: Path
+    shape: Shape,
+    family: str,
+    precision: str,
+    *,
+    compiled: bool,
+    seconds: float,
+    clock: Callable[[], float],
+    scratch: Path,
 ) -> Cell:
-    config = configuration(shape, family, scratch, "trainer=cpu", f"trainer.precision={precision}")
+    trainer = "trainer=cpu", f"trainer.precision={precision}", f"trainer.compile={str(compiled).lower()}"
+    config = configuration(shape, family, scratch, *trainer)
     directory = RunDirectory(scratch / f"{shape.name}-{family}-{precision}")
     directory.checkpoints.mkdir(parents=True)
     run = assemble(config, directory)
     ours = build_decoder(config, run.corpus.tokenizer.vocab_size, "cpu")
     ours.initialise(config.seed)
+    if compiled:
+        ours.compile()
     peers = {"bare loop": bare_loop(ours, ours, run)}
     for attention in ("sdpa", "eager"):
         model = hugging_face(family, shape, attention).train()
@@ -194,6 +204,9 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="GPT-2's parts only, few rounds: about two minutes"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="ours and the bare loop with trainer.compile=true"
+    )
     parser.add_argument("--plain-malloc", action="store_true", help="leave glibc's allocator as it is")
     parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
     parser.add_argument(
@@ -238,6 +251,7 @@ def main() -> None:
                         shape,
                         family,
                         precision,
+                        compiled=arguments.compile,
                         seconds=arguments.seconds or shape.seconds / (4 if arguments.quick else 1),
                         clock=clock,
                         scratch=Path(scratch),

@@ -65,6 +65,7 @@ class LanguageModelTask(L.LightningModule):
         super().__init__()
         self.decoder = decoder
         if compiled:
+            torch.compiler.reset()  # or the models of a sweep would use up its limit of recompilations
             decoder.compile()
         self.optimizer_of, self.schedule, self.total_steps = optimizer, schedule, total_steps
         self.token_bytes = token_bytes
