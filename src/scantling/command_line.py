@@ -165,10 +165,11 @@ def options_with(key: str, *, below: bool = False) -> list[str]:
 
 
 def settings(config_name: str) -> list[str]:
-    """Every group, and every dotted key under the options that the command line chose."""
+    """Every dotted key under the options that the command line chose, and every group where options are chosen."""
     chosen = [o for o in sys.argv[1:] if (CONF / (o.replace("=", "/", 1) + ".yaml")).exists()]
-    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
-    return sorted({*groups, *leaves(composed(config_name, chosen))})
+    config = composed(config_name, chosen)
+    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir() and "model" in config]
+    return sorted({*groups, *leaves(config)})
 
 
 def composed(config_name: str, overrides: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Runs every command of README.md and docs/, in order, each page in a fresh copy of the project: `make docs-check`.
 
-    python tests/docs/docs_check.py                    all of them, half an hour on two busy cores
+    python tests/docs/docs_check.py                    all of them, a quarter of an hour on two cores
     python tests/docs/docs_check.py docs/sweeps.md     those of a page
 
 Commands are read off the pages. What is changed before they run, and what is not run here, stands in the three tables

@@ -397,6 +397,10 @@ def test_a_mistake_on_the_command_line_is_one_line(command, source):
     ("words", "complaint"),
     [
         ([], "action is not set"),
+        (
+            ["from=x"],
+            "from is not a setting: use one of action, checkpoint, family, paths.runs, run, source, to",
+        ),
         (["action=upload"], "action=upload is unknown: use import, export or weights"),
         (["action=import"], "action=import needs source=…"),
         (["action=export", "run=x", "to=y"], "action=export needs family=…"),

@@ -1,6 +1,7 @@
 """Scaled frequencies against `transformers` and the papers' formulas."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -102,3 +103,9 @@ def test_ntk_by_formula():
 def test_unscaled_is_the_frequencies_themselves():
     given = inverse_frequencies(16, 10000.0, torch.device("cpu"))
     assert unscaled(given, 10000.0) == (given, 1.0)
+
+
+def test_bounds_the_wrong_way_round_are_named():
+    ours, _ = yarn_pair(2.0, beta_fast=1.0, beta_slow=32.0)
+    with pytest.raises(ValueError, match=re.escape("beta_slow=32.0 is above beta_fast=1.0")):
+        ours(inverse_frequencies(16, 10000.0, torch.device("cpu")), 10000.0)

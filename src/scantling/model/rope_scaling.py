@@ -63,6 +63,8 @@ def yarn(
         check_positive(name, value)
     check_whole("original_seq_len", original_seq_len)
     check_positive("attention_factor", attention_factor, or_null=True)
+    if beta_slow > beta_fast:
+        raise ValueError(f"beta_slow={beta_slow} is above beta_fast={beta_fast}")
     if theta <= 1:
         raise ValueError(f"theta={theta} gives no channel a longer wave than another: YaRN needs more than 1")
     width = 2 * len(frequencies_F)
