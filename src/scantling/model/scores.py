@@ -15,6 +15,7 @@ from scantling.model.pattern import Pattern
 from scantling.model.pos import ScoreBias
 
 AMX = torch.cpu._is_amx_tile_supported()
+"""Whether the processor multiplies tiles of bfloat16; asked once, for the compiler cannot trace the question."""
 
 
 class Scores:
