@@ -41,7 +41,7 @@ def draw_lengths(rows: list[dict[str, Any]], path: Path, *, measure: str, title:
 
     Runs that differ by their seed alone share a colour. A ring marks the length that a run was trained at.
     """
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     slides = any(row["sliding"] for row in rows)
     colours: dict[str, str] = {}
     for run in dict.fromkeys(row["run"] for row in rows):
@@ -65,6 +65,7 @@ def draw_lengths(rows: list[dict[str, Any]], path: Path, *, measure: str, title:
     axes.set(xlabel="context, tokens (ring: that of training)", ylabel=UNITS[measure], title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, title="solid: sliding, dashed: side by side" if slides else None)
+    styles = "solid: sliding,\ndashed: side by side" if slides else None
+    axes.legend(frameon=False, title=styles, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     plt.close(figure)
