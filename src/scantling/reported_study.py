@@ -114,15 +114,21 @@ def published(config: DictConfig, console: Console, made: Report, study: StudyRu
     """With publish=wandb. Raises ValueError naming the page where W&B does not take it."""
     if config.publish is None:
         return
-    from scantling.report.published import grouping, publish, sync  # here, as wandb takes a second
+    from scantling.report.published import (
+        grouping,
+        own_entity,
+        publish,
+        sync,
+    )  # here, as wandb takes a second
 
     page_file = directory_of(config, study.name) / PAGE
     try:
         project = config.wandb.project or project_of(RunDirectory(study.runs["path"].iloc[0]))
+        own = own_entity()
         sent, waiting = sync(Path(config.paths.runs) / config.study)
         url = publish(
             made,
-            entity=config.wandb.entity,
+            entity=config.wandb.entity or own,
             project=project,
             group=study.name,
             by=grouping(study),

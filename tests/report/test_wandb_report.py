@@ -15,7 +15,7 @@ import pytest
 import wandb_workspaces.reports.v2 as wandb_reports
 from planted import arms
 
-from scantling.report.published import as_wandb, grouping, publish, sync
+from scantling.report.published import as_wandb, grouping, own_entity, publish, sync
 from scantling.report.spec import Axis, Chart, Code, Link, Maps, Report, Samples, Section, Table, Text
 from scantling.study.arms import study_runs
 
@@ -140,7 +140,9 @@ REPORT = Report(
 
 
 def test_a_report_is_saved_with_its_blocks_and_comes_back(server):
-    url = publish(REPORT, entity=None, project="scantling", group="norms", by=["config.arm"], draft=True)
+    url = publish(
+        REPORT, entity=own_entity(), project="scantling", group="norms", by=["config.arm"], draft=True
+    )
     assert server.refused == []
     (saved,) = server.saved
     assert (saved["entityName"], saved["projectName"], saved["type"]) == ("me", "scantling", "runs/draft")
@@ -235,6 +237,11 @@ def test_an_unreachable_server_is_one_line_and_the_page_stands(record, report, t
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr("scantling.report.published.PATIENCE", 2)
+    finished = next((tmp_path / "runs/parts").glob("*/summary.json")).parent.name
+    offline = tmp_path / f"runs/parts/wandb/offline-run-1-{finished}"
+    offline.mkdir(parents=True)
+    (offline / "a.wandb").touch()
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # nothing is sent before the server has answered
     wandb.teardown()
     code, _, err = report("study=parts", "baseline=llama", "publish=wandb", "wandb.project=p")
     wandb.teardown()

@@ -54,22 +54,34 @@ def grouping(study: StudyRuns) -> list[str]:
     return [f"config.choices.{key}" if f"choice.{key}" in study.runs else f"config.{key}" for key in varied]
 
 
-def publish(
-    report: Report, *, entity: str | None, project: str, group: str, by: Sequence[str], draft: bool
-) -> str:
-    """Save the report in the project; its address. `entity`: None, the account's own. `group`: of the runs that its panels
-    show, W&B's name for a study; `by`: their `grouping`.
+def own_entity() -> str:
+    """The account's, as the server has it: asked before anything is sent, for `wandb sync` does not give up on a silent one.
 
-    Raises ValueError where the server does not take it.
+    Raises ValueError where the server does not answer.
     """
     import wandb
 
     try:
-        owner = entity or wandb.Api(timeout=PATIENCE).default_entity or ""
-        made = as_wandb(report, entity=owner, project=project, group=group, by=by)
+        return wandb.Api(timeout=PATIENCE).default_entity or ""
+    except Exception as error:  # of its service, too, whose errors are of no family
+        raise ValueError(refusal(error)) from error
+
+
+def refusal(error: Exception) -> str:
+    return f"W&B does not take the report: {' '.join(str(error).split())}"
+
+
+def publish(report: Report, *, entity: str, project: str, group: str, by: Sequence[str], draft: bool) -> str:
+    """Save the report in the project; its address. `group`: of the runs that its panels show, W&B's name for a study; `by`:
+    their `grouping`.
+
+    Raises ValueError where the server does not take it.
+    """
+    try:
+        made = as_wandb(report, entity=entity, project=project, group=group, by=by)
         made.save(draft=draft)
     except Exception as error:  # of its service, too, whose errors are of no family
-        raise ValueError(f"W&B does not take the report: {' '.join(str(error).split())}") from error
+        raise ValueError(refusal(error)) from error
     return made.url
 
 
