@@ -168,7 +168,7 @@ def settings(config_name: str) -> list[str]:
     """Every dotted key under the options that the command line chose, and every group where options are chosen."""
     chosen = [o for o in sys.argv[1:] if (CONF / (o.replace("=", "/", 1) + ".yaml")).exists()]
     config = composed(config_name, chosen)
-    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir() and "model" in config]
+    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()] if "model" in config else []
     return sorted({*groups, *leaves(config)})
 
 
