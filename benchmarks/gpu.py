@@ -26,7 +26,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import torch
 import transformers
-from peers import Enough, PlainGPT, Shape, bare_loop, configuration, hugging_face, take_weights
+from peers import Enough, PlainGPT, Shape, bare_loop, configuration, fit_watched, hugging_face, take_weights
 from rich.console import Console
 from rich.table import Table
 from torch import nn
