@@ -1,4 +1,4 @@
-"""How fast a run trains on a GPU: `python benchmarks/gpu.py`, about 15 minutes on one H200; `--device cpu --tiny` tries it out.
+"""How fast a run trains on a GPU: `python benchmarks/gpu.py`, about 17 minutes on one H200; `--device cpu --tiny` tries it out.
 
 GPT-2 124M at context 1024 and Llama's parts at 1.3 B and context 2048, in bfloat16 by autocast. Each contestant trains
 alone, from the same weights on the same batches, and is clocked after it has warmed up:
@@ -7,9 +7,10 @@ alone, from the same weights on the same batches, and is clocked after it has wa
     HF            the model of the same shape from Hugging Face's transformers, sdpa, in `peers.bare_loop`
     plain         of GPT-2's parts: a GPT written out in plain PyTorch (`peers.PlainGPT`), in the same loop
 
-each as it is and through torch.compile. MFU counts matrix products alone, attention over the keys that causality leaves
-(`accounting.exact`), against the data sheet, and against a product of 8192-cubes measured here. `loss` is that of the
-last step clocked: contestants that train the same model agree in it but for rounding.
+each as it is and through torch.compile; with torchao installed, ours with `trainer.precision=fp8` too, compiled. MFU
+counts matrix products alone, attention over the keys that causality leaves (`accounting.exact`), against the data sheet
+of bfloat16, and against a product of 8192-cubes measured here. `loss` is that of the last step clocked: contestants that
+train the same model agree in it but for rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -109,25 +111,34 @@ def theirs(model: nn.Module, compiled: bool, run: Run, steps: int) -> Measured:
     return Measured(now(run.device) - start, loss.item(), peak_memory(run.device))
 
 
+def run_of(
+    shape: Shape, family: str, precision: str, compiled: bool, device: str, steps: int, scratch: Path
+) -> Run:
+    overrides = [
+        f"trainer={'gpu' if device == 'cuda' else 'cpu'}",
+        f"trainer.precision={precision}",
+        f"trainer.compile={str(compiled).lower()}",
+        f"log_every={WARM_UP + steps}",  # rows at the first and the last step alone
+    ]
+    if device == "cuda":
+        overrides.append("trainer.devices=1")
+    config = configuration(shape, family, scratch, *overrides)
+    directory = RunDirectory(scratch / f"{family}-{precision}-{compiled}")
+    directory.checkpoints.mkdir(parents=True)
+    return assemble(config, directory)
+
+
 def contestants(shape: Shape, family: str, device: str, steps: int, scratch: Path):
     """(name, run, measured) of each, one after the other."""
+    if find_spec("torchao"):
+        run = run_of(shape, family, "fp8", True, device, steps, scratch)
+        yield "fp8, compiled", run, ours(run, steps)
     for compiled in (False, True):
         suffix = ", compiled" if compiled else ""
-        overrides = [
-            f"trainer={'gpu' if device == 'cuda' else 'cpu'}",
-            "trainer.precision=bf16",
-            f"trainer.compile={str(compiled).lower()}",
-            f"log_every={WARM_UP + steps}",  # rows at the first and the last step alone
-        ]
-        if device == "cuda":
-            overrides.append("trainer.devices=1")
-        config = configuration(shape, family, scratch, *overrides)
-        directory = RunDirectory(scratch / f"{family}{suffix}")
-        directory.checkpoints.mkdir(parents=True)
-        run = assemble(config, directory)
+        run = run_of(shape, family, "bf16", compiled, device, steps, scratch)
         yield f"ours{suffix}", run, ours(run, steps)
-        start = build_decoder(config, shape.vocab_size, "cpu")
-        start.initialise(config.seed)
+        start = build_decoder(run.config, shape.vocab_size, "cpu")
+        start.initialise(run.config.seed)
         weights = {name: p.detach() for name, p in start.named_parameters()}
         for name in ("HF", *(["plain"] if family == "gpt2" else [])):
             fresh(run.device)

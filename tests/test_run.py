@@ -235,7 +235,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
             "val_every=0 is neither a share of the run, up to 1.0, nor a whole number of steps",
         ),
         (("val_every=2.5",), "val_every=2.5 is neither"),
-        (("trainer.precision=fp8",), "use auto, fp32, bf16, fp16"),
+        (("trainer.precision=fp4",), "use auto, fp32, bf16, fp16, fp8"),
         (("trainer.precision=fp16",), "needs a GPU"),
         (("resume=nowhere",), "holds no run"),
         (("data.files=???",), "data.files is not set"),

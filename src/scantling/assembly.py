@@ -26,7 +26,7 @@ from scantling.model.checks import check_positive, check_whole
 from scantling.model.decoder import Decoder
 from scantling.plan import Plan, memory_line, short
 from scantling.run_directory import RunDirectory
-from scantling.training import average, hardware, noise
+from scantling.training import average, float8, hardware, noise
 from scantling.training.budget import steps_between_validations, steps_for
 from scantling.training.checkpoints import newest_whole
 from scantling.training.guard import GuardSettings
@@ -78,6 +78,7 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
         check_positive(key, OmegaConf.select(config, key), or_null=True)
     instantiate(config.schedule)(0, 1)
     decoder = build_decoder(config, config.model.vocab_size, "meta")
+    float8.check(precision, device, decoder)
     if config.z_loss is not None and not (decoder.head.takes_z_loss and config.z_loss >= 0):
         raise ValueError(
             f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"

@@ -61,9 +61,10 @@ def plan(config: DictConfig) -> None:
             fitting = (choice for choice in choices_of_memory(sequences) if forecast(choice).total <= limit)
             chosen = next(fitting, None)
             sequences = 1 if chosen is None else chosen.micro_batch_size
+        products = {"auto": "bf16"}.get(config.trainer.precision, config.trainer.precision)
         about = (
             f"of one of {config.devices} devices, {sequences} × {decoder.seq_len:,} tokens at once; "
-            f"{choices()['optim']}, {'fp32' if config.trainer.precision == 'fp32' else 'bf16 products'}"
+            f"{choices()['optim']}, products in {products}"
         )
         tables = [
             parts_table(decoder, context),

@@ -39,7 +39,7 @@ from scantling.model.decoder import Decoder
 from scantling.rollback import guarded, record, roll_back, stop
 from scantling.run_directory import RunDirectory, read_rows
 from scantling.study.figures import draw_curves
-from scantling.training import hardware
+from scantling.training import float8, hardware
 from scantling.training.average import WeightAverage
 from scantling.training.budget import steps_between_validations
 from scantling.training.callbacks import (
@@ -258,6 +258,8 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     decoder.head.z_loss = config.z_loss or 0.0
     if config.document_mask:
         decoder.separate_documents(run.corpus.tokenizer.end_of_text)
+    if run.precision == "fp8":
+        console.print(float8.convert(decoder))
     peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
     console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     for line in run.damaged:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scantling.model.cache import Buffer, LayerCache
 from scantling.model.checks import check_positive, check_share, check_whole
-from scantling.model.linear import Linear, linear
+from scantling.model.linear import Linear
 from scantling.model.norm import NormFactory
 from scantling.model.pattern import Pattern
 from scantling.model.pos import Rotation, unrotated
@@ -158,7 +158,9 @@ class Attention(PatternedAttention):
         scores: Scores,
         cache: LayerCache | None,
     ) -> Float[Tensor, "B T D"]:
-        qkv = linear(x_BTD, self.qkv.weight, self.bias())
+        qkv = self.qkv(x_BTD)
+        if (bias := self.bias()) is not None:
+            qkv = qkv + bias
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         qkv_BTNE = qkv.unflatten(-1, (sum(self.heads), self.d_head))

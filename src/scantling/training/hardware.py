@@ -10,7 +10,7 @@ import torch
 
 from scantling.model.linear import linear
 
-LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "bf16-mixed"}
 
 
 def device_of(accelerator: str) -> torch.device:
@@ -22,7 +22,7 @@ def device_of(accelerator: str) -> torch.device:
 
 
 def resolved_precision(precision: str, device: torch.device) -> str:
-    """`fp32`, `bf16` or `fp16`; `auto` is bf16 where the hardware has instructions for it, else fp32."""
+    """One of `LIGHTNING_PRECISION`; `auto` is bf16 where the hardware has instructions for it, else fp32."""
     if precision == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -83,7 +83,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "bf16": {"enabled": False},  # Lightning would have bfloat16 weights
-                "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+                "torch_autocast": {"enabled": precision != "fp32", "dtype": "bfloat16"},
             }
         )
 
