@@ -41,6 +41,8 @@ class Shape:
     seq_len: int
     batch_size: int
     vocab_size: int
+    multiple_of: int = 8
+    """Of which a gated feed-forward's width is one."""
     steps: int = 1
     """Optimiser steps of one contestant in one round."""
     seconds: float = 100
@@ -92,7 +94,7 @@ def hugging_face(family: str, shape: Shape, attention: str) -> nn.Module:
         num_hidden_layers=shape.n_layers,
         num_attention_heads=shape.n_heads,
         hidden_size=shape.d_model,
-        intermediate_size=round(8 * shape.d_model / 3 / 8) * 8,
+        intermediate_size=round(8 * shape.d_model / 3 / shape.multiple_of) * shape.multiple_of,
         max_position_embeddings=shape.seq_len,
         rms_norm_eps=1e-5,
         **common,
@@ -175,6 +177,7 @@ def configuration(shape: Shape, family: str, scratch: Path, *overrides: str) -> 
     common = [
         *FAMILIES[family],
         *shape.overrides,
+        *([f"ffn.multiple_of={shape.multiple_of}"] if family == "llama" else []),
         "data=text",
         f"data.files={text}",
         "tokenizer=char",
@@ -187,8 +190,16 @@ def configuration(shape: Shape, family: str, scratch: Path, *overrides: str) -> 
         return compose("train", overrides=[*common, *overrides])
 
 
-def bare_loop(model: nn.Module, logits_of: Callable[[Tensor], Tensor], run: Run) -> Iterator[Tensor]:
+def bare_loop(
+    model: nn.Module, logits_of: Callable[[Tensor], Tensor], run: Run, *, compiled: bool = False
+) -> Iterator[Tensor]:
     """Training as one would write it by hand; each `next` is one optimiser step, and gives its loss."""
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(inputs).flatten(0, 1), targets.flatten())
+
+    if compiled:
+        loss_of = torch.compile(loss_of)
     optimizer = instantiate(run.config.optim)(model.named_parameters())
     factor = instantiate(run.config.schedule)
     # Past the partial that Hydra makes, whose every call costs a check.
@@ -196,7 +207,7 @@ def bare_loop(model: nn.Module, logits_of: Callable[[Tensor], Tensor], run: Run)
     for batch in training_batches(run, rank=0):
         inputs, targets = (batch[key].to(run.device, non_blocking=True) for key in ("inputs", "targets"))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            loss = F.cross_entropy(logits_of(inputs).flatten(0, 1), targets.flatten())
+            loss = loss_of(inputs, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.config.clip)
         optimizer.step()

@@ -333,12 +333,15 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         callbacks=callbacks,
         plugins=[files, *cluster_environment()],
         logger=loggers,
+        deterministic=config.trainer.deterministic,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         inference_mode=strategy is None,  # what is gathered in that mode cannot be trained on
     )
+    # It asks all processes for a signal that `CleanStop` has taken over, and waits for the GPU, at every micro-batch.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     held_out = validation_batches(
         run.corpus.val.tokens,
         plan.seq_len,

@@ -12,6 +12,7 @@ import torch
         "pos=t5_relative",  # whose bias is trained, and shared by the layers
         "attn=mqa attn/pattern=sliding pos=alibi",
         "ffn=moe",
+        "ffn=moe_deepseek_v3 ffn.n_dense=0 ffn.rest.router.speed=9.0",  # chooses others after a step
         "block=stochastic_depth",
         "decoder.layers_per_block=2",
     ],

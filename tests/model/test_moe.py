@@ -168,9 +168,13 @@ def test_correction_lowers_the_choice_of_busy_experts():
     assert not router.correction.any()
     load = torch.bincount(chosen.flatten(), minlength=X).float()
     router.train()(x)
+    assert not router.correction.any()
+    router.rebalance()
     assert_close(router.correction, 0.01 * torch.sign(load.mean() - load))
     for _ in range(300):
+        router.forget()
         router(x)
+        router.rebalance()
     _, chosen = router.eval()(x)
     after = torch.bincount(chosen.flatten(), minlength=X).float()
     assert load.std() > 0.5 * load.mean()

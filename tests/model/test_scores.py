@@ -3,6 +3,7 @@
 import jaxtyping
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from scantling.model import scores
@@ -30,6 +31,23 @@ over_shapes_of_scores = pytest.mark.parametrize(
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_heads_of_keys_are_repeated_where_no_kernel_of_a_gpu_shares_them(monkeypatch):
+    """Flash alone does, without masks and in half precision; torch's formula would form all scores."""
+    asked = []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, *, enable_gqa, **_: asked.append((k.shape[1], enable_gqa)) or q,
+    )
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k = (torch.empty(B, heads, T, E, device="cuda", dtype=dtype) for heads in (4, 2))
+            step = Step.whole(torch.zeros(B, T, dtype=torch.int64))
+            kernels = Scores(bias=None, n_heads=H, step=step)
+            kernels.attend(q, k, k, keys=None, pattern=Full(0), scale=1.0, softcap=None, dropout=0.0)
+    assert asked == [(4, False), (2, True)]
 
 
 def bias(head, query, key):

@@ -7,10 +7,12 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from scantling.model.cross_entropy import IGNORED, negative_log_likelihood
+from scantling.model.scores import RECOMPILATIONS
 from scantling.training.optim import sgd
 from scantling.training.task import LanguageModelTask, TextLoss
 
@@ -32,14 +34,16 @@ def targets(tokens) -> torch.Tensor:
     return targets
 
 
-def task_of(decoder, *, total_steps: int = 1, schedule=lambda step, total: 1.0) -> LanguageModelTask:
+def task_of(
+    decoder, *, total_steps: int = 1, schedule=lambda step, total: 1.0, compiled: bool = False
+) -> LanguageModelTask:
     return LanguageModelTask(
         decoder,
         optimizer=lambda named: sgd(named, lr=LR, momentum=0.0, nesterov=False, weight_decay=0.0),
         schedule=schedule,
         total_steps=total_steps,
         token_bytes=np.ones(V, dtype=np.int64),
-        compiled=False,
+        compiled=compiled,
     )
 
 
@@ -51,7 +55,14 @@ def batches(inputs, targets, micro_batch_size: int) -> list[dict]:
 
 
 def fit(
-    task, rows: list[dict], *, accumulate: int, clip: float | None = None, validate=(), callbacks=()
+    task,
+    rows: list[dict],
+    *,
+    accumulate: int,
+    clip: float | None = None,
+    validate=(),
+    callbacks=(),
+    plugins=(),
 ) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu",
@@ -65,6 +76,7 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         callbacks=list(callbacks),
+        plugins=list(plugins),
     )
     loader = DataLoader(rows, batch_size=None)
     trainer.fit(task, loader, DataLoader(list(validate), batch_size=None) if validate else None)
@@ -109,6 +121,34 @@ def test_accumulation_equals_the_whole_batch_and_plain_pytorch(nano, tokens, tar
     assert task.take_step_loss().item() == pytest.approx(loss, rel=1e-5)
     assert task.grad_norm.item() == pytest.approx(norm, rel=1e-4)  # before clipping
     assert task.lr == LR
+
+
+def test_a_scaled_loss_is_clipped_by_the_norm_of_its_own_gradient(nano, tokens, targets):
+    """float16, whose loss scale a fused optimiser takes off itself, after clipping."""
+    decoder = nano(gain=8)
+    by_hand = copy.deepcopy(decoder)
+    task = task_of(decoder)
+    half = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    fit(task, batches(tokens[:, :-1], targets, 4), accumulate=2, clip=0.1, plugins=[half])
+    _, norm = plain_step(by_hand, tokens[:, :-1], targets, 0.1)
+    assert norm > 1
+    assert task.grad_norm.item() == pytest.approx(norm, rel=1e-2)
+    for p, q in zip(decoder.parameters(), by_hand.parameters(), strict=True):
+        assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+def test_a_compiled_model_is_compiled_for_each_of_many_sizes_of_batch(nano):
+    """Past torch's own limit of 8 the rest of a run would not be. Batch-size warm-up has as many as it has steps."""
+    task_of(nano(), compiled=True)
+    assert torch._dynamo.config.recompile_limit == RECOMPILATIONS > 100
+
+
+def test_experts_are_rebalanced_after_each_micro_batch(nano, tokens, targets):
+    decoder = nano("ffn=moe_deepseek_v3", "ffn.n_dense=0")
+    fit(task_of(decoder), batches(tokens[:, :-1], targets, 4), accumulate=2)
+    corrections = torch.stack([router.correction for router in decoder.routers])
+    assert corrections.any(1).all()
+    assert corrections.abs().max().item() == pytest.approx(2e-3)
 
 
 def test_step_loss_starts_anew_after_it_is_taken(nano, tokens, targets):

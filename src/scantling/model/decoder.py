@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         )
         layers = self.layers
         for router in self.routers:
-            router.loss = None
+            router.forget()
         rotations = self.pos.rotations(step.positions_BT, len(layers))
 
         def new_scores() -> Scores:

@@ -43,6 +43,8 @@ class Router(nn.Module):
         self.gate = Linear(d_model, n_experts, bias=False)
         self.loss: Tensor | None = None
         """While training, both terms with their coefficients, added up over the layers that this router serves."""
+        self.load_X: Tensor | None = None
+        """While training, how many tokens chose each expert, in all those layers."""
 
     def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor]:
         """Weights and indices of each token's experts."""
@@ -56,18 +58,34 @@ class Router(nn.Module):
         return weights_NA.type_as(x_ND), chosen_NA
 
     def add_loss(self, logits_NX: Tensor, p_NX: Tensor, chosen_NA: Tensor) -> None:
-        share_X = torch.bincount(chosen_NA.flatten(), minlength=self.n_experts) / chosen_NA.numel()
+        load_X = counts(chosen_NA, self.n_experts)
+        self.load_X = load_X if self.load_X is None else self.load_X + load_X
+        share_X = load_X / chosen_NA.numel()
         balance = self.n_experts * (share_X * p_NX.mean(0)).sum()
         loss = self.load_balance * balance + self.z * logits_NX.logsumexp(-1).square().mean()
         self.loss = loss if self.loss is None else self.loss + loss
+
+    def forget(self) -> None:
+        """Before a forward pass."""
+        self.loss = self.load_X = None
+
+    def rebalance(self) -> None:
+        """After a backward pass, not before: with `checkpoint_activations` it chooses experts again, and must choose the same.
+        The same loads are added again then, which changes no expert's share.
+        """
+
+
+def counts(chosen: Tensor, n_experts: int) -> Tensor:
+    """How often each expert was chosen; without `bincount`, which waits for a GPU."""
+    ones = torch.ones_like(chosen.flatten())
+    return ones.new_zeros(n_experts).scatter_add_(0, chosen.flatten(), ones)
 
 
 class BiasedRouter(Router):
     """DeepSeek-V3's: s = sigmoid(x·Wᵀ); experts are chosen by s + b, with b an offset that no gradient moves, within the
     `n_active_groups` groups of experts whose two best are largest; their weights are `scale`·s. arXiv:2412.19437, §2.1.2.
 
-    After each forward pass in training b falls by `speed` for experts with more than their share of tokens, and
-    rises for others.
+    After each backward pass b falls by `speed` for experts with more than their share of tokens, and rises for others.
     """
 
     correction: Tensor
@@ -111,9 +129,12 @@ class BiasedRouter(Router):
         if self.training:
             p_NX = s_NX / s_NX.sum(-1, keepdim=True)
             self.add_loss(logits_NX, p_NX, chosen_NA)
-            load_X = torch.bincount(chosen_NA.flatten(), minlength=self.n_experts).float()
-            self.correction += self.speed * (load_X.mean() - load_X).sign()
         return (weights_NA * self.scale).type_as(x_ND), chosen_NA
+
+    def rebalance(self) -> None:
+        if self.load_X is not None:
+            load_X = self.load_X.float()
+            self.correction += self.speed * (load_X.mean() - load_X).sign()
 
 
 class MixtureOfExperts(nn.Module):
@@ -144,11 +165,13 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_NA, chosen_NA = self.router(x_ND)
-        out_ND = torch.zeros_like(x_ND)
-        for index, expert in enumerate(self.experts):
-            tokens, ranks = (chosen_NA == index).nonzero(as_tuple=True)
-            weighted = expert(x_ND[tokens]) * weights_NA[tokens, ranks][:, None]
-            out_ND = out_ND.index_add(0, tokens, weighted.type_as(out_ND))
+        order = chosen_NA.flatten().argsort(stable=True)  # by expert, and for each by token
+        tokens = order // chosen_NA.shape[1]
+        loads = counts(chosen_NA, len(self.experts)).tolist()
+        inputs = x_ND[tokens].split(loads)
+        outputs = torch.cat([expert(x) for expert, x in zip(self.experts, inputs, strict=True)])
+        weighted = outputs * weights_NA.flatten()[order][:, None]
+        out_ND = torch.zeros_like(x_ND).index_add(0, tokens, weighted.type_as(x_ND))
         if self.shared is not None:
             out_ND = out_ND + self.shared(x_ND)
         return out_ND.view_as(x_BTD)

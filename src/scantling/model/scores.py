@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,9 @@ from scantling.model.pos import ScoreBias
 
 AMX = torch.cpu._is_amx_tile_supported()
 """Whether the processor multiplies tiles of bfloat16; asked once, for the compiler cannot trace the question."""
+
+RECOMPILATIONS = 256
+"""Shapes and patterns for which code may be compiled; torch's own limit is 8."""
 
 
 class Scores:
@@ -64,6 +68,10 @@ class Scores:
         if slow_bfloat16:
             q_BHTE, k_BKSE, v_BKSE = q_BHTE.float(), k_BKSE.float(), v_BKSE.float()
         mask = None if all_seen or causal else as_type(self.mask(keys, pattern), q_BHTE)
+        groups = q_BHTE.shape[1] // k_BKSE.shape[1]
+        if groups > 1 and q_BHTE.is_cuda and (mask is not None or q_BHTE.dtype == torch.float32):
+            # Of a GPU's kernels only flash shares heads of keys, and it takes neither masks nor float32.
+            k_BKSE, v_BKSE = (t.repeat_interleave(groups, dim=1) for t in (k_BKSE, v_BKSE))
         with outside_of_autocast(q_BHTE.device.type):  # it would undo the cast above
             o_BHTC = nn.functional.scaled_dot_product_attention(
                 q_BHTE,
@@ -174,6 +182,8 @@ def as_type(mask: Tensor, like: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask.type_as(like)
 
 
+@cache
 def compiled_flex_attention():
-    """Flex attention is fast only when compiled; torch keeps the compiled code."""
+    """Flex attention is fast only when compiled. Past the limit of compilations it would form all scores, unsaid."""
+    torch._dynamo.config.recompile_limit = RECOMPILATIONS
     return torch.compile(flex_attention, dynamic=False)

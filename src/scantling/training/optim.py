@@ -92,7 +92,7 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m = momentum_of(self.state[p], p)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(torch.lerp(p.grad, m, beta1).sign_(), alpha=lr)
                 m.lerp_(p.grad, 1 - beta2)
@@ -153,7 +153,7 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), parameters in by_shape.items():
             updates = []
             for p in parameters:
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m = momentum_of(self.state[p], p)
                 m.mul_(group["momentum"]).add_(p.grad)
                 updates.append(torch.add(p.grad, m, alpha=group["momentum"]))
             step = group["lr"] * 0.2 * max(rows, columns) ** 0.5
@@ -185,6 +185,12 @@ class Muon(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+
+
+def momentum_of(state: dict, p: Tensor) -> Tensor:
+    if not state:
+        state["momentum"] = torch.zeros_like(p)
+    return state["momentum"]
 
 
 def orthogonalised(matrices_NRC: Tensor) -> Tensor:

@@ -75,6 +75,9 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
             )
         check_precision(precision)
         self.kind = device.type
+        for part in zero_optimization.values():
+            if isinstance(part, dict) and part.get("pin_memory") == "auto":
+                part["pin_memory"] = device.type == "cuda"
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         super().__init__(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import lightning.pytorch as L
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -15,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from scantling.model.cross_entropy import IGNORED
 from scantling.model.decoder import Decoder
+from scantling.model.scores import RECOMPILATIONS
 from scantling.training.optim import follow_width
 
 
@@ -66,6 +69,7 @@ class LanguageModelTask(L.LightningModule):
         self.decoder = decoder
         if compiled:
             torch.compiler.reset()  # or the models of a sweep would use up its limit of recompilations
+            torch._dynamo.config.recompile_limit = RECOMPILATIONS
             decoder.compile()
         self.optimizer_of, self.schedule, self.total_steps = optimizer, schedule, total_steps
         self.token_bytes = token_bytes
@@ -81,11 +85,17 @@ class LanguageModelTask(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         nats = self.decoder(batch["inputs"], targets_BT=batch["targets"])
         loss = nats / batch["step_targets"]
-        self.step_loss = self.step_loss.to(loss.device) + loss.detach()
+        self.step_loss = (
+            self.step_loss + loss.detach()
+        )  # a number of the host's and one of a GPU: neither waits
         if self.decoder.routers:
             # A mean over this micro-batch's tokens, weighted by their share of the step's.
             loss = loss + self.decoder.auxiliary_loss() * (batch["targets"].numel() / batch["step_targets"])
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_after_backward(self) -> None:
+        for router in self.decoder.routers:
+            router.rebalance()
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
         return {
@@ -102,12 +112,19 @@ class LanguageModelTask(L.LightningModule):
         """The sum of the ranks' shares."""
         if self.trainer.world_size == 1:
             return loss
-        return self.trainer.strategy.reduce(loss.clone(), reduce_op="sum")  # type: ignore[return-value]
+        total = loss.clone()
+        dist.all_reduce(total)  # Lightning's reduce would let all wait for each other first
+        return total
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.lr = optimizer.param_groups[0]["lr"]
         if self.trainer.strategy.handles_gradient_accumulation:
             return  # an engine that gathers gradients itself clips them too, and sets `grad_norm`
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and _optimizer_handles_unscaling(optimizer):
+            scaler.unscale_(
+                optimizer
+            )  # Lightning leaves it to a fused optimiser's step, which is too late for the norm
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(self.grad_norm, DTensor):
