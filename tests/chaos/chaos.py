@@ -146,7 +146,7 @@ def disturbed(number: int, place: Path, seed: int, mounts: bool, expected: dict)
         found["while writing"] += run is not None and bool(list(run.checkpoints.glob("step-*.ckpt.partial")))
         steps, bad = whole_steps(place)
         found["lost"] += len(set(bad) - truncated) + (max(steps, default=0) < newest)
-        if kind == "truncated checkpoint" and steps and code != 0:
+        if kind == "truncated checkpoint" and steps and not run.is_finished:
             path = directory_of(place).checkpoint(steps[0])
             truncated.add(path)
             os.truncate(path, choose.randrange(path.stat().st_size))
