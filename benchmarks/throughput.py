@@ -215,7 +215,7 @@ def main() -> None:
         "--cpu-time", action="store_true", help="for a busy machine: the CPU time of a single thread"
     )
     arguments = parser.parse_args()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     if arguments.cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
