@@ -168,9 +168,9 @@ class MixtureOfExperts(nn.Module):
         order = chosen_NA.flatten().argsort(stable=True)  # by expert, and for each by token
         tokens = order // chosen_NA.shape[1]
         loads = counts(chosen_NA, len(self.experts)).tolist()
-        inputs = x_ND[tokens].split(loads)
+        inputs = x_ND.index_select(0, tokens).split(loads)
         outputs = torch.cat([expert(x) for expert, x in zip(self.experts, inputs, strict=True)])
-        weighted = outputs * weights_NA.flatten()[order][:, None]
+        weighted = outputs * weights_NA.flatten().index_select(0, order)[:, None]
         out_ND = torch.zeros_like(x_ND).index_add(0, tokens, weighted.type_as(x_ND))
         if self.shared is not None:
             out_ND = out_ND + self.shared(x_ND)
