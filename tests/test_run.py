@@ -369,6 +369,16 @@ def test_a_compiled_run_trains_as_any_other(shop, alone):
     assert_same_training(compiled, alone)
 
 
+def test_deterministic_kernels_are_taken_for_one_run(command, tmp_path):
+    runs = []
+    for chosen in ("true", "false"):
+        assert command(f"trainer.deterministic={chosen}", f"paths.runs=runs-{chosen}")[0] == 0
+        assert torch.are_deterministic_algorithms_enabled() == (chosen == "true")
+        runs.append(RunDirectory(next((tmp_path / f"runs-{chosen}" / "default").iterdir())).metrics())
+    losses, expected = ([row["train/loss"] for row in rows] for rows in runs)
+    assert losses == expected
+
+
 def test_zero_3_does_not_compute_activations_twice(command):
     code, _, err = command("trainer=zero3", "trainer.accelerator=cpu", "trainer.checkpoint_activations=true")
     assert code == 2

@@ -85,9 +85,8 @@ class LanguageModelTask(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         nats = self.decoder(batch["inputs"], targets_BT=batch["targets"])
         loss = nats / batch["step_targets"]
-        self.step_loss = (
-            self.step_loss + loss.detach()
-        )  # a number of the host's and one of a GPU: neither waits
+        # A number of the host's and one of a GPU: a copy would wait for the forward pass.
+        self.step_loss = self.step_loss + loss.detach()
         if self.decoder.routers:
             # A mean over this micro-batch's tokens, weighted by their share of the step's.
             loss = loss + self.decoder.auxiliary_loss() * (batch["targets"].numel() / batch["step_targets"])
@@ -122,9 +121,8 @@ class LanguageModelTask(L.LightningModule):
             return  # an engine that gathers gradients itself clips them too, and sets `grad_norm`
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and _optimizer_handles_unscaling(optimizer):
-            scaler.unscale_(
-                optimizer
-            )  # Lightning leaves it to a fused optimiser's step, which is too late for the norm
+            # Lightning leaves it to a fused optimiser's step, which is too late for the norm.
+            scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(self.grad_norm, DTensor):
