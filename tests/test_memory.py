@@ -21,6 +21,7 @@ def forecast(decoder, **settings) -> memory.Memory:
         "devices": 1,
         "accumulates": False,
         "averages": False,
+        "on_gpu": False,
     }
     return training_memory(Sizes.of(decoder, lambda named: adamw(named, **ADAMW)), **usual | settings)
 
@@ -132,7 +133,13 @@ def test_shares_of_the_engines(composed):
     def per_device(engine: str) -> float:
         settings = {"sequences": 1, "seq_len": 1, "half_precision": False, "checkpoint_activations": False}
         m = training_memory(
-            sizes, engine=ENGINES[engine], devices=64, accumulates=False, averages=False, **settings
+            sizes,
+            engine=ENGINES[engine],
+            devices=64,
+            accumulates=False,
+            averages=False,
+            on_gpu=False,
+            **settings,
         )
         return (m.weights + m.gradients + m.optimizer) / 1e9
 

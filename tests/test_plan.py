@@ -56,6 +56,7 @@ def test_every_table_holds_what_accounting_counts(command, composed):
                 devices=8,
                 accumulates=False,
                 averages=False,
+                on_gpu=True,
             )
             for checkpointed in (False, True)
         )

@@ -168,6 +168,7 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
         memory=forecast(
             config,
             decoder,
+            device,
             precision,
             engine=ENGINES[config.trainer.engine],
             devices=world_size,
@@ -180,6 +181,7 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
 def forecast(
     config: DictConfig,
     decoder: Decoder,
+    device: torch.device,
     precision: str,
     *,
     engine: Engine,
@@ -198,6 +200,7 @@ def forecast(
         devices=devices,
         accumulates=micro_batch_size * devices < config.batch_size,
         averages=config.ema.decay is not None,
+        on_gpu=device.type == "cuda",
     )
 
 
@@ -247,6 +250,7 @@ def what_would_fit(run: Run) -> str:
         memory = forecast(
             config,
             decoder,
+            run.device,
             run.precision,
             engine=ENGINES[choice.engine],
             devices=plan.world_size,

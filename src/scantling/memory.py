@@ -157,6 +157,7 @@ def training_memory(
     devices: int,
     accumulates: bool,
     averages: bool,
+    on_gpu: bool,
 ) -> Memory:
     """Float32 weights and gradients, the optimiser's numbers, and what the backward pass needs of the forward pass.
 
@@ -169,8 +170,8 @@ def training_memory(
     n, tokens, width = sizes.parameters, sequences * seq_len, 2 if half_precision else FLOAT32
     kept = [tokens * (width * p + FLOAT32 * m) for p, m in zip(sizes.products, sizes.norms, strict=True)]
     inputs = tokens * FLOAT32 * sizes.d_model * len(kept)
-    whole = tokens * sizes.vocab_size <= cross_entropy.CHUNK
-    formed = tokens if whole else cross_entropy.chunk_rows(sizes.vocab_size)
+    whole = tokens * sizes.vocab_size <= cross_entropy.chunk(on_gpu)
+    formed = tokens if whole else cross_entropy.chunk_rows(sizes.vocab_size, on_gpu)
     logits = formed * FLOAT32 * 3 * sizes.vocab_size
     copies = width * sizes.matrices if half_precision else 0
     outside = n - sum(sizes.blocks)

@@ -102,6 +102,7 @@ def forecaster(config: DictConfig, decoder: Decoder) -> Callable[[Choice], Memor
         devices=config.devices,
         accumulates=choice.micro_batch_size * config.devices < config.batch_size,
         averages=config.ema.decay is not None,
+        on_gpu=config.trainer.accelerator != "cpu",  # that of the machine that is planned for
     )
 
 

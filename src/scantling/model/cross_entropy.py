@@ -16,10 +16,18 @@ CHUNK = 2**25
 """Logits that stand in memory at once, 128 MiB in float32. Up to so many in all, one piece is the fastest on a CPU; chunks
 of half the size take 1.1 to 1.3 times as long, for the matrix's gradient is added up more often."""
 
+CHUNK_ON_GPU = 2**27
+"""CHUNK's 667 tokens of GPT-2's vocabulary are too few for a GPU's multiprocessors; reckoned, not measured yet."""
 
-def chunk_rows(vocab_size: int) -> int:
+
+def chunk(on_gpu: bool) -> int:
+    """Logits up to which one piece is formed, and of each piece beyond."""
+    return CHUNK_ON_GPU if on_gpu else CHUNK
+
+
+def chunk_rows(vocab_size: int, on_gpu: bool) -> int:
     """Tokens of a chunk."""
-    return max(1, CHUNK // vocab_size)
+    return max(1, chunk(on_gpu) // vocab_size)
 
 
 def negative_log_likelihood(
@@ -60,7 +68,7 @@ def chunked_negative_log_likelihood(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
     if torch.is_grad_enabled():
         return Chunks.apply(x_ND, weight_VD, bias_V, targets_N, dtype, scale, softcap, z_loss)  # type: ignore[no-any-return]
-    rows = chunk_rows(len(weight_VD))
+    rows = chunk_rows(len(weight_VD), x_ND.is_cuda)
     nats = torch.zeros((), device=x_ND.device)
     for x, targets in zip(x_ND.split(rows), targets_N.split(rows), strict=True):
         logits = capped(linear(x, weight_VD, bias_V).float(), scale, softcap)
@@ -89,7 +97,7 @@ class Chunks(torch.autograd.Function):
             dx, dw = torch.empty_like(x_ND), torch.zeros_like(weight)
             db = None if bias is None else torch.zeros_like(bias)
             nats = torch.zeros((), device=x_ND.device)
-            rows = chunk_rows(len(weight))
+            rows = chunk_rows(len(weight), x_ND.is_cuda)
             for x, targets, dx_chunk in zip(
                 x_ND.split(rows), targets_N.split(rows), dx.split(rows), strict=True
             ):

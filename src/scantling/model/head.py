@@ -76,7 +76,7 @@ class Full(Head):
     def nats(
         self, x_BTD: Float[Tensor, "B T D"], embed: Embedding, targets_BT: Int[Tensor, "B T"]
     ) -> Float[Tensor, ""]:
-        if targets_BT.numel() * len(embed.output) <= cross_entropy.CHUNK:
+        if targets_BT.numel() * len(embed.output) <= cross_entropy.chunk(x_BTD.is_cuda):
             return super().nats(x_BTD, embed, targets_BT)
         return chunked_negative_log_likelihood(
             embed.narrowed(x_BTD).flatten(0, 1),
