@@ -145,6 +145,14 @@ def test_finished_run_is_never_written_again(command, tmp_path):
     assert timeless(RunDirectory(first).metrics()) == timeless(RunDirectory(second).metrics())
 
 
+def test_a_study_and_its_place_may_have_numbers_for_names(command, entry, tmp_path):
+    assert command("study=7", "paths.runs=2026", "budget.steps=2")[0] == 0
+    assert list((tmp_path / "2026" / "7").glob("nano-*"))
+    code, out, err = entry("runs", "study=7", "paths.runs=2026")
+    assert code == 0, err
+    assert "nano-" in out
+
+
 def test_sweep_trains_every_arm_once(command, tmp_path):
     code, _, err = command("-m", "sweeps=attention", "seed=0,1", "budget.steps=2")
     assert code == 0, err
@@ -237,6 +245,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("val_every=2.5",), "val_every=2.5 is neither"),
         (("trainer.precision=fp4",), "use auto, fp32, bf16, fp16, fp8"),
         (("trainer.precision=fp16",), "needs a GPU"),
+        (("trainer.compile=maybe",), "trainer.compile=maybe must be true or false"),
         (("resume=nowhere",), "holds no run"),
         (("data.files=???",), "data.files is not set"),
         (("nonsense",), "nonsense"),

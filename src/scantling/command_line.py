@@ -32,6 +32,9 @@ TAKES_SWEEPS = ("train", "plan")
 FREE_TEXT = ("prompt", "sample.prompt", "stop", "baseline")
 """Settings that take any text: Hydra's grammar would trip over its brackets and strip its spaces."""
 
+NAMES = ("study", "law", "paths.runs", "paths.cache")
+"""Settings that name something: 7 is a name there, and no number."""
+
 
 class Mistake(Exception):
     """Something the user can put right. The message says what is wrong, where, and what would be right."""
@@ -107,8 +110,10 @@ def raising_hydra() -> Iterator[None]:
 
 
 def quoted(argument: str) -> str:
-    """The argument, free text put in quotes."""
+    """The argument, free text put in quotes, and names that would be read as numbers."""
     key, _, text = argument.partition("=")
+    if key in NAMES and re.fullmatch(r"[\d.eE_+-]+|nan|inf|true|false", text, re.IGNORECASE):
+        return f"{key}='{text}'"
     if key not in FREE_TEXT or text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
         return argument
     escaped = text.replace("${", "\\${")  # no interpolation
@@ -222,7 +227,7 @@ def words_of_option(group: str, option: str) -> set[str]:
 
 
 def check_values(config: DictConfig, config_name: str) -> None:
-    """Raise Mistake where one value was typed for what holds settings, or a word where the default is a number."""
+    """Raise Mistake where one value was typed for what holds settings, or a word where the default is a number, true or false."""
     typed = [o.partition("=") for o in HydraConfig.get().overrides.task if not o.startswith(("+", "~"))]
     for key, _, value in typed:
         if (CONF / key).is_dir() or OmegaConf.is_dict(OmegaConf.select(config, key)):
@@ -251,5 +256,7 @@ def check_values(config: DictConfig, config_name: str) -> None:
     GlobalHydra.instance().hydra = hydra_state
     for key, value in words.items():
         default = defaults.get(key)
-        if isinstance(default, (int, float)) and not isinstance(default, bool):
+        if isinstance(default, bool):
+            raise Mistake(f"{key}={value} must be true or false")
+        if isinstance(default, (int, float)):
             raise Mistake(f"{key}={value} is not a number; its default is {default}")
