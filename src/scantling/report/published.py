@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
 
 from scantling.report.spec import Block, Chart, Code, Report, Samples, Table, Text, in_markdown
 from scantling.run_directory import RunDirectory
@@ -57,17 +61,25 @@ def grouping(study: StudyRuns) -> list[str]:
 def own_entity() -> str:
     """The account's, as the server has it: asked before anything is sent, for `wandb sync` does not give up on a silent one.
 
-    Raises ValueError where the server does not answer.
+    Raises ValueError where the server does not answer: asked here first, as W&B's own service may then never end.
     """
     import wandb
 
+    settings = wandb.Settings()
+    settings.settings_system = str(Path("~/.config/wandb/settings").expanduser())
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(dict(os.environ))
     try:
+        with contextlib.suppress(HTTPError):  # an answer
+            urlopen(settings.base_url, timeout=PATIENCE).close()
         return wandb.Api(timeout=PATIENCE).default_entity or ""
+    except URLError as error:
+        raise ValueError(refusal(f"no answer from {settings.base_url}: {error.reason}")) from error
     except Exception as error:  # of its service, too, whose errors are of no family
         raise ValueError(refusal(error)) from error
 
 
-def refusal(error: Exception) -> str:
+def refusal(error: Exception | str) -> str:
     return f"W&B does not take the report: {' '.join(str(error).split())}"
 
 
