@@ -114,12 +114,8 @@ def published(config: DictConfig, console: Console, made: Report, study: StudyRu
     """With publish=wandb. Raises ValueError naming the page where W&B does not take it."""
     if config.publish is None:
         return
-    from scantling.report.published import (
-        grouping,
-        own_entity,
-        publish,
-        sync,
-    )  # here, as wandb takes a second
+    # Here, as wandb takes a second.
+    from scantling.report.published import grouping, own_entity, publish, sync
 
     page_file = directory_of(config, study.name) / PAGE
     try:

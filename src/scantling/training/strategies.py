@@ -75,9 +75,11 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
             )
         check_precision(precision)
         self.kind = device.type
-        for part in zero_optimization.values():
-            if isinstance(part, dict) and part.get("pin_memory") == "auto":
-                part["pin_memory"] = device.type == "cuda"
+        pinned = {"pin_memory": device.type == "cuda"}
+        zero_optimization = {
+            key: value | pinned if isinstance(value, dict) and value.get("pin_memory") == "auto" else value
+            for key, value in zero_optimization.items()
+        }
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         super().__init__(
