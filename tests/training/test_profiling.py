@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from torch import nn
 from torch.profiler import record_function
 
 from scantling.run_directory import RunDirectory
@@ -13,18 +12,26 @@ from scantling.training.profiling import PART, times
 
 
 def test_backward_time_goes_to_the_part_whose_gradient_it_is():
-    """A large product labelled one thing and a small one labelled another, in one graph."""
-    small, large = nn.Linear(64, 64), nn.Linear(64, 4096)
+    """Two products in one graph: what PyTorch itself says of each one's range, and of its gradient, is found again."""
+    first, second = (torch.randn(64, d, requires_grad=True) for d in (64, 512))
     x = torch.randn(512, 64, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-        with record_function(PART + "small"):
-            y = small(x)
-        with record_function(PART + "large"):
-            z = large(y)
+        with record_function(PART + "first"):
+            y = x @ first
+        with record_function(PART + "second"):
+            z = y @ second
         z.sum().backward()
+
+    def spans(name: str) -> list[float]:
+        found = [event for event in profile.events() if event.name.endswith(name)]
+        return [event.cpu_time_total for event in sorted(found, key=lambda event: event.time_range.start)]
+
     spent = times(profile.events(), "cpu")
-    assert spent["large"][0] > 2 * spent["small"][0]
-    assert spent["large"][1] > 2 * spent["small"][1] > 0
+    assert [spent["first"][0]] == pytest.approx(spans(PART + "first"))
+    assert [spent["second"][0]] == pytest.approx(spans(PART + "second"))
+    # Backward, the one that came last is the first.
+    backward = [spent["second"][1], spent["first"][1]]
+    assert backward == pytest.approx(spans("evaluate_function: MmBackward0"))
     assert spent["gradients, added up"][1] == 0
     whole = sum(event.self_cpu_time_total for event in profile.events())
     assert sum(sum(pair) for pair in spent.values()) == pytest.approx(whole)
