@@ -98,6 +98,17 @@ def test_processes_average_weights_and_grow_batches_as_one(shop):
             torch.testing.assert_close(average[name], weight, rtol=1e-4, atol=2e-5)
 
 
+def test_processes_balance_experts_as_one(shop):
+    """The offsets of DeepSeek-V3's router move once a step, by the choices of all processes and micro-batches."""
+    router = ("n_active=2", "n_groups=1", "n_active_groups=1", "load_balance=0", "speed=0.02")
+    experts = ("ffn=moe_deepseek_v3", "ffn.n_dense=0", "ffn.rest.n_experts=4")
+    common = (*experts, *(f"ffn.rest.router.{setting}" for setting in router))
+    single = shop.run("trainer=cpu", *common, "micro_batch_size=16", runs="balanced")
+    for engine in ("ddp", "zero2"):
+        parallel = (*ENGINES[engine], "trainer.devices=2", "micro_batch_size=2")
+        assert_same_training(shop.run(*parallel, *common, runs=f"balanced-{engine}"), single)
+
+
 def test_torchrun_starts_the_processes(shop, alone):
     """From nothing. With the loss in chunks, as of a large vocabulary: 100 of the 512 tokens of a process at once."""
     script = shop.path / "in_chunks.py"

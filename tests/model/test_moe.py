@@ -89,7 +89,7 @@ def test_mixture_equals_deepseeks(renormalised):
     assert_same_outputs_and_gradients(ours, theirs)
     x = normal(50, D)
     _, expected_weights, expected = theirs.gate(x)
-    weights, chosen = ours.router(x)
+    weights, chosen, _ = ours.router(x)
     everywhere = torch.zeros(50, X)
     assert_close(everywhere.scatter(1, chosen, weights), everywhere.scatter(1, expected, expected_weights))
     ours.router.correction.zero_()
@@ -164,21 +164,26 @@ def test_correction_lowers_the_choice_of_busy_experts():
     router = biased(D, X, n_groups=1, n_active_groups=1)
     router.gate.weight.data.copy_(normal(X, D))
     x = normal(400, D) + normal(D, seed=1)  # a mean that favours some experts
-    _, chosen = router.eval()(x)
+    _, chosen, load = router.eval()(x)
     assert not router.correction.any()
-    load = torch.bincount(chosen.flatten(), minlength=X).float()
-    router.train()(x)
+    assert_close(load, torch.bincount(chosen.flatten(), minlength=X))
+    load = load.float()
+    router.train()
+    for micro_batch in x.split(100):
+        router(micro_batch)
     assert not router.correction.any()
-    router.rebalance()
-    assert_close(router.correction, 0.01 * torch.sign(load.mean() - load))
+    others = 50 * load.flip(0)  # of another process
+    router.rebalance(lambda share: share + others)
+    total = load + others
+    assert_close(router.correction, 0.01 * torch.sign(total.mean() - total))
+    router.correction.zero_()
     for _ in range(300):
-        router.forget()
         router(x)
-        router.rebalance()
-    _, chosen = router.eval()(x)
-    after = torch.bincount(chosen.flatten(), minlength=X).float()
+        router.rebalance(lambda share: share)
+    _, _, after = router.eval()(x)
+    after = after.float()
     assert load.std() > 0.5 * load.mean()
-    assert after.std() < 0.1 * load.std()
+    assert after.std() < 0.3 * load.std()  # a step of 0.01 moves some to and fro
 
 
 def test_the_first_layers_may_be_dense():

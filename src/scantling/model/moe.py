@@ -43,36 +43,31 @@ class Router(nn.Module):
         self.gate = Linear(d_model, n_experts, bias=False)
         self.loss: Tensor | None = None
         """While training, both terms with their coefficients, added up over the layers that this router serves."""
-        self.load_X: Tensor | None = None
-        """While training, how many tokens chose each expert, in all those layers."""
 
-    def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor]:
-        """Weights and indices of each token's experts."""
+    def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor, Tensor]:
+        """Weights and indices of each token's experts, and how many tokens chose each expert."""
         logits_NX = self.gate(x_ND).float()
         p_NX = logits_NX.softmax(-1)
         weights_NA, chosen_NA = p_NX.topk(self.n_active, dim=-1)
         if self.renormalised:
             weights_NA = weights_NA / weights_NA.sum(-1, keepdim=True)
-        if self.training:
-            self.add_loss(logits_NX, p_NX, chosen_NA)
-        return weights_NA.type_as(x_ND), chosen_NA
-
-    def add_loss(self, logits_NX: Tensor, p_NX: Tensor, chosen_NA: Tensor) -> None:
         load_X = counts(chosen_NA, self.n_experts)
-        self.load_X = load_X if self.load_X is None else self.load_X + load_X
-        share_X = load_X / chosen_NA.numel()
+        if self.training:
+            self.add_loss(logits_NX, p_NX, load_X)
+        return weights_NA.type_as(x_ND), chosen_NA, load_X
+
+    def add_loss(self, logits_NX: Tensor, p_NX: Tensor, load_X: Tensor) -> None:
+        share_X = load_X / (len(p_NX) * self.n_active)
         balance = self.n_experts * (share_X * p_NX.mean(0)).sum()
         loss = self.load_balance * balance + self.z * logits_NX.logsumexp(-1).square().mean()
         self.loss = loss if self.loss is None else self.loss + loss
 
     def forget(self) -> None:
         """Before a forward pass."""
-        self.loss = self.load_X = None
+        self.loss = None
 
-    def rebalance(self) -> None:
-        """After a backward pass, not before: with `checkpoint_activations` it chooses experts again, and must choose the same.
-        The same loads are added again then, which changes no expert's share.
-        """
+    def rebalance(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Once a step, after its last backward pass; `over_ranks` adds a tensor up over all processes."""
 
 
 def counts(chosen: Tensor, n_experts: int) -> Tensor:
@@ -85,10 +80,12 @@ class BiasedRouter(Router):
     """DeepSeek-V3's: s = sigmoid(x·Wᵀ); experts are chosen by s + b, with b an offset that no gradient moves, within the
     `n_active_groups` groups of experts whose two best are largest; their weights are `scale`·s. arXiv:2412.19437, §2.1.2.
 
-    After each backward pass b falls by `speed` for experts with more than their share of tokens, and rises for others.
+    Once a step b falls by `speed` for experts with more than their share of the step's tokens, and rises for others.
     """
 
     correction: Tensor
+    load_X: Tensor | int
+    """How many tokens chose each expert in this step's micro-batches so far, in all layers that this router serves."""
 
     def __init__(
         self,
@@ -113,8 +110,9 @@ class BiasedRouter(Router):
             )
         self.n_groups, self.n_active_groups, self.scale, self.speed = n_groups, n_active_groups, scale, speed
         self.register_buffer("correction", torch.zeros(n_experts))
+        self.load_X = 0
 
-    def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor]:
+    def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor, Tensor]:
         logits_NX = linear(x_ND.float(), self.gate.weight.float())
         s_NX = logits_NX.sigmoid()
         groups_NGX = (s_NX + self.correction).detach().unflatten(-1, (self.n_groups, -1))
@@ -126,15 +124,19 @@ class BiasedRouter(Router):
         weights_NA = s_NX.gather(-1, chosen_NA)
         if self.renormalised:
             weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
+        load_X = counts(chosen_NA, self.n_experts)
         if self.training:
             p_NX = s_NX / s_NX.sum(-1, keepdim=True)
-            self.add_loss(logits_NX, p_NX, chosen_NA)
-        return (weights_NA * self.scale).type_as(x_ND), chosen_NA
+            self.add_loss(logits_NX, p_NX, load_X)
+            # With `checkpoint_activations` each is added twice, which changes no expert's share.
+            self.load_X = self.load_X + load_X
+        return (weights_NA * self.scale).type_as(x_ND), chosen_NA, load_X
 
-    def rebalance(self) -> None:
-        if self.load_X is not None:
-            load_X = self.load_X.float()
-            self.correction += self.speed * (load_X.mean() - load_X).sign()
+    def rebalance(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Not within a step: with `checkpoint_activations` the backward pass chooses again, and must choose the same."""
+        load_X = over_ranks(torch.as_tensor(self.load_X)).float()
+        self.correction += self.speed * (load_X.mean() - load_X).sign()
+        self.load_X = 0
 
 
 class MixtureOfExperts(nn.Module):
@@ -164,11 +166,10 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        weights_NA, chosen_NA = self.router(x_ND)
+        weights_NA, chosen_NA, load_X = self.router(x_ND)
         order = chosen_NA.flatten().argsort(stable=True)  # by expert, and for each by token
         tokens = order // chosen_NA.shape[1]
-        loads = counts(chosen_NA, len(self.experts)).tolist()
-        inputs = x_ND.index_select(0, tokens).split(loads)
+        inputs = x_ND.index_select(0, tokens).split(load_X.tolist())
         outputs = torch.cat([expert(x) for expert, x in zip(self.experts, inputs, strict=True)])
         weighted = outputs * weights_NA.flatten().index_select(0, order)[:, None]
         out_ND = torch.zeros_like(x_ND).index_add(0, tokens, weighted.type_as(x_ND))

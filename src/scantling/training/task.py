@@ -93,8 +93,9 @@ class LanguageModelTask(L.LightningModule):
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_after_backward(self) -> None:
-        for router in self.decoder.routers:
-            router.rebalance()
+        if not self.trainer.fit_loop._should_accumulate():
+            for router in self.decoder.routers:
+                router.rebalance(self.over_ranks)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
         return {
@@ -107,11 +108,11 @@ class LanguageModelTask(L.LightningModule):
         loss, self.step_loss = self.over_ranks(self.step_loss), torch.zeros(())
         return loss
 
-    def over_ranks(self, loss: Tensor) -> Tensor:
+    def over_ranks(self, share: Tensor) -> Tensor:
         """The sum of the ranks' shares."""
         if self.trainer.world_size == 1:
-            return loss
-        total = loss.clone()
+            return share
+        total = share.clone()
         dist.all_reduce(total)  # Lightning's reduce would let all wait for each other first
         return total
 
