@@ -61,11 +61,12 @@ def command(tmp_path, book, monkeypatch, entry):
     """`command("lr=1e-3")` is `entry("train", …)` with the settings of a small run. The machine's speed, which takes
     longer to measure than the run, is not measured, and no figure is drawn.
     """
-    from scantling import run
+    from scantling import run_record
+    from scantling.training import hardware
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run.hardware, "peak_flops", lambda *_: (1e12, "assumed"))
-    monkeypatch.setattr(run, "draw_curves", lambda *_, **__: None)
+    monkeypatch.setattr(hardware, "peak_flops", lambda *_: (1e12, "assumed"))
+    monkeypatch.setattr(run_record, "draw_curves", lambda *_, **__: None)
     signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     small = (

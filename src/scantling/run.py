@@ -1,4 +1,4 @@
-"""Configuration -> objects -> fit -> record."""
+"""Configuration -> objects -> fit."""
 
 from __future__ import annotations
 
@@ -6,39 +6,25 @@ import contextlib
 import errno
 import gc
 import logging
-import platform
-import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
-import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
-from rich.markup import escape
 from torch.utils.data import DataLoader
 
-from scantling import __version__
 from scantling.assembly import Run, assemble, description, training_batches, what_would_fit
 from scantling.command_line import mistakes
-from scantling.composition import PARTS, build_decoder, choices, plain
-from scantling.continuation import continuation
+from scantling.composition import build_decoder, plain
 from scantling.data.loading import validation_batches
 from scantling.identity import already_finished, located
-from scantling.model.decoder import Decoder
 from scantling.rollback import guarded, record, roll_back, stop
-from scantling.run_directory import RunDirectory, read_rows
-from scantling.study.figures import draw_curves
+from scantling.run_directory import RunDirectory
+from scantling.run_record import begin, finish, last_screen, loggers_of, sample_of
 from scantling.training import float8, hardware
 from scantling.training.average import WeightAverage
 from scantling.training.budget import steps_between_validations
@@ -57,7 +43,6 @@ from scantling.training.noise import NoiseScale
 from scantling.training.profiling import LabelledBatches, Profile
 from scantling.training.ranks import EndTogether, die_with_the_first
 from scantling.training.strategies import (
-    WholeCheckpoints,
     check_launch,
     cluster_environment,
     devices_per_node,
@@ -93,7 +78,7 @@ def train(config: DictConfig) -> RunDirectory:
     with out_of_disk(directory):
         fit(run, console)
     if rank_zero_only.rank == 0:
-        console.print(report(run))
+        console.print(last_screen(run))
     return directory
 
 
@@ -115,101 +100,6 @@ def out_of_disk(directory: RunDirectory) -> Iterator[None]:
 
 def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-# --- the record ---
-
-
-@rank_zero_only
-def begin(run: Run) -> None:
-    """Set the run's directory up, so that it explains itself; raises where it cannot be written or is too small."""
-    resolved = OmegaConf.create(OmegaConf.to_container(run.config, resolve=True))
-    run.directory.begin(
-        OmegaConf.to_yaml(resolved) + OmegaConf.to_yaml({"choices": choices()}), environment(run)
-    )
-    there, wanted = (
-        len(run.directory.step_checkpoints()),
-        run.config.checkpoint.keep + 2,
-    )  # the best, the next
-    run.plan.check_disk(run.directory.path, checkpoints=wanted - min(there, wanted - 1))
-    run.corpus.tokenizer.save(run.directory.tokenizer)
-
-
-def environment(run: Run) -> dict[str, Any]:
-    return {
-        "scantling": __version__,
-        "commit": git_commit(),
-        "overrides": list(HydraConfig.get().overrides.task),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": version("lightning"),
-        "device": hardware.describe(run.device),
-        "precision": run.precision,
-        "world_size": run.plan.world_size,
-        "steps": run.plan.steps,
-        "corpus": {
-            "fingerprint": run.corpus.fingerprint,
-            "description": run.corpus.description,
-            "train_tokens": len(run.corpus.train.tokens),
-        },
-        "tokenizer": run.corpus.tokenizer.fingerprint,
-    }
-
-
-def git_commit() -> str | None:
-    """Of this project's checkout, marked when files differ from it; None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
-    """The chosen logger, told where to write and under which name; W&B is opened and says where it goes."""
-    config = run.config.logger
-    if config._target_ is None or rank_zero_only.rank != 0:
-        return []
-    name, study = run.directory.name, str(run.directory.path.parent)
-    if not config._target_.endswith(".Wandb"):
-        return [instantiate(config)(save_dir=study, name=name)]
-    tags = [*config.tags, *tags_of_arm(run.config.arm)]
-    logger: Wandb = instantiate(config)(save_dir=study, name=name, group=run.config.study, tags=tags)
-    resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
-    console.print(
-        logger.start(
-            resolved | {"choices": choices(), "environment": environment(run), "parameters": run.plan.counts}
-        )
-    )
-    if taken_up:
-        logger.catch_up(run.directory.metrics(), read_rows(run.directory.samples))
-    return [logger]
-
-
-def tags_of_arm(arm: str | None) -> list[str]:
-    """Its name; of one without a name the parts that were typed for it, as `attn=gqa`."""
-    if arm is not None:
-        return [arm]
-    typed = HydraConfig.get().overrides.task
-    return [text for text in typed if re.split(r"[/.=]", text)[0] in PARTS]
-
-
-@rank_zero_only
-def finish(run: Run, peak: float, peak_source: str) -> None:
-    rows = run.directory.metrics()
-    draw_curves(rows, run.directory.curves, title=run.directory.name)
-    best = min((row for row in rows if "val/loss" in row), key=lambda row: row["val/loss"])
-    run.directory.finish(
-        {
-            **rows[-1],
-            "best": {key: best[key] for key in ("step", "tokens", "val/loss", "val/bpb")},
-            "parameters": run.plan.counts,
-            "flops_convention": "exact",
-            "peak_flops": {"flops": peak, "source": peak_source},
-            "corpus": run.corpus.fingerprint,
-            "guarded": guarded(run, run.plan.steps),
-        }
-    )
 
 
 # --- training ---
@@ -372,42 +262,3 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
             if isinstance(logger, Wandb):
                 logger.finish(succeeded)
     finish(run, peak, peak_source)
-
-
-# --- samples and the last screen ---
-
-
-def sample_of(run: Run, decoder: Decoder, strategy: Strategy | None) -> str | None:
-    """A sample, in the first process; where each has a part of the weights all must call this, and it is given a copy."""
-    if isinstance(strategy, WholeCheckpoints) and strategy.shards_weights:
-        state = strategy.lightning_module_state_dict()
-        if rank_zero_only.rank == 0:
-            decoder = build_decoder(run.config, run.corpus.tokenizer.vocab_size, "cpu").eval()
-            decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in state.items()})
-    return sample(run, decoder) if rank_zero_only.rank == 0 else None
-
-
-def sample(run: Run, decoder: Decoder) -> str:
-    """The configured prompt and its continuation, the same at every call for the same weights."""
-    settings: dict[str, Any] = dict(run.config.sample)
-    prompt = settings.pop("prompt")
-    if prompt is None:
-        prompt = run.corpus.tokenizer.decode(run.corpus.val.tokens[:8].tolist())
-    return prompt + "".join(
-        continuation(decoder, run.corpus.tokenizer, prompt, seed=run.config.seed, **settings)
-    )
-
-
-def report(run: Run) -> str:
-    """The last screen: final numbers, one sample, and where things are."""
-    summary, path = run.directory.summary, run.directory.path
-    return (
-        f"\n[bold]{summary['val/bpb']:.4f} bits/byte[/bold]  (loss {summary['val/loss']:.4f} nats/token, perplexity "
-        f"{summary['val/perplexity']:.2f}) after {summary['tokens']:,} tokens, {summary['flops']:.3g} FLOPs, "
-        f"{summary['seconds']:.0f} s of training\n\n"
-        f"[dim]a sample of at most {run.config.sample.n_tokens} tokens:[/dim]\n{escape(run.directory.last_sample)}\n\n"
-        f"run        {path}\n"
-        f"curves     {run.directory.curves}\n"
-        f"more text  python src/sample.py run={path}\n"
-        f"evaluate   python src/evaluate.py run={path}"
-    )

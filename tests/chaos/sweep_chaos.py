@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from child import Child
 
 from scantling import run as run_module
+from scantling.composition import choices
 from scantling.run_directory import RunDirectory
 from scantling.training.hardware import cpu_name
 
@@ -150,9 +151,9 @@ def failing() -> None:
     fit = run_module.fit
 
     def fated(run, console):
-        if (run.config.seed, run_module.choices()["attn"]) == (0, "gqa"):
+        if (run.config.seed, choices()["attn"]) == (0, "gqa"):
             raise RuntimeError("the matrix is cursed")
-        if (run.config.seed, run_module.choices()["attn"]) == (1, "mha"):
+        if (run.config.seed, choices()["attn"]) == (1, "mha"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(3600)
         fit(run, console)

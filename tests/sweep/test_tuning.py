@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from scantling import run
 from scantling.command_line import Mistake
+from scantling.composition import choices
 from scantling.run_directory import RunDirectory
 from scantling.study.store import load_runs, load_tuning
 from scantling.sweep.tuning import Search, Settings
@@ -74,7 +75,7 @@ def known(monkeypatch):
     """Runs end at once with a loss that is known; they note that they ran."""
 
     def fit(this, console):
-        attn = run.choices()["attn"]
+        attn = choices()["attn"]
         (this.directory.path / "ran").open("a").write("x")
         bpb = loss(this.config.lr, BEST[attn])
         row = {
@@ -91,7 +92,7 @@ def known(monkeypatch):
         this.directory.finish(row)
 
     monkeypatch.setattr(run, "fit", fit)
-    monkeypatch.setattr(run, "report", lambda this: "")
+    monkeypatch.setattr(run, "last_screen", lambda this: "")
 
 
 def ran(folder) -> dict[str, int]:
@@ -167,7 +168,7 @@ def test_an_arm_whose_search_fails_leaves_the_others_alone(command, tmp_path, kn
     fit = run.fit
 
     def sometimes(this, console):
-        if run.choices()["attn"] == "mqa" and this.config.lr == 3e-3:
+        if choices()["attn"] == "mqa" and this.config.lr == 3e-3:
             raise RuntimeError("the matrix is cursed")
         fit(this, console)
 

@@ -14,8 +14,8 @@ import wandb
 from shop import TRAIN
 from warm import Command
 
-from scantling.run import tags_of_arm
 from scantling.run_directory import RunDirectory
+from scantling.run_record import tags_of_arm
 from scantling.training import loggers
 from scantling.wandb_file import records
 
