@@ -53,11 +53,24 @@ def texts(run: RunDirectory) -> list[str]:
     ("before", "after"), [*((engine, engine) for engine in ENGINES), ("zero3", "fsdp"), ("fsdp", "zero3")]
 )
 def test_interrupted_engine_goes_on(shop, alone, before, after):
-    # 16 sequences a step are 2 processes × 4 micro-batches × 2. The sample at step 10 leaves time for the signal.
+    # 16 sequences a step are 2 processes × 4 micro-batches × 2.
     common, runs = ("trainer.devices=2", "micro_batch_size=2"), f"{before}-{after}"
     by_lightning = before == after == "zero2"
-    started = {"runs": runs, "processes": 1 if by_lightning else 2}
-    process = shop.start(*ENGINES[before], *common, "sample.n_tokens=300", **started)
+    interrupt(shop, *ENGINES[before], *common, runs=runs, processes=1 if by_lightning else 2)
+    # Computing activations twice changes nothing; ZeRO 3 refuses it.
+    twice = [] if after.startswith("zero3") else ["trainer.checkpoint_activations=true"]
+    assert_same_training(shop.run(*ENGINES[after], *common, *twice, runs=runs), alone)
+
+
+def test_one_process_goes_on_where_two_were(shop, alone):
+    """With 8 micro-batches a step, where they had 4 each: steps and validations stay where they are."""
+    interrupt(shop, "trainer=ddp", "trainer.devices=2", "micro_batch_size=2", runs="two-one", processes=2)
+    assert_same_training(shop.run("trainer=cpu", "micro_batch_size=2", runs="two-one"), alone)
+
+
+def interrupt(shop, *options: str, runs: str, processes: int) -> None:
+    """Start a run and let it end by a SIGTERM. The sample at step 10 leaves time for it."""
+    process = shop.start(*options, "sample.n_tokens=300", runs=runs, processes=processes)
     while not list(shop.path.glob(f"{runs}/default/*/metrics.jsonl")) or not shop.directory(runs).metrics():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -66,9 +79,6 @@ def test_interrupted_engine_goes_on(shop, alone, before, after):
     assert process.returncode == 130, out + err
     assert "the same command goes on from there" in out
     assert 1 <= len(shop.directory(runs).metrics()) < 20
-    # Computing activations twice changes nothing; ZeRO 3 refuses it.
-    twice = [] if after.startswith("zero3") else ["trainer.checkpoint_activations=true"]
-    assert_same_training(shop.run(*ENGINES[after], *common, *twice, runs=runs), alone)
 
 
 @pytest.mark.parametrize(("engine", "action"), [("ddp", "rollback"), ("fsdp", "skip")])

@@ -77,9 +77,21 @@ class StepCallbacks(Callback):
         checkpoint["callbacks"] |= {callback.state_key: callback.state_dict() for callback in self.callbacks}
 
     def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+        recount(checkpoint, trainer.accumulate_grad_batches)
         for callback in self.callbacks:
             if callback.state_key in checkpoint["callbacks"]:
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+
+
+def recount(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Let Lightning's counts of micro-batches, which steps and validations go by, be those of so many a step. Another number
+    of processes has another.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        more = checkpoint["global_step"] * micro_batches - counts["processed"]
+        for stage in ("ready", "started", "processed", "completed"):
+            counts[stage] += more
 
 
 class Metrics(StepCallback):
