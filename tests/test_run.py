@@ -326,14 +326,23 @@ def test_evaluating_other_text_warns_only_of_unequal_training(command, tmp_path,
 
 
 def test_stored_configuration_cannot_name_foreign_code(command, tmp_path, entry):
+    """Nor reach it through what a module of ours has imported, or call a function that handles files."""
     command()
     directory = only_run(tmp_path)
-    directory.config.write_text(
-        directory.config.read_text().replace("scantling.model.norm.RMSNorm", "os.system")
-    )
-    code, _, err = entry("sample", f"run={directory.path}")
-    assert code == 2
-    assert "asks for os.system" in err
+    stored = directory.config.read_text()
+    for foreign in (
+        "os.system",
+        "scantling.model.attn.torch.load",
+        "scantling.model.attn.nn.Linear",
+        "scantling.model.attn.Linear",
+        "scantling.model.attn.Attention.bias",
+        "scantling.data.files.digest",
+        "torch.nn.ReLU.register_module",
+    ):
+        directory.config.write_text(stored.replace("scantling.model.norm.RMSNorm", foreign))
+        code, _, err = entry("sample", f"run={directory.path}")
+        assert code == 2
+        assert f"asks for {foreign}: only" in err
 
 
 def test_failing_training_is_no_mistake_of_the_user(command, monkeypatch):

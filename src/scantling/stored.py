@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,8 @@ from scantling.data.tokenizers import Tokenizer
 from scantling.model.decoder import Decoder
 from scantling.run_directory import RunDirectory
 
-LOADABLE = (
-    "scantling.model.",
-    "scantling.data.",
-    "torch.nn.ReLU",
-    "torch.nn.GELU",
-    "torch.nn.SiLU",
-    "torch.nn.Identity",
-)
-"""Where a stored configuration may take classes from: nothing else is built because a file was read."""
+ACTIVATIONS = ("torch.nn.ReLU", "torch.nn.GELU", "torch.nn.SiLU", "torch.nn.Identity")
+"""What a stored configuration may build beside our own parts and corpora."""
 
 
 def opened(directory: RunDirectory, weights: dict[str, Tensor]) -> tuple[DictConfig, Decoder, Tokenizer]:
@@ -94,15 +88,31 @@ def weights_of(stored: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def check_targets(config: Any, source: Path) -> None:
-    """Raise ValueError when a stored configuration names code outside of `LOADABLE`."""
+    """Raise ValueError when a stored configuration names foreign code."""
     if isinstance(config, DictConfig):
         target = config.get("_target_")
-        if target is not None and not target.startswith(LOADABLE):
+        if target is not None and not is_own(str(target)):
             raise ValueError(
-                f"{source} asks for {target}: only {', '.join(LOADABLE)} may be loaded from a file"
+                f"{source} asks for {target}: only parts of scantling.model, classes of scantling.data and "
+                f"{', '.join(ACTIVATIONS)} may be loaded from a file"
             )
         children = [config[key] for key in config]
     else:
         children = list(config) if isinstance(config, ListConfig) else []
     for child in children:
         check_targets(child, source)
+
+
+def is_own(target: str) -> bool:
+    """Whether it is one of `ACTIVATIONS`, or stands in the module of ours that it names: Hydra would walk on from there,
+    through what the module has imported.
+    """
+    module, _, name = target.rpartition(".")
+    of_model = module.startswith("scantling.model.")
+    if not (of_model or module.startswith("scantling.data.")):
+        return target in ACTIVATIONS
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return False
+    return getattr(found, "__module__", None) == module and (of_model or isinstance(found, type))
