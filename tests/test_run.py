@@ -287,6 +287,22 @@ def test_too_little_disk_for_checkpoints_is_a_mistake(command, monkeypatch):
     assert "4 checkpoints take" in err
 
 
+def test_a_directory_is_resumed_by_its_own_record(command, tmp_path, entry):
+    """Options and settings that only its first command named stay, however often it is interrupted."""
+    command("optim=sgd", "norm=layernorm", "budget.steps=2")
+    run = only_run(tmp_path)
+    choices, typed = OmegaConf.load(run.config).choices, run.environment["overrides"]
+    assert choices.optim == "sgd"
+    for _ in range(2):
+        (run.path / "summary.json").unlink()  # as if it had been interrupted
+        code, out, err = entry("train", f"resume={run.path}", "trainer=auto")
+        assert code == 0, err
+        assert "nano: norm=layernorm" in out
+        assert OmegaConf.load(run.config).choices == {**choices, "trainer": "auto"}
+        kept = [override for override in typed if override != "trainer=cpu"]
+        assert run.environment["overrides"] == [*kept, "trainer=auto"]
+
+
 def test_resume_refuses_another_architecture_and_another_text(command, tmp_path, book):
     command()
     directory = only_run(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from scantling.command_line import SWEEPS
 from scantling.composition import choices
@@ -45,7 +45,7 @@ def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
             raise ValueError(
                 f"resume={config.resume} holds no run: use auto, never, or a directory below {config.paths.runs}/"
             )
-        config = compose("train", overrides=[*directory.environment["overrides"], *typed, SWEEPS])
+        config = composed_again(directory.environment["overrides"], typed)
         stored = OmegaConf.load(directory.config)
         assert isinstance(stored, DictConfig)
         differences = different_keys(typed_once(stored, config), typed_once(config, config))
@@ -59,6 +59,17 @@ def located(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
         others = (path.with_name(f"{path.name}-{n}") for n in range(2, 10**6))
         path = path if not path.exists() else next(other for other in others if not other.exists())
     return config, RunDirectory(path)
+
+
+def composed_again(stored: list[str], typed: list[str]) -> DictConfig:
+    """The configuration of a run's overrides and those of this command line, which Hydra from here on takes for typed."""
+    anew = {override.partition("=")[0] for override in typed}
+    kept = [override for override in stored if override.partition("=")[0] not in anew]
+    config = compose("train", overrides=[*kept, *typed, SWEEPS], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def typed_once(config: DictConfig, here: DictConfig) -> dict[str, Any]:

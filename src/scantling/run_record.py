@@ -49,7 +49,7 @@ def environment(run: Run) -> dict[str, Any]:
     return {
         "scantling": __version__,
         "commit": git_commit(),
-        "overrides": list(HydraConfig.get().overrides.task),
+        "overrides": [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": version("lightning"),
