@@ -232,11 +232,11 @@ def description(run: Run) -> dict[str, str]:
     }
 
 
-def left_out(run: Run) -> list[int]:
+def left_out(run: Run) -> set[int]:
     """The places in the order of data that rollbacks passed over."""
     ranges = [row["samples"] for row in run.directory.guarded() if row["action"] == "rollback"]
     full = run.plan.sizes.full  # which every step is, where something is left out
-    return [place for a, b in ranges for place in range(a // full, b // full)]
+    return {place for a, b in ranges for place in range(a // full, b // full)}
 
 
 def what_would_fit(run: Run) -> str:

@@ -3,13 +3,16 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_resume import LONG, assert_equal_runs, assert_equal_trees, in_child, only_run, state
 
+from scantling.assembly import left_out
 from scantling.data.loading import BatchSizes, TrainBatches
+from scantling.rollback import samples_of
 from scantling.training import task
 from scantling.training.guard import GuardSettings, robust_z
 
@@ -82,6 +85,29 @@ def test_order_without_some_places():
         assert first(5, first_step=step, left_out=[9, 3, 4]) == kept[step : step + 5]
 
 
+def test_places_left_out_by_several_rollbacks():
+    """The record of each names the places that training would have met, whatever was left out among them before."""
+    rows = []
+    plan = SimpleNamespace(sizes=BatchSizes(4))
+    run = SimpleNamespace(plan=plan, directory=SimpleNamespace(guarded=lambda: rows))
+    for first, last, places in ((4, 5, [3, 4]), (3, 4, [2, 3, 4, 5]), (3, 4, [6, 7])):
+        rows.append({"action": "rollback", "samples": samples_of(run, first, last)})
+        assert rows[-1]["samples"] == [4 * places[0], 4 * places[-1] + 4]
+    order = TrainBatches(
+        tokens=np.arange(1000),
+        seq_len=4,
+        sizes=BatchSizes(4),
+        micro_batch_size=4,
+        rank=0,
+        world_size=1,
+        seed=0,
+        first_step=2,
+        left_out=left_out(run),
+    )
+    met = next(iter(order))["inputs"][:, 0].tolist()
+    assert met == order.order.starts(np.arange(32, 36)).tolist()  # place 8
+
+
 @pytest.mark.parametrize("what", ["gradient", "spike"])
 def test_stop_names_the_batch(command, tmp_path, monkeypatch, what):
     plant(monkeypatch, what)
@@ -126,6 +152,9 @@ def test_skip_leaves_weights_and_optimiser_as_they_are(command, tmp_path, monkey
     assert (record["action"], record["step"], record["samples"]) == ("skip", 26, [BAD * 4, BAD * 4 + 4])
     assert run.summary["guarded"] == 1
     assert [row["step"] for row in run.metrics() if "lr" in row] == list(range(1, 41))
+    noise_scales = [row["noise_scale"] for row in run.metrics()]
+    assert noise_scales[25] == noise_scales[24]
+    assert np.isfinite(noise_scales).all()
     if compared:  # with the run that met no bad batch
         clean = only_run(tmp_path / "clean")
         assert [row["lr"] for row in run.metrics()] == [row["lr"] for row in clean.metrics()]

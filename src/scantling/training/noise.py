@@ -46,6 +46,8 @@ class NoiseScale(StepCallback):
             self.small = small if trainer.world_size == 1 else task.over_ranks(small) / trainer.world_size
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
+        if task.skipped:
+            return
         big = self.tokens_before(step) - self.tokens_before(step - 1)
         small = big // (self.micro_batches * self.processes)
         found = torch.stack(estimates(self.small, task.grad_norm.square(), small, big))

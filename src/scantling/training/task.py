@@ -81,6 +81,8 @@ class LanguageModelTask(L.LightningModule):
         """Learning rate of the last step."""
         self.skips: Callable[[int, Tensor, Tensor], bool] | None = None
         """Whether the step of this number, loss and gradient norm is left out; None: no step is, and nothing is read."""
+        self.skipped = False
+        """Whether the last step was."""
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         nats = self.decoder(batch["inputs"], targets_BT=batch["targets"])
@@ -130,7 +132,8 @@ class LanguageModelTask(L.LightningModule):
             self.grad_norm = self.grad_norm.full_tensor()
         if self.skips is not None:
             step = self.trainer.global_step + 1
-            if self.skips(step, self.over_ranks(self.step_loss), self.grad_norm):
+            self.skipped = self.skips(step, self.over_ranks(self.step_loss), self.grad_norm)
+            if self.skipped:
                 for p in parameters:
                     p.grad = None  # what has no gradient no optimiser touches, nor its state
                 return
