@@ -39,6 +39,8 @@ def test_two_processes_train_as_one(shop, alone, engine):
     run = shop.run(*ENGINES[engine], "trainer.devices=2", runs=f"{engine}-whole", environment=environment)
     assert not extensions.exists()  # nothing was compiled
     assert_same_training(run, alone)
+    states = torch.load(run.last, weights_only=True)["callbacks"]["Checkpoints"]["random_states"]
+    assert not torch.equal(*(state["torch"] for state in states))  # or dropout would leave out the same
     assert run.environment["world_size"] == 2
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     ours, single = (texts(directory) for directory in (run, alone))

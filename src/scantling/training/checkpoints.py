@@ -81,6 +81,8 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         if self.rank < len(self.random_states):
             set_random_state(self.random_states[self.rank], self.device)
+        elif self.rank:  # all processes have the run's seed, and one that was not there before has no state
+            torch.manual_seed(seed_of(torch.initial_seed(), self.rank, trainer.global_step))
         if trainer.is_global_zero:
             tidy(self.directory, trainer.global_step)
             if trainer.global_step:  # a kill may have come between the file and its second names
@@ -129,6 +131,11 @@ def snapshot(state: Any, copies: dict[tuple, torch.Tensor]) -> Any:
     if isinstance(state, list | tuple):
         return type(state)(snapshot(value, copies) for value in state)
     return state
+
+
+def seed_of(run: int, rank: int, step: int) -> int:
+    """For a process, out of the run's."""
+    return int.from_bytes(hashlib.sha256(f"{run}/{rank}/{step}".encode()).digest()[:7], "big")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
