@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import sys
 
 import torch.distributed as dist
@@ -55,11 +56,7 @@ def roll_back(run: Run, bad: BadStep) -> None:
     """Back to the newest checkpoint before the batches that are to be left out, or to the start."""
     if rank_zero_only.rank == 0:
         # First these, then the record: whenever the process dies, what is left fits together.
-        for path in run.directory.step_checkpoints():
-            if run.directory.step_of(path) > bad.step - run.guard.batches:
-                path.unlink()
-        if not run.directory.step_checkpoints():
-            run.directory.last.unlink(missing_ok=True)
+        remove_after(run.directory, bad.step - run.guard.batches)
         record(run, bad, "rollback")
     if dist.is_initialized():
         # Also waits for the first. With resume=never another process, which started later, may have found its directory and
@@ -69,3 +66,19 @@ def roll_back(run: Run, bad: BadStep) -> None:
         run.directory = RunDirectory(place[0])
     run.checkpoint, run.damaged = newest_whole(run.directory)
     run.first_step = 0 if run.checkpoint is None else run.directory.step_of(run.checkpoint)
+
+
+def remove_after(directory: RunDirectory, step: int) -> None:
+    """Remove checkpoints of later steps, by all their names."""
+    checkpoints = directory.step_checkpoints()
+    void = [path for path in checkpoints if directory.step_of(path) > step]
+    best = directory.best
+    # `last` alone, without a checkpoint of its own, would be taken for a run of an older version.
+    if len(void) == len(checkpoints):
+        directory.last.unlink(missing_ok=True)
+    if best.exists() and any(
+        filecmp.cmp(best, path) for path in void
+    ):  # one file, or a copy where there are no links
+        best.unlink()
+    for path in void:
+        path.unlink()

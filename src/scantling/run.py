@@ -261,4 +261,4 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         for logger in loggers:
             if isinstance(logger, Wandb):
                 logger.finish(succeeded)
-    finish(run, peak, peak_source)
+    finish(run, peak, peak_source, best_step=checkpoints.best_step)

@@ -105,10 +105,12 @@ def tags_of_arm(arm: str | None) -> list[str]:
 
 
 @rank_zero_only
-def finish(run: Run, peak: float, peak_source: str) -> None:
+def finish(run: Run, peak: float, peak_source: str, *, best_step: int) -> None:
     rows = run.directory.metrics()
     draw_curves(rows, run.directory.curves, title=run.directory.name)
-    best = min((row for row in rows if "val/loss" in row), key=lambda row: row["val/loss"])
+    best = next(
+        (row for row in rows if row["step"] == best_step), rows[-1]
+    )  # the last where no loss was a number
     run.directory.finish(
         {
             **rows[-1],

@@ -3,12 +3,13 @@
 import json
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_resume import LONG, assert_equal_runs, assert_equal_trees, in_child, only_run, state
+from test_resume import LONG, assert_equal_runs, assert_equal_trees, in_child, kill_in_step, only_run, state
 
 from scantling.assembly import left_out
 from scantling.data.loading import BatchSizes, TrainBatches
@@ -38,17 +39,6 @@ def plant(monkeypatch, what: str) -> None:
         return loss * float("inf") if what == "loss" else loss
 
     monkeypatch.setattr(task.LanguageModelTask, "training_step", planted)
-
-
-def kill_in_step(step: int) -> None:
-    training_step = task.LanguageModelTask.training_step
-
-    def killed(self, batch, index):
-        if self.trainer.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return training_step(self, batch, index)
-
-    task.LanguageModelTask.training_step = killed
 
 
 def records(run) -> list[dict]:
@@ -206,6 +196,51 @@ def test_a_resumed_run_is_guarded_alike(command, tmp_path, monkeypatch, action):
     assert records(run) == records(whole)
     assert state(run)["callbacks"]["Guard"] == state(whole)["callbacks"]["Guard"]
     assert len(state(run)["callbacks"]["Guard"]["losses"]) == 12
+
+
+def test_killed_within_a_rollback_to_the_start(command, tmp_path, monkeypatch):
+    """Before each of the files that it removes."""
+    options = (*SHORT, *SPIKES, "guard.action=rollback", "guard.batches=20")
+    plant(monkeypatch, "loss")
+    unlink = Path.unlink
+    for name in ("last.ckpt", "best.ckpt", "step-00000020.ckpt"):
+
+        def killed(path, name=name, **named):
+            if path.name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return unlink(path, **named)
+
+        def set_up(killed=killed):
+            Path.unlink = killed
+
+        assert in_child(command, *options, f"paths.runs={name}", before=set_up) == -signal.SIGKILL
+        code, _, err = command(*options, f"paths.runs={name}")
+        assert code == 0, err
+        assert [record["action"] for record in records(only_run(tmp_path / name))] == ["rollback"]
+
+
+def test_the_best_checkpoint_is_none_that_a_rollback_removed(command, tmp_path, monkeypatch):
+    """That of step 8 goes, for step 9 leaves out what it has seen; that of step 2, the best before, is there no more."""
+    losses_of = iter([1.0, 1.1, 1.2, 0.9, 1.09, 1.07, 1.05])  # of steps 2, 4, 6, 8, and from 6 on 8, 10, 12
+
+    class Fixed(task.TextLoss):
+        def results(self):
+            return {"loss": self.loss, "bpb": self.loss, "perplexity": 1.0}
+
+    def begin(self):
+        self.text_loss = Fixed(self.token_bytes)
+        self.text_loss.loss = next(losses_of)
+
+    monkeypatch.setattr(task.LanguageModelTask, "on_validation_epoch_start", begin)
+    monkeypatch.setattr("test_guard.BAD", 8)
+    plant(monkeypatch, "loss")
+    options = ("budget.steps=12", "val_every=2", "guard.action=rollback", "guard.batches=3")
+    code, _, err = command(*options, "micro_batch_size=2")
+    assert code == 0, err
+    run = only_run(tmp_path / "runs")
+    best = torch.load(run.best, weights_only=True)["global_step"]
+    assert best == run.summary["best"]["step"] == 12
+    assert run.summary["best"]["val/loss"] == 1.05
 
 
 def test_too_many_stop_the_run(command, tmp_path, monkeypatch):

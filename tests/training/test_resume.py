@@ -166,6 +166,41 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(command, tmp_pat
     assert_equal_runs(run, uninterrupted)
 
 
+SHORT = ("budget.steps=12", "val_every=4")
+
+
+def kill_in_step(step: int) -> None:
+    training_step = task.LanguageModelTask.training_step
+
+    def killed(self, batch, index):
+        if self.trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self, batch, index)
+
+    task.LanguageModelTask.training_step = killed
+
+
+def test_killed_again_after_the_only_checkpoint_was_damaged(command, tmp_path):
+    assert in_child(command, *SHORT, before=lambda: kill_in_step(6)) == -signal.SIGKILL
+    run = only_run(tmp_path / "runs")
+    (only,) = run.step_checkpoints()
+    only.write_bytes(only.read_bytes()[:1000])
+    assert in_child(command, *SHORT, before=lambda: kill_in_step(2)) == -signal.SIGKILL  # started over
+    assert command(*SHORT)[0] == 0
+    assert state(run)["global_step"] == 12
+
+
+def test_killed_between_the_final_checkpoint_and_its_second_names(command, tmp_path):
+    """The third, each with a checksum, the file, `last` and `best`. No step is left to do."""
+    assert in_child(command, *SHORT, before=lambda: kill_at("os.replace", 11)) == -signal.SIGKILL
+    run = only_run(tmp_path / "runs")
+    assert (run.step_of(run.step_checkpoints()[0]), state(run)["global_step"]) == (12, 8)
+    assert command(*SHORT)[0] == 0
+    assert run.last.samefile(run.checkpoint(12))
+    assert run.best.samefile(run.checkpoint(run.summary["best"]["step"]))
+    assert not list(run.checkpoints.glob("*.partial"))
+
+
 def test_newest_checkpoints_stay_with_their_checksums(command, tmp_path):
     command("budget.steps=12", "val_every=2", "checkpoint.keep=3")
     run = only_run(tmp_path / "runs")

@@ -63,6 +63,7 @@ class Checkpoints(Callback):
         self.directory, self.files, self.keep = directory, files, keep
         self.best, self.best_step = float("inf"), 0
         self.random_states: list[dict[str, Any]] = []
+        self.has_started = False
 
     def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
         self.rank, self.device = trainer.global_rank, trainer.strategy.root_device
@@ -83,10 +84,21 @@ class Checkpoints(Callback):
             set_random_state(self.random_states[self.rank], self.device)
         elif self.rank:  # all processes have the run's seed, and one that was not there before has no state
             torch.manual_seed(seed_of(torch.initial_seed(), self.rank, trainer.global_step))
-        if trainer.is_global_zero:
-            tidy(self.directory, trainer.global_step)
-            if trainer.global_step:  # a kill may have come between the file and its second names
-                self.name(trainer.global_step, trainer.global_step == self.best_step)
+        self.take_up(trainer)
+
+    def take_up(self, trainer: L.Trainer) -> None:
+        """Leave the directory as it was after the step that training goes on from, whatever a kill has left."""
+        self.has_started = True
+        if not trainer.is_global_zero:
+            return
+        step, best = trainer.global_step, self.directory.best
+        tidy(self.directory, step)
+        if step:
+            self.name(step, step == self.best_step)
+            if not best.exists():  # it was one of those that a rollback removed
+                if not self.directory.checkpoint(self.best_step).exists():
+                    self.best, self.best_step = float("inf"), step
+                put_in_place(self.directory.checkpoint(self.best_step), best)
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         if trainer.sanity_checking:
@@ -113,6 +125,8 @@ class Checkpoints(Callback):
                 checksum_of(old).unlink(missing_ok=True)
 
     def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
+        if not self.has_started:  # there was no step left
+            self.take_up(trainer)
         self.files.wait()
 
 
@@ -260,10 +274,13 @@ def newest_whole(directory: RunDirectory) -> tuple[Path | None, list[str]]:
 
 
 def tidy(directory: RunDirectory, step: int) -> None:
-    """Set damaged checkpoints, those after `step`, aside as `.damaged`; remove what a killed process left half done."""
-    for path in directory.step_checkpoints():
-        if directory.step_of(path) > step:
-            path.rename(path.with_name(path.name + ".damaged"))
+    """Set checkpoints after `step`, which are damaged, aside as `.damaged`; remove what a killed process left half done."""
+    damaged = [path for path in directory.step_checkpoints() if directory.step_of(path) > step]
+    if step == 0:
+        for path in (directory.last, directory.best):  # of the damaged ones
+            path.unlink(missing_ok=True)
+    for path in damaged:
+        path.rename(path.with_name(path.name + ".damaged"))
     for path in directory.checkpoints.glob("*.partial"):
         path.unlink()
     for path in directory.checkpoints.glob("*.sha256"):
