@@ -80,6 +80,7 @@ CASES = {
     "llama 3": {**LLAMA, "rope_parameters": LLAMA3},
     "llama linear": {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     "llama yarn": {**LLAMA, "rope_parameters": YARN},
+    "llama yarn, two terms": {**LLAMA, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
     "mistral": {**HEADS_16, "sliding_window": 9},
     "mistral full": {**LLAMA, "head_dim": 8, "sliding_window": None},
     "qwen2": LLAMA,
@@ -176,6 +177,11 @@ CASES = {
         "attention_bias": True,
         "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
     },
+    "deepseek_v3 yarn, one term": {**DEEPSEEK, "rope_parameters": {**YARN, "mscale_all_dim": 0.7}},
+    "deepseek_v3 yarn, explicit": {
+        **DEEPSEEK,
+        "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "attention_factor": 1.2},
+    },
 }
 """What each takes: the model's type is the first word, the rest says what is special."""
 
@@ -242,14 +248,55 @@ def test_the_way_there_and_back_changes_no_bit(pair, tmp_path):
 
 @torch.no_grad()
 def test_transformers_opens_what_is_written(pair, tmp_path):
-    settings = expressed(pair.family, pair.config)
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "pad_token_id": None}))
-    write_tensors(
-        exported(rules_of(pair.family.tensors, pair.ours), pair.state), tmp_path / "model.safetensors"
-    )
-    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    opened = opened_by_transformers(pair, expressed(pair.family, pair.config), tmp_path)
     assert type(opened) is type(pair.theirs)
     assert_close(opened(TOKENS).logits, pair.theirs(TOKENS).logits, rtol=0, atol=1e-6)
+
+
+def opened_by_transformers(pair: Pair, settings: dict, path: Path) -> Any:
+    (path / "config.json").write_text(json.dumps({**settings, "pad_token_id": None}))
+    write_tensors(exported(rules_of(pair.family.tensors, pair.ours), pair.state), path / "model.safetensors")
+    return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+
+
+YARN_256 = {
+    "_target_": "scantling.model.rope_scaling.yarn",
+    "_partial_": True,
+    "factor": 4.0,
+    "original_seq_len": 256,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "attention_factor": 1.2,
+}
+CHANGES = {
+    "a part of each head turned": ("fraction", 0.5),
+    "yarn": ("scaling", YARN_256),
+    "capped": ("softcap", 0.5),
+}
+"""A setting of a decoder that few families have, and what it is wherever it stands."""
+
+
+def changed(node: dict, key: str, value: Any) -> dict:
+    inner = {k: changed(v, key, value) if isinstance(v, dict) else v for k, v in node.items()}
+    return inner | {key: value} if key in node else inner
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_refused_is_computed_alike(pair, change, tmp_path):
+    """A field may stand in `config.json` that the family's code does not read."""
+    config = changed(pair.config, *CHANGES[change])
+    if config == pair.config:
+        pytest.skip("the family's parts have no such setting")
+    try:
+        settings = expressed(pair.family, config)
+    except ValueError:
+        return
+    ours = instantiate(config)
+    ours.load_state_dict(pair.state)
+    theirs = opened_by_transformers(pair, settings, tmp_path)
+    assert_close(ours.eval()(TOKENS), theirs(TOKENS).logits, rtol=0, atol=1e-4)
 
 
 def test_one_step_of_training_gives_their_weights(pair, tmp_path):
@@ -363,6 +410,19 @@ def test_older_files_mean_the_same(model_type):
     assert family.overrides(
         {key: value for key, value in old.items() if key != "rope_parameters"}
     ) == family.overrides(new)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "parameters", "complaint"),
+    [
+        ("llama", PARTIAL, "partial_rotary_factor=0.5 is not supported, only 1.0"),
+        ("gemma3_text", {"full_attention": YARN | {"truncate": False}}, "truncate=False is not supported, only True"),
+        ("phi3", YARN, "rope_type=yarn is not supported, only default"),
+    ],
+)  # fmt: skip
+def test_what_the_code_of_a_family_does_not_read_is_refused(model_type, parameters, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        FAMILIES[model_type].overrides({**default(model_type), "rope_parameters": parameters})
 
 
 def test_text_in_a_number_never_reaches_hydra():

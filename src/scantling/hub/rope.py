@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from scantling.hub.fields import MISSING, Config, Field, found, setting
+from scantling.hub.fields import MISSING, REQUIRED, Config, Field, Only, found, setting, value_of
+
+
+def yarn_growth(factor: float, mscale: float) -> float:
+    """0.1·m·ln(factor) + 1. Peng et al. 2023, arXiv:2309.00071, eq. 22, with DeepSeek's m."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def attention_factor(parameters: Config) -> float | None:
+    """Of YaRN, where no field says it: a ratio if both of its terms are given, else null, the paper's."""
+    above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if not (above and below):
+        return None
+    return yarn_growth(parameters["factor"], above) / yarn_growth(parameters["factor"], below)
+
 
 KINDS = {
     "linear": {"factor": "factor"},
@@ -25,49 +40,16 @@ KINDS = {
 }
 """Their name of each setting of `pos/scaling=`, and ours."""
 
-DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None}
+DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": attention_factor}
 
-
-def overrides_of(
-    parameters: Config, theta: float, fraction: float, interleaved: bool, node: str
-) -> list[str]:
-    """`node` is the part of the configuration that holds the rotation: `pos`, or one of several below it."""
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    option = "none" if kind == "default" else kind
-    if option != "none" and kind not in KINDS:
-        raise ValueError(f"config.json: rope_type={kind} is not supported, only default, {', '.join(KINDS)}")
-    group = "pos/scaling" if node == "pos" else f"pos/scaling@{node}.scaling"
-    written = [
-        setting(f"{node}.theta", float(parameters.get("rope_theta", theta))),
-        setting(f"{node}.fraction", float(parameters.get("partial_rotary_factor", fraction))),
-        setting(f"{node}.interleaved", interleaved),
-        f"{group}={option}",
-    ]
-    for theirs, ours in KINDS.get(kind, {}).items():
-        if theirs not in parameters and theirs not in DEFAULTS:
-            raise ValueError(f"config.json: rope_type={kind} lacks {theirs}")
-        written.append(setting(f"{node}.scaling.{ours}", parameters.get(theirs, DEFAULTS.get(theirs))))
-    return written
-
-
-def parameters_of(decoder: Config, node: str) -> Config:
-    """The inverse of `overrides_of`; what is no rotation gives nothing."""
-    theta, fraction = found(decoder, f"{node}.theta"), found(decoder, f"{node}.fraction")
-    kind = str(found(decoder, f"{node}.scaling._target_")).rpartition(".")[2]
-    if MISSING in (theta, fraction):
-        return {}
-    parameters = {"rope_type": kind if kind in KINDS else "default", "rope_theta": theta}
-    if fraction != 1.0:
-        parameters["partial_rotary_factor"] = fraction
-    for theirs, ours in KINDS.get(kind, {}).items():
-        value = found(decoder, f"{node}.scaling.{ours}")
-        if value is not None:
-            parameters[theirs] = value
-    return parameters
+WHOLE = Only("partial_rotary_factor", 1.0)
+"""Of code that turns all channels, whatever the field says."""
 
 
 class Rope(Field):
-    """`theta` and `fraction` are what the family takes where `config.json` is silent."""
+    """`theta` and `fraction` are what the family takes where `config.json` is silent, `kinds` the scalings that it has,
+    `unread` what its code leaves unread, which therefore must have one value.
+    """
 
     def __init__(
         self,
@@ -75,10 +57,13 @@ class Rope(Field):
         theta: float = 10000.0,
         fraction: float = 1.0,
         interleaved: bool = False,
+        kinds: Sequence[str] = tuple(KINDS),
+        unread: Sequence[Only] = (WHOLE,),
         old_theta: str = "rope_theta",
         old_fraction: str = "partial_rotary_factor",
     ):
         self.theta, self.fraction, self.interleaved = theta, fraction, interleaved
+        self.kinds, self.unread = ("default", *kinds), unread
         self.old_theta, self.old_fraction = old_theta, old_fraction
 
     def parameters(self, hf: Config) -> Config:
@@ -87,16 +72,46 @@ class Rope(Field):
         known = {key: value for key, value in old.items() if value is not None}
         return known | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
 
-    def overrides(self, hf: Config) -> list[str]:
+    def read(self, parameters: Config, node: str) -> list[str]:
+        """`node` is the part of the configuration that holds the rotation: `pos`, or one of several below it."""
+        given = {key: value for key, value in parameters.items() if value is not None}
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind not in self.kinds:
+            raise ValueError(f"config.json: rope_type={kind} is not supported, only {', '.join(self.kinds)}")
+        for field in self.unread:
+            field.overrides(given)
+        group = "pos/scaling" if node == "pos" else f"pos/scaling@{node}.scaling"
         return [
-            "pos=rope",
-            *overrides_of(self.parameters(hf), self.theta, self.fraction, self.interleaved, "pos"),
+            setting(f"{node}.theta", float(given.get("rope_theta", self.theta))),
+            setting(f"{node}.fraction", float(given.get("partial_rotary_factor", self.fraction))),
+            setting(f"{node}.interleaved", self.interleaved),
+            f"{group}={'none' if kind == 'default' else kind}",
+            *(
+                setting(f"{node}.scaling.{ours}", value_of(given, theirs, DEFAULTS.get(theirs, REQUIRED)))
+                for theirs, ours in KINDS.get(kind, {}).items()
+            ),
         ]
 
+    def written(self, decoder: Config, node: str) -> Config:
+        """The inverse of `read`; what is no rotation gives nothing."""
+        theta, fraction = found(decoder, f"{node}.theta"), found(decoder, f"{node}.fraction")
+        kind = str(found(decoder, f"{node}.scaling._target_")).rpartition(".")[2]
+        if MISSING in (theta, fraction):
+            return {}
+        parameters = {"rope_type": kind if kind in KINDS else "default", "rope_theta": theta}
+        if fraction != 1.0 or self.fraction != 1.0:  # where the family's default is another, 1 must be said
+            parameters["partial_rotary_factor"] = fraction
+        for theirs, ours in KINDS.get(kind, {}).items():
+            value = found(decoder, f"{node}.scaling.{ours}")
+            if value is not None:
+                parameters[theirs] = value
+        return parameters
+
+    def overrides(self, hf: Config) -> list[str]:
+        return ["pos=rope", *self.read(self.parameters(hf), "pos")]
+
     def hf_config(self, decoder: Config) -> Config:
-        parameters = parameters_of(decoder, "pos")
-        if parameters and self.fraction != 1.0:  # for a family whose default is another, 1 must be said
-            parameters["partial_rotary_factor"] = decoder["pos"]["fraction"]
+        parameters = self.written(decoder, "pos")
         return {"rope_parameters": parameters} if parameters else {}
 
     @property
@@ -115,31 +130,27 @@ class RopeLocalGlobal(Field):
     """
 
     def __init__(self, *, local: float, whole: float, old_local: str):
-        self.thetas = {"sliding_attention": local, "full_attention": whole}
+        # `transformers` looks for `truncate` beside the kinds of layers, where no file has it
+        unread = (WHOLE, Only("truncate", True))
+        thetas = {"sliding_attention": local, "full_attention": whole}
+        self.ropes = {layer: Rope(theta=theta, unread=unread) for layer, theta in thetas.items()}
         self.old_local = old_local
 
     def overrides(self, hf: Config) -> list[str]:
         old = {
-            "sliding_attention": {"rope_theta": hf.get(self.old_local, self.thetas["sliding_attention"])},
-            "full_attention": {
-                "rope_theta": hf.get("rope_theta", self.thetas["full_attention"]),
-                **(hf.get("rope_scaling") or {}),
-            },
+            "sliding_attention": {"rope_theta": hf.get(self.old_local)},
+            "full_attention": {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {})},
         }
         parameters = hf.get("rope_parameters") or old
         written = ["pos=rope_local_global"]
         for layer, node in LAYERS.items():
-            written += overrides_of(parameters.get(layer, {}), self.thetas[layer], 1.0, False, node)
+            written += self.ropes[layer].read(parameters.get(layer) or {}, node)
         return written
 
     def hf_config(self, decoder: Config) -> Config:
-        return {"rope_parameters": {layer: parameters_of(decoder, node) for layer, node in LAYERS.items()}}
+        parameters = {layer: self.ropes[layer].written(decoder, node) for layer, node in LAYERS.items()}
+        return {"rope_parameters": parameters}
 
     @property
     def names(self) -> set[str]:
         return {"rope_parameters", "rope_scaling", "rope_theta", self.old_local}
-
-
-def yarn_growth(factor: float, mscale: float) -> float:
-    """0.1·m·ln(factor) + 1. Peng et al. 2023, arXiv:2309.00071, eq. 22, with DeepSeek's m."""
-    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0

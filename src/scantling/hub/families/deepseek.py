@@ -29,12 +29,9 @@ class Yarn(Rope):
     def overrides(self, hf: Config) -> list[str]:
         parameters = self.parameters(hf)
         words = super().overrides(hf)
-        factor, whole = parameters.get("factor", 1.0), parameters.get("mscale_all_dim") or 0.0
-        if whole:
-            grown = yarn_growth(factor, whole)
-            scale = (hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]) ** -0.5 * grown**2
-            turned = yarn_growth(factor, parameters.get("mscale") or 1.0) / grown
-            words += [setting("attn.scale", scale), setting("pos.scaling.attention_factor", turned)]
+        if "pos/scaling=none" not in words and (whole := parameters.get("mscale_all_dim")):
+            scale = (hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]) ** -0.5
+            words.append(setting("attn.scale", scale * yarn_growth(parameters["factor"], whole) ** 2))
         return words
 
     def hf_config(self, decoder: Config) -> Config:
@@ -46,8 +43,10 @@ class Yarn(Rope):
             growth = yarn_growth(parameters["factor"], 1.0) - 1
             if growth and grown > 1 + 1e-9:
                 parameters["mscale_all_dim"] = round((grown - 1) / growth, 9)
-                turned = parameters.pop("attention_factor", None) or yarn_growth(parameters["factor"], 1.0)
-                parameters["mscale"] = round((turned * grown - 1) / growth, 9)
+                turned = parameters.get("attention_factor", 1 / grown)
+                if mscale := round((turned * grown - 1) / growth, 9):  # a 0 is read as not given
+                    parameters["mscale"] = mscale
+                    del parameters["attention_factor"]
         return written
 
 

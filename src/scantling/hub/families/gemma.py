@@ -71,6 +71,6 @@ class Gemma3(Gemma2):
         Given("attn/qk_norm=per_head"),
         LayerTypes(every=6, window=4096, also=["pos.every"]),
         RopeLocalGlobal(local=1e4, whole=1e6, old_local="rope_local_base_freq"),
-        Same("attn_logit_softcapping", "attn.softcap", absent=None, nullable=True),
+        Only("attn_logit_softcapping", None),  # a field that its code does not read
         Same("final_logit_softcapping", "head.softcap", absent=None, nullable=True),
     )

@@ -137,7 +137,7 @@ class GPTNeoX(Family):
         Same("intermediate_size", "model.d_ff"),
         Activation("hidden_act", gated=False, absent="gelu"),
         Same("layer_norm_eps", "norm.eps", absent=1e-5),
-        Rope(fraction=0.25, old_theta="rotary_emb_base", old_fraction="rotary_pct"),
+        Rope(fraction=0.25, unread=(), old_theta="rotary_emb_base", old_fraction="rotary_pct"),
         Same("attention_bias", *QKV_BIAS, "attn.out_bias", absent=True),
         Switch(
             "use_parallel_residual",

@@ -37,7 +37,7 @@ class Phi(Llama):
         Same("layer_norm_eps", "norm.eps", absent=1e-5),
         Same("intermediate_size", "model.d_ff"),
         Activation("hidden_act", gated=False, absent="gelu_new"),
-        Rope(fraction=0.5),
+        Rope(fraction=0.5, unread=()),
         Switch(
             "qk_layernorm",
             "attn.qk_norm._target_",
@@ -85,7 +85,7 @@ class StableLm(Llama):
         WITH_BIAS,
         Same("layer_norm_eps", "norm.eps", absent=1e-5),
         Same("use_qkv_bias", *QKV_BIAS, absent=False),
-        Rope(fraction=0.25),
+        Rope(fraction=0.25, unread=()),
         Switch(
             "use_parallel_residual",
             "block._target_",
@@ -144,7 +144,7 @@ class Nemotron(Llama):
         Same("norm_eps", "norm.eps", absent=1e-5),
         Same("intermediate_size", "model.d_ff"),
         Activation("hidden_act", gated=False, absent="relu2"),
-        Rope(fraction=0.5),
+        Rope(fraction=0.5, unread=()),
         without=("rms_norm_eps",),
     )
 

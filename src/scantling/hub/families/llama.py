@@ -20,7 +20,7 @@ from scantling.hub.fields import (
     setting,
     tied,
 )
-from scantling.hub.rope import Rope, overrides_of, parameters_of
+from scantling.hub.rope import Rope
 from scantling.hub.weights import Apart, Joined, Table, Together
 from scantling.model.checks import check_whole
 
@@ -174,6 +174,7 @@ class Phi3(Llama):
         Llama.fields,
         Same("rms_norm_eps", "norm.eps", absent=1e-5),
         Window("sliding_window", absent=None),
+        Rope(kinds=(), unread=()),
         without=("attention_bias", "mlp_bias", "head_dim"),
     )
     tensors: ClassVar[Table] = {
@@ -200,6 +201,8 @@ class Granite(Llama):
 class NopeLayers(Field):
     """`no_rope_layers`: 0 for a layer without position. Yang et al. 2025, arXiv:2501.18795."""
 
+    rope = Rope(theta=2e6)
+
     def overrides(self, hf: Config) -> list[str]:
         every, n_layers = hf.get("no_rope_layer_interval", 4), hf["num_hidden_layers"]
         turns = hf.get("no_rope_layers") or self.turns(n_layers, every)
@@ -209,7 +212,7 @@ class NopeLayers(Field):
             raise ValueError(
                 f"config.json: no_rope_layers={turns} is not supported, only a 0 in every n-th place"
             )
-        rope = overrides_of(Rope().parameters(hf), 2e6, 1.0, False, "pos.others")
+        rope = self.rope.read(self.rope.parameters(hf), "pos.others")
         return ["pos=rope_nope", setting("pos.every", every), *rope]
 
     @staticmethod
@@ -224,12 +227,12 @@ class NopeLayers(Field):
         return {
             "no_rope_layer_interval": every,
             "no_rope_layers": self.turns(decoder["n_layers"], every),
-            "rope_parameters": parameters_of(decoder, "pos.others"),
+            "rope_parameters": self.rope.written(decoder, "pos.others"),
         }
 
     @property
     def names(self) -> set[str]:
-        return {"no_rope_layers", "no_rope_layer_interval", *Rope().names}
+        return {"no_rope_layers", "no_rope_layer_interval", *self.rope.names}
 
 
 class SmolLM3(Llama):
