@@ -87,12 +87,13 @@ def test_groups_add_up_and_belong_where_they_say(nano, option):
 
 
 def test_shared_layers_count_once_and_compute_each_time(preset):
-    """ALBERT: parameters of one layer, FLOPs of all."""
+    """ALBERT: parameters of one layer, FLOPs of all, under every convention."""
     own, shared = (preset("gpt2_small", f"decoder.layers_per_block={n}") for n in (1, 12))
     ours, theirs = parameter_counts(shared), parameter_counts(own)
     for group in ("attention", "feed-forward"):
         assert 12 * ours[group] == theirs[group]
-    assert CONVENTIONS["exact"](shared, 1024) == CONVENTIONS["exact"](own, 1024)
+    for name, convention in CONVENTIONS.items():
+        assert convention(shared, 1024) == convention(own, 1024), name
     assert cache_bytes(shared, context=7, batch=1, precision="bf16") == cache_bytes(
         own, context=7, batch=1, precision="bf16"
     )

@@ -38,7 +38,9 @@ def group_of(parameter: str) -> str:
 
 
 def active_counts(decoder: Decoder) -> dict[str, int]:
-    """Parameters by group that one token passes: of the experts, those that its router chooses."""
+    """Parameters by group that one token passes: of the experts, those that its router chooses; of a block that serves
+    several layers, each time.
+    """
     counts = dict.fromkeys([*GROUPS, "norm"], 0)
     for path, module, times in passed(decoder):
         for name, parameter in module.named_parameters(recurse=False):
@@ -47,11 +49,15 @@ def active_counts(decoder: Decoder) -> dict[str, int]:
 
 
 def passed(module: nn.Module, path: str = "", times: int = 1) -> Iterator[tuple[str, nn.Module, int]]:
-    """Every module below, its path, and how many like it one token passes; of experts, which are alike, only the first."""
+    """Every module below, its path, and how often one token passes it or one like it; of experts, which are alike, only the
+    first.
+    """
     yield path, module, times
     for name, child in module.named_children():
         if isinstance(module, MixtureOfExperts) and child is module.experts:
             yield from passed(module.experts[0], f"{path}.{name}.0", times * module.router.n_active)
+        elif isinstance(module, Decoder) and child is module.blocks:
+            yield from passed(child, f"{path}.{name}", times * module.layers_per_block)
         else:
             yield from passed(child, f"{path}.{name}", times)
 
@@ -162,8 +168,9 @@ CONVENTIONS: dict[str, Callable[[Decoder, int], float]] = {
 }
 """Training FLOPs per token, forward and backward, under each name.
 
-The papers count dense models. In a mixture of experts N is the active parameters in every convention, for the idle
-experts compute nothing; the exact counts and Hoffmann's take the products of the chosen experts and of the router.
+The papers count dense models whose layers share no weights. In a mixture of experts N is the active parameters in every
+convention, for the idle experts compute nothing; shared weights count in N for each layer, for each computes. The exact
+counts and Hoffmann's take the products of the chosen experts and of the router.
 """
 
 
