@@ -283,6 +283,13 @@ def test_hub_dataset_mistakes_get_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_split_is_not_trained_on_and_validated_on():
+    with pytest.raises(
+        ValueError, match="val_split=train is the split trained on: null holds documents of it out"
+    ):
+        hub_dataset(val_split="train")
+
+
 def test_a_hub_that_does_not_answer_fails_in_one_line_at_once(monkeypatch):
     with socket.socket() as listener:  # a port nobody listens on, once closed
         listener.bind(("127.0.0.1", 0))

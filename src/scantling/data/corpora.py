@@ -273,6 +273,8 @@ class HubDataset(Corpus):
         _check_fraction(val_fraction)
         if max_documents is not None and max_documents < 1:
             raise ValueError(f"max_documents is {max_documents}; it must be positive or null")
+        if val_split == train_split:
+            raise ValueError(f"val_split={val_split} is the split trained on: null holds documents of it out")
         self.path = path
         self.name = name
         self.column = column
