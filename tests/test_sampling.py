@@ -97,6 +97,14 @@ def test_temperature_zero_is_the_limit():
     assert_close(settings(1, **GREEDY).probabilities(LOGITS), near, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300])
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_the_tiniest_temperature_is_near_zero_too(temperature, top_p):
+    """Logits divided by it are infinite in float32, and it is 0 there itself."""
+    near = settings(1, temperature=temperature, top_p=top_p).probabilities(LOGITS)
+    assert_close(near, settings(1, **GREEDY).probabilities(LOGITS), rtol=0, atol=0)
+
+
 def test_bfloat16_logits_make_a_distribution():
     p = settings(1, temperature=0.7, top_p=0.95).probabilities(LOGITS.bfloat16())
     assert_close(p.sum(-1), torch.ones(50))

@@ -92,7 +92,9 @@ class Settings:
         logits_BV = self.penalised(logits_BV.float(), seen_BV)
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).float()
-        logits_BV = logits_BV / self.temperature
+        # From the largest logit on, and no temperature that is 0 in float32: however small, one logit stays finite.
+        above_zero = max(self.temperature, torch.finfo(logits_BV.dtype).tiny)
+        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / above_zero
         if self.top_k is not None:
             least = logits_BV.topk(min(self.top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
