@@ -116,9 +116,10 @@ def test_prompts_of_different_length_go_on_as_each_alone(nano, overrides):
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_quantised_cache_draws_from_nearly_the_same_distribution(nano, precision):
+@pytest.mark.parametrize("overrides", [(), ("attn=mla", "attn.d_rotated=0", "pos=none")], ids=" ".join)
+def test_a_quantised_cache_draws_from_nearly_the_same_distribution(nano, overrides, precision):
     """The first tokens come out of the same logits but for rounding: greedy texts agree for a while."""
-    decoder = nano("embed=untied", gain=8)
+    decoder = nano("embed=untied", *overrides, gain=8)
     full, low = (generated(decoder, 8, precision=p, **GREEDY) for p in ("full", precision))
     assert full[:2] == low[:2]
 

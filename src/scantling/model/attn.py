@@ -355,7 +355,7 @@ class LatentAttention(PatternedAttention):
 
     @property
     def cached_heads(self) -> int:
-        return 2
+        return 2 if self.d_rotated else 1
 
     def mixing_flops(self, keys: float) -> float:
         return 2 * self.n_heads * (self.d_nope + self.d_rotated + self.d_value) * keys

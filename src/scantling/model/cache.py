@@ -104,6 +104,8 @@ class QuantisedBuffer(Buffer):
         self.scale_BSK1 = slots(n_slots, like_BTKE[..., :1], torch.float32)
 
     def write(self, index: Any, x: Tensor) -> None:
+        if not x.shape[-1]:  # the rotated part of a key that has none
+            return
         scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / self.largest
         self.scale_BSK1[index] = scale
         self.data_BSKE[index] = self.rounded(x.float() / scale).to(self.dtype)
