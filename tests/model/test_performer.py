@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
+from scantling.accounting import forward_flops_per_token
 from scantling.model.cache import Step
 from scantling.model.performer import Performer, causal_sums, orthogonal_features
 from scantling.model.pos import unrotated
@@ -47,6 +49,15 @@ def test_features_are_orthogonal_and_as_long_as_normal_ones():
     # |w|² of 16 standard normals has mean 16 and variance 32
     assert rows.square().sum(1).mean().item() == pytest.approx(16, abs=4 * (32 / 64) ** 0.5)
     assert_close(rows, orthogonal_features(64, 16, seed=0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 16, 128])
+@torch.no_grad()
+def test_flops_of_texts_shorter_than_a_chunk(nano, n_tokens):
+    decoder = nano("attn=performer", "model.seq_len=128")
+    with FlopCounterMode(display=False) as counter:
+        decoder(torch.zeros(1, n_tokens, dtype=torch.long))
+    assert n_tokens * forward_flops_per_token(decoder, n_tokens, n_tokens) == counter.get_total_flops()
 
 
 def test_a_position_that_adds_to_scores_is_refused(nano):

@@ -84,8 +84,8 @@ class Performer(Mixer):
 
     def mixing_flops(self, keys: float) -> float:
         """Features of q and k; all pairs of a chunk, twice; the sum of earlier chunks, made and used."""
-        M, E = self.n_features, self.d_head
-        return float(self.n_heads * (4 * M * E + 2 * CHUNK * M + 2 * CHUNK * (E + 1) + 4 * M * (E + 1)))
+        M, E, pairs = self.n_features, self.d_head, min(keys, CHUNK)
+        return float(self.n_heads * (4 * M * E + 2 * pairs * M + 2 * pairs * (E + 1) + 4 * M * (E + 1)))
 
     def mean_keys(self, seq_len: int) -> float:
         return (seq_len + 1) / 2
