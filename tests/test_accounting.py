@@ -256,11 +256,11 @@ def test_gqa_lowers_linear_flops_alone(preset):
         ("fp8", "fp8", 40),
     ],
 )
-@pytest.mark.parametrize("option", ATTENTIONS)
+@pytest.mark.parametrize("option", [*ATTENTIONS, "attn=mla attn.d_rotated=0 pos=none"])
 @torch.no_grad()
 def test_a_cache_takes_its_bytes(nano, option, precision, kept, context):
     """The buffers themselves, scales and windows included; nano's window is 16."""
-    decoder = nano(option)
+    decoder = nano(*option.split())
     cache = decoder.new_cache(context, kept)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         decoder(torch.zeros(3, context, dtype=torch.long), cache)

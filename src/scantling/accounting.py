@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
+from scantling.model.cache import BUFFERS, QuantisedBuffer
 from scantling.model.decoder import Decoder
 from scantling.model.moe import MixtureOfExperts, Router
 
@@ -183,8 +185,12 @@ def convention(name: str) -> Callable[[Decoder, int], float]:
 
 # --- bytes ---
 
-CACHED = {"fp32": (4, 0), "bf16": (2, 0), "int8": (1, 4), "fp8": (1, 4)}
-"""Bytes of a cached number, and of the scale that a quantised cache keeps for each vector (`model/cache.py`)."""
+CACHED = {"fp32": (4, 0), "bf16": (2, 0)} | {
+    name: (buffer.dtype.itemsize, torch.float32.itemsize)
+    for name, buffer in BUFFERS.items()
+    if issubclass(buffer, QuantisedBuffer)
+}
+"""Bytes of a cached number, and of the scale that a quantised cache keeps for each vector."""
 
 
 def cache_bytes(decoder: Decoder, *, context: int, batch: int, precision: str) -> int:
