@@ -264,6 +264,8 @@ def test_a_run_of_ours_in_their_words(directly, stored, family, overrides):
         ("llama", ["ffn=bilinear"], "ffn.activation._target_=torch.nn.Identity"),
         ("llama", ["decoder.layers_per_block=2"], "cannot express layers_per_block=2"),
         ("llama", ["attn.softcap=30.0"], "cannot express attn.softcap=30.0"),
+        ("llama", ["pos=rope_partial"], "config.json: partial_rotary_factor=0.25 is not supported, only 1.0"),
+        ("phi3", ["pos=rope_linear"], "config.json: rope_type=linear is not supported, only default"),
         ("qwen2", ["attn=gqa"], "cannot express attn.q_bias=False, attn.k_bias=False, attn.v_bias=False"),
         ("bloom", ["norm=layernorm", "pos=alibi", "ffn=gelu_tanh", "embed=tied_normed", "model.bias=true", "model.d_ff=96"],
             "blocks.0.ffn.up.weight of shape [96, 32]: with these settings it has [128, 32]"),
