@@ -64,6 +64,7 @@ MAY_USE_HYDRA = {
     "reported_page",
     "reported_study",
     "run",
+    "run_record",
     "stored",
     "sweep.matching",
     "sweep.outlook",
