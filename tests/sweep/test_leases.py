@@ -43,6 +43,10 @@ def test_a_stale_lease_is_taken_over_and_its_holder_learns_of_it(tmp_path):
     third = Lease.take(tmp_path, SECONDS)
     assert third.path == sleeper.path
     assert not sleeper.beat()
+    assert not sleeper.write([os.getpid()])
+    sleeper.release()
+    assert third.beat()
+    assert Lease.take(tmp_path, SECONDS) is None
 
 
 def test_a_dead_process_of_this_host_holds_nothing(tmp_path):

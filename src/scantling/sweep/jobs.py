@@ -46,6 +46,15 @@ class Job:
         self.state, self.reason = "failed", reason
         replace_text(self.failure, json.dumps({"reason": reason, "code": code}) + "\n")
 
+    def failed_since(self, moment: float) -> str | None:
+        """The reason, where another launcher has noted one since and does not try again."""
+        try:
+            if self.failure.stat().st_mtime >= moment:
+                return json.loads(self.failure.read_text())["reason"]
+        except FileNotFoundError:
+            pass
+        return None
+
     def begin_log(self) -> None:
         """What an earlier attempt wrote stays above."""
         self.log_start = self.log.stat().st_size if self.log.exists() else 0

@@ -35,7 +35,7 @@ class Lease:
             return None
         os.close(descriptor)
         lease = cls(path, secrets.token_hex(8))
-        lease.write([os.getpid()])
+        lease.put([os.getpid()])
         # Since the look at the folder another lease may have come and gone, and a third have come.
         if any(is_held(other, seconds) for other in leases(folder) if other != path):
             lease.release()
@@ -44,8 +44,14 @@ class Lease:
             stale.unlink(missing_ok=True)
         return lease
 
-    def write(self, pids: list[int]) -> None:
-        """Note the processes whose death ends the lease."""
+    def write(self, pids: list[int]) -> bool:
+        """Renew, and note the processes whose death ends the lease; False where another has taken the job over."""
+        if not self.beat():
+            return False
+        self.put(pids)
+        return True
+
+    def put(self, pids: list[int]) -> None:
         holder = {"token": self.token, "host": host(), "processes": {str(pid): start_of(pid) for pid in pids}}
         partial = self.path.with_name(f"{self.path.name}.{self.token}")
         partial.write_text(json.dumps(holder))
@@ -53,17 +59,24 @@ class Lease:
 
     def beat(self) -> bool:
         """Renew; False where another has taken the job over."""
-        try:
-            mine = json.loads(self.path.read_text())["token"] == self.token
-        except FileNotFoundError:
-            return False
-        if not mine or any(number_of(path) > number_of(self.path) for path in leases(self.path.parent)):
+        if not self.is_there() or any(
+            number_of(path) > number_of(self.path) for path in leases(self.path.parent)
+        ):
             return False
         os.utime(self.path)
         return True
 
+    def is_there(self) -> bool:
+        """And no other's in its place: once all are released, numbers begin anew."""
+        try:
+            text = self.path.read_text()
+        except FileNotFoundError:
+            return False
+        return bool(text) and json.loads(text)["token"] == self.token
+
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self.is_there():
+            self.path.unlink(missing_ok=True)
 
 
 def leases(folder: Path) -> list[Path]:

@@ -8,13 +8,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from scantling.command_line import ROOT, Failed, Mistake
 
 PR_SET_PDEATHSIG = 1
+
+TAKEN_OVER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP)
+"""Signals that a launcher may have handlers for."""
 
 
 class Process:
@@ -49,14 +52,17 @@ def fork(task: Callable[[], int], log: Path, environment: dict[str, str]) -> Pro
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    # A signal to the child waits until it has handlers of its own: this process's would take it and do nothing there.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN_OVER)
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.setpgid(child, child)  # in both: whoever comes first
         return Process(child)
     code = 1
     try:
-        become_a_job(parent, log, environment)
+        become_a_job(parent, mask, log, environment)
         code = task()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -69,10 +75,11 @@ def fork(task: Callable[[], int], log: Path, environment: dict[str, str]) -> Pro
         os._exit(code)
 
 
-def become_a_job(parent: int, log: Path, environment: dict[str, str]) -> None:
+def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[str, str]) -> None:
     os.setpgid(0, 0)
-    for which in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP):
+    for which in TAKEN_OVER:
         signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if sys.platform == "linux":  # a job does not outlive its launcher, who alone renews its lease
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

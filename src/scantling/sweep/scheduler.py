@@ -116,8 +116,8 @@ class Scheduler:
         lease = Lease.take(job.directory.path, self.limits.lease_seconds)
         if job.directory.is_finished:
             self.change(job, "done elsewhere")
-        elif job.failure.exists() and job.failure.stat().st_mtime >= self.began:
-            job.reason = json.loads(job.failure.read_text())["reason"]
+        elif (reason := job.failed_since(self.began)) is not None:
+            job.reason = reason
             self.change(job, "failed elsewhere")
         elif lease is None:
             self.change(job, "elsewhere")
@@ -132,10 +132,12 @@ class Scheduler:
         job.attempts += 1
         job.begin_log()
         process = self.start(job, share)
-        lease.write([os.getpid(), process.pid])
         limit = self.limits.timeout_seconds
         deadline = None if limit is None else time.monotonic() + limit
-        self.running.append(Running(job, process, share, lease, deadline))
+        running = Running(job, process, share, lease, deadline)
+        self.running.append(running)
+        if not lease.write([os.getpid(), process.pid]):
+            self.lose(running)
         if self.asked:  # a signal came between
             process.ask_to_stop()
         self.change(job, "running")
@@ -149,8 +151,12 @@ class Scheduler:
             if now - running.beat_at >= self.limits.lease_seconds / 4:
                 running.beat_at = now
                 if not running.lease.beat():
-                    running.lost = True
-                    running.process.kill()
+                    self.lose(running)
+
+    def lose(self, running: Running) -> None:
+        """To another launcher, which has started it anew."""
+        running.lost = True
+        running.process.kill()
 
     def stop_overdue(self) -> None:
         now = time.monotonic()
