@@ -83,8 +83,13 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
     name, study = run.directory.name, str(run.directory.path.parent)
     if not config._target_.endswith(".Wandb"):
         return [instantiate(config)(save_dir=study, name=name)]
-    tags = [*config.tags, *tags_of_arm(run.config.arm)]
-    logger: Wandb = instantiate(config)(save_dir=study, name=name, group=run.config.study, tags=tags)
+    logger: Wandb = instantiate(config)(
+        save_dir=study,
+        name=name,
+        group=run.config.study,
+        tags=[*config.tags, *tags_of_arm(run.config.arm)],
+        rollbacks=sum(row["action"] == "rollback" for row in run.directory.guarded()),
+    )
     resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
     console.print(
         logger.start(

@@ -16,6 +16,7 @@ from scantling.data.loading import BatchSizes, TrainBatches
 from scantling.rollback import samples_of
 from scantling.training import task
 from scantling.training.guard import GuardSettings, robust_z
+from scantling.wandb_file import records as wandb_records
 
 BAD = 25
 """The place in the order of data of the batch that is planted; step 26 meets it first."""
@@ -241,6 +242,24 @@ def test_the_best_checkpoint_is_none_that_a_rollback_removed(command, tmp_path, 
     best = torch.load(run.best, weights_only=True)["global_step"]
     assert best == run.summary["best"]["step"] == 12
     assert run.summary["best"]["val/loss"] == 1.05
+
+
+def test_wandb_has_what_is_recorded_after_a_rollback(command, tmp_path, monkeypatch):
+    """It takes no step twice: what is trained from there on is another run of the same name."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    plant(monkeypatch, "spike")
+    options = (*SHORT, *SPIKES, "guard.action=rollback", "logger=wandb", "log_every=1")
+    code, _, err = command(*options)
+    assert code == 0, err
+    run = only_run(tmp_path / "runs")
+    first, second = (list(wandb_records(file)) for file in sorted(tmp_path.rglob("run-*.wandb")))
+    for rows, steps in ((first, 26), (second, 40)):
+        opened = next(row["run"] for row in rows if row["type"] == "run")
+        assert opened["display_name"] == run.name
+        logged = [row["history"]["item"] for row in rows if row["type"] == "history"]
+        losses_of = {item["_step"]: item["train/loss"] for item in logged if "train/loss" in item}
+        assert list(losses_of) == list(range(1, steps + 1))
+    assert list(losses_of.values()) == losses(run)
 
 
 def test_too_many_stop_the_run(command, tmp_path, monkeypatch):

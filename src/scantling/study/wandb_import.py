@@ -135,7 +135,7 @@ def offline_run(files: list[Path]) -> Mirrored:
         for record in records(file):
             content = record[record["type"]]
             if record["type"] == "run":
-                name, study = content["run_id"], content.get("run_group", "")
+                name, study = content["display_name"], content.get("run_group", "")
             elif record["type"] == "config":
                 config |= content["update"]
             elif record["type"] == "history":
@@ -153,7 +153,7 @@ def online_run(run: Any, project: str) -> Mirrored:
     with w_and_b_asked(source):
         rows = [as_row(item) for item in run.scan_history()]
         return Mirrored(
-            run.id, run.group or "", dict(run.config), by_step(rows), run.state == "finished", source
+            run.name, run.group or "", dict(run.config), by_step(rows), run.state == "finished", source
         )
 
 

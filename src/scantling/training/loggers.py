@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import sys
@@ -19,10 +20,13 @@ class Wandb(WandbLogger):
     """Online when a key is configured and the server answers, else offline; never fatal.
 
     Rows carry an explicit step, because a run that is resumed offline is a second segment under the same id. `catch_up`
-    makes the segments join: together they hold every step once.
+    makes the segments join: together they hold every step once. W&B takes no step twice: after a rollback there is
+    another run under the same name.
     """
 
-    def __init__(self, *, project: str, tags: list[str], save_dir: str, name: str, group: str):
+    def __init__(
+        self, *, project: str, tags: list[str], save_dir: str, name: str, group: str, rollbacks: int
+    ):
         import wandb  # here and below: a run without it need not wait for it
 
         self.mode, self.reason = mode_and_reason()
@@ -35,7 +39,7 @@ class Wandb(WandbLogger):
             tags=tags,
             save_dir=save_dir,
             name=name,
-            id=name,
+            id=id_of(name, group, rollbacks),
             group=group,
             mode=self.mode,
             resume="allow" if self.mode == "online" else None,
@@ -66,13 +70,15 @@ class Wandb(WandbLogger):
         return f"W&B {self.mode} ({self.reason}): {where}"
 
     def catch_up(self, rows: list[Row], samples: list[Row]) -> None:
-        """Offline, log what a killed process had recorded but W&B had not written; what it had written is not repeated.
+        """Log what was recorded but W&B has not: offline what a killed process had not written, of a run that it does not
+        know all.
 
         `rows` and `samples` are the record so far. Online the server keeps the steps in order.
         """
-        if self.mode != "offline":
+        if self.mode == "offline":
+            self.mirrored = steps_in_segments(Path(self.experiment.dir).parent)
+        elif self.mode != "online" or self.experiment.resumed:
             return
-        self.mirrored = steps_in_segments(Path(self.experiment.dir).parent)
         texts = {sample["step"]: sample["text"] for sample in samples}
         for row in rows:
             self.log_metrics(row, step=row["step"])
@@ -108,6 +114,11 @@ class Wandb(WandbLogger):
             wandb.finish(exit_code=0 if succeeded else 1)
         except OSError as error:
             self.lose(error)
+
+
+def id_of(name: str, study: str, rollbacks: int) -> str:
+    """Of which a project has one: the same run may stand in several studies."""
+    return f"{name}-{hashlib.sha256(f'{study}/{rollbacks}'.encode()).hexdigest()[:8]}"
 
 
 def steps_in_segments(present: Path) -> set[int]:
