@@ -231,6 +231,59 @@ def test_profile_interval_ends_where_the_objective_has_risen_by_the_threshold():
         assert constrained(t) / 1e6 == pytest.approx(allowed, rel=5e-3)
 
 
+@pytest.fixture(scope="module")
+def without_a_floor():
+    """Runs of sizes so alike that E = 0 fits them best: N, D, loss."""
+    rng = np.random.default_rng(1)
+    n = 10 ** rng.uniform(8, 8.6, 30)
+    d = n * 10 ** rng.uniform(0.5, 2.5, 30)
+    clean = LAW["E"] + LAW["A"] / n ** LAW["alpha"] + LAW["B"] / d ** LAW["beta"]
+    return n, d, clean * np.exp(0.01 * rng.standard_normal(30))
+
+
+@pytest.mark.parametrize("resampling", ["runs", "noise"])
+def test_intervals_hold_the_truth_where_the_floor_is_lost(without_a_floor, resampling):
+    """With E = 0 the loss does not depend on log E, and a descent from the best fit stays there."""
+    fitted = refit_hoffmann(*without_a_floor, resamples=200, resampling=resampling)
+    assert fitted.E < 1e-6
+    assert fitted.warnings[0].startswith("E = ")
+    for name in ("E", "A", "alpha"):
+        low, high = fitted.intervals[name]
+        assert low < LAW[name] < high, name
+
+
+def test_intervals_of_a_learning_curve_hold_the_truth_where_the_floor_is_lost():
+    rng = np.random.default_rng(15)
+    c = np.geomspace(1e15, 1e17, 12)
+    loss = (2 + 400 / c**0.15) * np.exp(0.01 * rng.standard_normal(12))
+    fitted = fit(saturating("C"), {"C": c}, loss, resamples=200)
+    assert fitted.E < 1e-6
+    for name, value in {"E": 2.0, "B": 400.0, "beta": 0.15}.items():
+        low, high = fitted.intervals[name]
+        assert low < value < high, name
+
+
+@pytest.mark.parametrize("parameter", ["E", "A"])
+def test_profile_intervals_hold_the_truth_where_the_floor_is_lost(without_a_floor, parameter):
+    """The lower end of E is none; the upper is where the constrained minimum, of all of the form's starts, is allowed."""
+    fitted = refit_hoffmann(*without_a_floor)
+    low, high = profile_interval(fitted, parameter)
+    assert low < LAW[parameter] < high
+    assert (low == 0) == (parameter == "E")
+    at, free = HOFFMANN.parameters.index(parameter), HOFFMANN.predictor(fitted.sizes)
+    starts_SP = HOFFMANN.projected_starts(fitted.sizes, fitted.loss)
+    starts_SP[:, at] = np.log(high)
+
+    def held(theta_SP):
+        prediction, jacobian = free(theta_SP)
+        jacobian[:, at] = 0
+        return prediction, jacobian
+
+    least = minimise(held, np.log(fitted.loss), starts_SP, delta=fitted.delta).objective_S.min()
+    allowed = fitted.objective + 0.5 * 3.841459 * objective_scale(fitted)
+    assert least == pytest.approx(allowed, rel=1e-3)
+
+
 def test_rows_of_one_run_are_drawn_together():
     """Every row twice is no more evidence than once, when the bootstrap is told."""
     sizes, loss = planted(HOFFMANN, LAW, noise=0.004, n=40)

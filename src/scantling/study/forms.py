@@ -96,15 +96,17 @@ class PowerSum(Form):
     def starts(self) -> Array:
         return np.array(list(itertools.product(*(self.grid[name] for name in self.parameters))))
 
-    def projected_starts(self, sizes: Sizes, loss: Array) -> Array:
+    def projected_starts(self, sizes: Sizes, loss: Array, *, alike: bool = False) -> Array:
         """(S, P): a grid of exponents only, each with the coefficients that least squares of relative errors gives.
 
         Variable projection (Golub & Pereyra 1973): L is linear in its coefficients, so few starts do for many.
+        `alike`: three only, all of whose exponents are one.
         """
         logs = {letter: np.log(sizes[letter]) for letter in self.inputs}
         exponents = [name for name in self.parameters if name not in self.logarithms]
+        one = zip(*[PROJECTED_EXPONENTS[1:-1]] * len(exponents), strict=True)
         starts = []
-        for values in itertools.product(PROJECTED_EXPONENTS, repeat=len(exponents)):
+        for values in one if alike else itertools.product(PROJECTED_EXPONENTS, repeat=len(exponents)):
             theta = dict(zip(exponents, values, strict=True))
             columns, names = [], []
             for term in self.terms(logs):

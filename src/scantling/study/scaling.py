@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 from scipy.stats import chi2
 
 from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, grouped
-from scantling.study.forms import HOFFMANN, Form, Sizes
-from scantling.study.huber import Array, huber, minimise
+from scantling.study.forms import HOFFMANN, Form, PowerSum, Sizes
+from scantling.study.huber import Array, Optima, huber, minimise
 from scantling.study.observations import numbered
 from scantling.study.resampling import (
     density_degrees_of_freedom,
@@ -33,6 +33,9 @@ WIDE_BOOTSTRAP = (
 
 SAME_OPTIMUM = 1e-6
 """Objectives that differ by less than this share are one optimum."""
+
+LOST_FLOOR = 0.05
+"""An E below this share of the lowest loss is not determined."""
 
 EXPONENT_BOUND = 3.0
 """Starts that end beyond it fitted a few outliers; no published exponent is above 1.3."""
@@ -161,16 +164,18 @@ def fit(
     fitted = fitted.with_warnings(*doubts(fitted))
     if not resamples:
         return fitted
-    rng, starts_SP = np.random.default_rng(seed), np.repeat(theta_P[None], resamples, axis=0)
+    rng = np.random.default_rng(seed)
+    starts_KSP = np.repeat(refit_starts(fitted)[:, None], resamples, axis=1)
     if resampling == "runs":
         groups = np.arange(len(losses)) if runs is None else runs
         weights_SN = run_weights(groups, resamples, rng)
-        drawn = minimise(predictor, target, starts_SP, delta=delta, weights_SN=weights_SN)
+        drawn = minimise_from_each(form, predictor, target, starts_KSP, delta=delta, weights_SN=weights_SN)
         if np.median(np.abs(fitted.residuals)) > delta:
             fitted = fitted.with_warnings(WIDE_BOOTSTRAP)
         return replace(fitted, resampled_SP=drawn.theta_SP)
     noise_SN = drawn_residuals(fitted.residuals, len(theta_P), (resamples, len(losses)), rng)
-    drawn = minimise(predictor, target - fitted.residuals + noise_SN, starts_SP, delta=delta)
+    noisy_SN = target - fitted.residuals + noise_SN
+    drawn = minimise_from_each(form, predictor, noisy_SN, starts_KSP, delta=delta)
     degrees = min(density_degrees_of_freedom(len(losses)), fitted.degrees_of_freedom)
     return replace(fitted, resampled_SP=drawn.theta_SP, spread_degrees=degrees)
 
@@ -209,12 +214,49 @@ def check(form: Form, sizes: Sizes, loss: Array) -> None:
 
 def best(form: Form, theta_SP: Array, objective_S: Array) -> tuple[Array, float]:
     """θ with the lowest objective, and the share of starts that found it; runaway exponents stand aside."""
-    exponents = [i for i, name in enumerate(form.parameters) if name.startswith(("alpha", "beta", "eta"))]
-    tame = (np.abs(theta_SP[:, exponents]) < EXPONENT_BOUND).all(axis=1)
+    tame = is_tame(form, theta_SP)
     objective_S = np.where(tame | ~tame.any(), objective_S, np.inf)
     lowest = objective_S.min()
     found = float(np.mean(objective_S <= lowest * (1 + SAME_OPTIMUM) + 1e-15))
     return theta_SP[objective_S.argmin()], found
+
+
+def is_tame(form: Form, theta_SP: Array) -> Array:
+    """(S,): no exponent has run away."""
+    exponents = [i for i, name in enumerate(form.parameters) if name.startswith(("alpha", "beta", "eta"))]
+    return np.all(np.abs(theta_SP[:, exponents]) < EXPONENT_BOUND, axis=1)
+
+
+def floor_is_lost(fit: Fit) -> bool:
+    """Whether E has run towards 0, where the loss hardly depends on its logarithm."""
+    return fit.parameters.get("E", np.inf) < LOST_FLOOR * fit.loss.min()
+
+
+def refit_starts(fit: Fit) -> Array:
+    """(K, P): where fits of almost the same losses begin. θ alone, but where its floor is lost, from which no descent leads
+    back, projected starts too."""
+    own = fit.theta_P[None]
+    if not isinstance(fit.form, PowerSum) or not floor_is_lost(fit):
+        return own
+    return np.concatenate([own, fit.form.projected_starts(fit.sizes, fit.loss, alike=True)])
+
+
+def minimise_from_each(
+    form: Form,
+    log_loss: Callable[[Array], tuple[Array, Array]],
+    target: Array,
+    starts_KSP: Array,
+    **settings,
+) -> Optima:
+    """As `minimise`, each of S problems from K starts: where the lowest of its ends is, runaway exponents aside."""
+    ends = [minimise(log_loss, target, starts_SP, **settings) for starts_SP in starts_KSP]
+    objective_KS = np.stack([np.where(is_tame(form, e.theta_SP), e.objective_S, np.inf) for e in ends])
+    which = objective_KS.argmin(axis=0), np.arange(objective_KS.shape[1])
+    return Optima(
+        np.stack([e.theta_SP for e in ends])[which],
+        np.stack([e.objective_S for e in ends])[which],
+        np.stack([e.converged_S for e in ends])[which],
+    )
 
 
 def doubts(fit: Fit) -> list[str]:
@@ -223,8 +265,8 @@ def doubts(fit: Fit) -> list[str]:
     for name, value in fit.parameters.items():
         if name.startswith(("alpha", "beta", "eta")) and value <= 0:
             found.append(f"{name} = {value:.3g} is not positive: loss does not fall along this axis")
-        if name == "E" and value < 0.05 * fit.loss.min():
-            found.append(f"E = {value:.3g}: these runs do not bend enough to determine the irreducible loss")
+    if floor_is_lost(fit):
+        found.append(f"E = {fit.E:.3g}: these runs do not bend enough to determine the irreducible loss")
     compute = compute_of(fit.sizes)
     if compute is not None and (budgets := len(grouped(np.log(compute)))) < 4:
         found.append(f"only {budgets} budgets: exponents of compute rest on {budgets} points")
@@ -256,25 +298,29 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
         return prediction, jacobian
 
     allowed = fit.objective + 0.5 * float(chi2.ppf(fit.level, 1)) * objective_scale(fit)
+    starts_KSP = np.repeat(refit_starts(fit)[:, None], points, axis=1)
+
+    def first_above(offsets: Array) -> tuple[Array, Array] | None:
+        """The two offsets from θ between which the objective crosses what is allowed, and their objectives."""
+        starts_KSP[:, :, at] = fit.theta_P[at] + offsets
+        ends = minimise_from_each(fit.form, held, np.log(fit.loss), starts_KSP, delta=fit.delta)
+        above = np.flatnonzero(ends.objective_S > allowed)
+        if not len(above):
+            return None
+        j = max(int(above[0]), 1)
+        return offsets[j - 1 : j + 1], ends.objective_S[j - 1 : j + 1]
 
     def bound(sign: int) -> float:
-        reach, theta = 0.01, fit.theta_P
-        while True:
-            offsets = np.linspace(0, sign * reach, points)
-            starts_SP = np.repeat(theta[None], points, axis=0)
-            starts_SP[:, at] += offsets
-            ends = minimise(held, np.log(fit.loss), starts_SP, delta=fit.delta)
-            above = np.flatnonzero(ends.objective_S > allowed)
-            if len(above):
-                j = max(int(above[0]), 1)
-                low, high = ends.objective_S[j - 1], ends.objective_S[j]
-                offset = offsets[j - 1] + (offsets[j] - offsets[j - 1]) * (allowed - low) / (high - low)
-                crossing = theta.copy()
-                crossing[at] += offset
-                return float(fit.form.published(crossing[None])[parameter][0])
+        reach = 0.01
+        while (found := first_above(np.linspace(0, sign * reach, points))) is None:
             if reach > 64:
                 return float("inf") if sign > 0 else 0.0
             reach *= 4
+        (near, far), _ = found
+        offsets, objectives = first_above(np.linspace(near, far, points)) or found
+        crossing = fit.theta_P.copy()
+        crossing[at] += np.interp(allowed, objectives, offsets)
+        return float(fit.form.published(crossing[None])[parameter][0])
 
     return bound(-1), bound(1)
 
