@@ -108,11 +108,16 @@ def mixed(name):
 @pytest.mark.parametrize(
     ("table", "overrides", "message"),
     [
-        (runs(n=5), (), "5 runs cannot determine the 5 parameters of .*: at least 6 are needed"),
         (
-            runs(n=6),
+            runs(n=5),
             (),
-            "held-out gate: 5 runs cannot determine the 5 parameters of .*; gate.held_out=0 does without",
+            "5 runs cannot determine the 5 parameters of .*: at least 6 are needed, 8 for intervals",
+        ),
+        (runs(n=7), (), "7 runs are too few for intervals of .*: at least 8 are needed"),
+        (
+            runs(n=9),
+            (),
+            "held-out gate: 7 runs are too few for intervals of .*: at least 8 .*; gate.held_out=0 does without",
         ),
         (runs().assign(flops=1e19), ("c=flops",), r"one budget only: all 40 rows have about 1e\+19 FLOPs"),
         (changed("loss", 3, np.nan), (), "column loss must be positive and finite: nan in row 4"),
@@ -140,9 +145,9 @@ def test_mistakes_get_one_line_and_exit_code_2(command, table, overrides, messag
 
 
 def test_a_table_too_small_for_the_gate_is_fitted_without_it(command):
-    code, out, err = command(runs(n=6), "gate.held_out=0")
+    code, out, err = command(runs(n=8), "gate.held_out=0")
     assert (code, err) == (0, "")
-    assert "6 rows of runs.csv" in out
+    assert "8 rows of runs.csv" in out
 
 
 def test_what_is_left_out_is_named(command):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.optimize import minimize
+from scipy.stats import t
 
 from scantling.study.forms import (
     HOFFMANN,
@@ -19,6 +20,7 @@ from scantling.study.forms import (
     saturating,
 )
 from scantling.study.huber import huber, minimise
+from scantling.study.resampling import drawn_residuals, expanded_percentiles
 from scantling.study.scaling import fit, fit_hoffmann, objective_scale, profile_interval, refit_hoffmann
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
@@ -319,3 +321,34 @@ def test_fewer_runs_than_parameters():
     sizes, loss = planted(HOFFMANN, LAW, n=5)
     with pytest.raises(ValueError, match=r"5 runs cannot determine the 5 parameters .* at least 6"):
         fit(HOFFMANN, sizes, loss)
+
+
+def test_fewer_runs_than_intervals_need():
+    """One residual more than parameters, without its mean, is 0, and so was the width of every interval."""
+    sizes, loss = planted(HOFFMANN, LAW, noise=0.004, n=7)
+    assert fit(HOFFMANN, sizes, loss, starts_SP=HOFFMANN.theta(LAW)[None]).degrees_of_freedom == 2
+    for resampling in ("runs", "noise"):
+        with pytest.raises(
+            ValueError, match=r"7 runs are too few for intervals of the 5 parameters .* at least 8"
+        ):
+            fit(HOFFMANN, sizes, loss, resamples=100, resampling=resampling)
+
+
+def test_drawn_residuals_have_the_spread_of_those_that_the_fit_does_not_pass_through():
+    """Of normal noise the mean square, over many fits, of three residuals about their mean is the noise's."""
+    rng = np.random.default_rng(0)
+    residuals_SN = np.concatenate([np.zeros((2000, 5)), rng.standard_normal((2000, 3))], axis=1)
+    squares = [(drawn_residuals(residuals, 5, (50, 8), rng) ** 2).mean() for residuals in residuals_SN]
+    assert np.mean(squares) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("degrees", [2, 5, 50])
+def test_bounds_of_normal_estimates_are_students(degrees):
+    """To the precision of a 2.5 % quantile of these draws, also where t's own tail lies beyond them all."""
+    estimates = 10 + np.random.default_rng(0).standard_normal((4000, 2))
+    low, high = expanded_percentiles(estimates, level=0.95, degrees_of_freedom=degrees)
+    reach = t.ppf(0.975, degrees)
+    np.testing.assert_allclose(high, 10 + reach, atol=0.05 * reach)
+    np.testing.assert_allclose(low, 10 * np.exp(-reach / 10), rtol=0.1)
+    below, _ = expanded_percentiles(estimates - 10, level=0.95, degrees_of_freedom=degrees)
+    np.testing.assert_allclose(below, -reach, atol=0.05 * reach)

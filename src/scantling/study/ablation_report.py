@@ -110,9 +110,11 @@ def report_arms(
     cautions += [f"nothing is compared at {scale}" for scale in study.scales if scale not in scales]
     own = rows(all_runs, arm=baseline)
     if law is None and metric == "loss" and len(set(own["scale"])) >= OWN_LAW:
-        law = fit(
-            saturating("C"), {"C": own["flops"]}, own["loss"], resamples=resamples, level=level, seed=seed
-        )
+        settings = {"resamples": resamples, "level": level, "seed": seed}
+        try:
+            law = fit(saturating("C"), {"C": own["flops"]}, own["loss"], **settings)
+        except ValueError as error:
+            cautions.append(f"no gains in compute: {error}")
     if law is not None:
         cautions += [f"law of the baseline: {text}" for text in law.warnings]
     lines: list[dict[str, object]] = []

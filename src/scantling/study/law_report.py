@@ -124,8 +124,8 @@ def fit_law(observations: Observations, *, resamples: int, level: float, seed: i
 
 
 def without_each_budget(n: Array, d: Array, c: Array, loss: Array) -> pd.DataFrame | None:
-    """The exponent without the runs of one budget, for each without which the others can be fitted; None where these are
-    fewer than two, or there are few budgets, or more than are planned."""
+    """The exponent without the runs of one budget, for each without which the others can be fitted; None where there are
+    few budgets, or more than are planned."""
     budgets = grouped(np.log(c))
     if not 4 <= len(budgets) <= MOST_BUDGETS:
         return None
@@ -136,7 +136,7 @@ def without_each_budget(n: Array, d: Array, c: Array, loss: Array) -> pd.DataFra
             continue
         a, _ = allocation_exponent(refit_hoffmann(n[kept], d[kept], loss[kept]))
         table.append({"without the runs of": f"{c[budget].mean():.3g} FLOPs", "a": a})
-    return pd.DataFrame(table) if len(table) > 1 else None
+    return pd.DataFrame(table)
 
 
 def approach_3(fit: Fit) -> dict[str, object]:

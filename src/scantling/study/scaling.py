@@ -37,6 +37,9 @@ SAME_OPTIMUM = 1e-6
 LOST_FLOOR = 0.05
 """An E below this share of the lowest loss is not determined."""
 
+FEWEST_DEGREES = 3
+"""Of freedom for intervals: of fewer residuals none says how large the noise is."""
+
 EXPONENT_BOUND = 3.0
 """Starts that end beyond it fitted a few outliers; no published exponent is above 1.3."""
 
@@ -152,10 +155,15 @@ def fit(
     `resamples`: bootstrap estimates for intervals. `resampling`: "runs" draws runs, `runs` naming each row's (None: every
     row is one); "noise" keeps the sizes and draws residuals, for a planned grid whose budgets must all stay.
 
-    Raises ValueError for values that are not positive and finite, and for fewer rows than parameters.
+    Raises ValueError for values that are not positive and finite, and for too few rows for the parameters or intervals.
     """
     columns, losses = vectors(sizes), np.asarray(loss, dtype=float)
     check(form, columns, losses)
+    if resamples and len(losses) < (fewest := len(form.parameters) + FEWEST_DEGREES):
+        raise ValueError(
+            f"{len(losses)} runs are too few for intervals of the {len(form.parameters)} parameters of {form.formula}: at "
+            f"least {fewest} are needed"
+        )
     predictor, target = form.predictor(columns), np.log(losses)
     ends = minimise(predictor, target, form.starts() if starts_SP is None else starts_SP, delta=delta)
     theta_P, found = best(form, ends.theta_SP, ends.objective_S)
@@ -208,7 +216,7 @@ def check(form: Form, sizes: Sizes, loss: Array) -> None:
     if len(loss) <= len(form.parameters):
         raise ValueError(
             f"{len(loss)} runs cannot determine the {len(form.parameters)} parameters of {form.formula}: "
-            f"at least {len(form.parameters) + 1} are needed"
+            f"at least {len(form.parameters) + 1} are needed, {len(form.parameters) + FEWEST_DEGREES} for intervals"
         )
 
 
