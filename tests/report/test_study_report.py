@@ -19,7 +19,7 @@ from scantling.reported_study import law_of, of_study
 from scantling.study.ablation import holm
 from scantling.study.ablation_report import headline, report_arms
 from scantling.study.allocation import frontier
-from scantling.study.arms import first_arm, pairable_runs, recorded_runs, study_runs
+from scantling.study.arms import first_arm, pairable_runs, recorded_runs, rows, study_runs
 from scantling.study.forms import saturating
 from scantling.study.law_report import report_law
 from scantling.study.scaling import fit
@@ -226,7 +226,20 @@ def compared(record, *, study="parts", shift=0.0, **changed):
     loss *= np.exp(0.002 * np.random.default_rng(0).standard_normal(20))
     law = fit(saturating("C"), {"C": c}, loss, resamples=200)
     settings = {"baseline": "llama", "metric": "loss", "precision": 0.002, "level": 0.95, "resamples": 200}
-    return report_arms(study_runs(record.runs / study), law=law, seed=0, **settings | changed)
+    return report_arms(study_runs(record.runs / study), seed=0, **settings | {"law": law} | changed)
+
+
+def test_an_arm_of_more_tokens_is_said(record):
+    """The same steps at twice the batch are twice the tokens, and twice the FLOPs."""
+    for seed in range(3):
+        for arm, batch in {"llama": 32, "large": 64, "ragged": 32.1}.items():
+            overrides = [f"seed={seed}", f"arm={arm}", f"batch_size={batch}"]
+            tokens, loss = batch * 1e5, 3 - batch / 640 + 0.01 * seed + 1e-4 * seed * batch
+            record("batches", f"{arm}-{seed}", overrides, loss=loss, tokens=tokens, seed=seed, arm=arm)
+    found = compared(record, study="batches", law=None)
+    assert list(rows(found.arms, arm="large")["flops_off"]) == [1]
+    (said,) = found.cautions
+    assert said == "large trains on 100.0% more tokens than llama, and its difference is of these too"
 
 
 @pytest.mark.parametrize(("shift", "is_off"), [(0.0, False), (-1.0, True), (0.2, True)])

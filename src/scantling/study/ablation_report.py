@@ -35,6 +35,9 @@ NAMED = 3
 OWN_LAW = 4
 """Scales from which the baseline's own runs give its law."""
 
+SAME_LENGTH = 0.01
+"""By so much of the baseline's tokens an arm may miss them: runs end with a whole step."""
+
 FAR = 2
 """Times the compute of the baseline's largest run, beyond which its law is a guess."""
 
@@ -126,6 +129,7 @@ def report_arms(
         compared = compare(runs, baseline, level=level, resamples=resamples, seed=seed)
         ordered = sorted(compared, key=lambda c: c.difference)
         lines += [arm_row(scale, baseline, runs, c, precision, len(compared)) for c in (None, *ordered)]
+        cautions += other_lengths(runs, baseline, scale)
         if law is None:
             continue
         compute = mean_of(rows(runs, arm=baseline), "flops")
@@ -155,8 +159,8 @@ def arm_row(
     """One line of the table; the baseline's own where `c` is None."""
     arm = baseline if c is None else c.arm
     own, reference = (rows(runs, arm=name) for name in (arm, baseline))
-    mean = {name: mean_of(own, name) for name in ("loss", "params", "flops", "tokens")}
-    base = {name: mean_of(reference, name) for name in ("params", "flops", "tokens")}
+    mean = {name: mean_of(own, name) for name in ("loss", "params", "flops")}
+    base = {name: mean_of(reference, name) for name in ("params", "flops")}
     row: dict[str, object] = {
         "scale": scale,
         "arm": arm,
@@ -165,7 +169,7 @@ def arm_row(
         "lr": ", ".join(f"{lr:g}" for lr in sorted(set(own["lr"]))),
         "params": mean["params"],
         "params_off": mean["params"] / base["params"] - 1,
-        "flops_off": (mean["flops"] / mean["tokens"]) / (base["flops"] / base["tokens"]) - 1,
+        "flops_off": mean["flops"] / base["flops"] - 1,
     }
     if c is None:
         return row | {"noise": float(own["loss"].to_numpy().std(ddof=1))}
@@ -180,6 +184,19 @@ def arm_row(
             lambda: seeds_for_precision(c.spread, precision, level=c.level)
         )
     return row
+
+
+def other_lengths(runs: pd.DataFrame, baseline: str, scale: str) -> list[str]:
+    """What to say of arms that do not train on as many tokens as the baseline."""
+    where = f"at {scale} " if scale else ""
+    tokens = {arm: mean_of(rows(runs, arm=arm), "tokens") for arm in dict.fromkeys(runs["arm"])}
+    off = {arm: of_arm / tokens[baseline] - 1 for arm, of_arm in tokens.items()}
+    return [
+        f"{where}{arm} trains on {abs(share):.1%} {'more' if share > 0 else 'fewer'} tokens than {baseline}, and its "
+        "difference is of these too"
+        for arm, share in off.items()
+        if abs(share) > SAME_LENGTH
+    ]
 
 
 def seeds_or_nan(count: Callable[[], int]) -> float:
