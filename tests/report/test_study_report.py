@@ -153,6 +153,22 @@ def test_settings_typed_without_names_are_arms(record, tmp_path):
     assert set(study.runs["arm"]) == {"attn=mha", "attn=gqa"}
 
 
+@pytest.mark.parametrize("key", ["lr", "batch_size", "micro_batch_size"])
+def test_a_size_with_several_rates_makes_no_law(record, key):
+    """Most of such runs are mistuned; only micro-batches leave the loss as it is."""
+    for width in (32, 64, 128):
+        for tokens in ("1e6", "4e6"):
+            for value in (1, 3):
+                overrides = [f"model.d_model={width}", f"budget.tokens={tokens}", f"{key}={value}"]
+                settings = {"params": 24 * width**2, "tokens": float(tokens), "loss": 3.0}
+                record("grid", f"{width}-{tokens}-{value}", overrides, **settings)
+    study = study_runs(record.runs / "grid")
+    assert study.is_law == (key == "micro_batch_size")
+    if not study.is_law:
+        assert set(study.runs["arm"]) == {f"{key}=1", f"{key}=3"}
+        assert study.scales[0] == "model.d_model=32 budget.tokens=1e6"
+
+
 def test_runs_of_a_law_are_alike_only_where_size_and_length_are(record):
     sizes(record, seeds=2, n=3)
     study = study_runs(record.runs / "sizes")

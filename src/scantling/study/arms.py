@@ -19,6 +19,9 @@ LAW_SPAN = 2.0
 FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
 """Settings that a study of sizes changes with them."""
 
+TUNED = ("lr", "batch_size")
+"""Of these, what changes the loss: where a size has several, most of its runs are not the best that it can do."""
+
 MOST_ARMS = 40
 """Of a figure or a chart: curves of more cannot be told apart, and those with the lowest losses are drawn."""
 
@@ -30,8 +33,8 @@ LISTED = 10
 class StudyRuns:
     """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the settings of its size.
 
-    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size, length and learning rate alone, and
-    by much. `cautions`: what was left out, or makes the study doubtful.
+    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size and length alone, by much, and in what
+    follows these. `cautions`: what was left out, or makes the study doubtful.
     """
 
     name: str
@@ -126,9 +129,14 @@ def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def differ_in_size_alone(runs: pd.DataFrame) -> bool:
-    """Whether runs make a law: settings of size, and what follows it, are all that varies, and compute varies by much."""
-    varied = varied_keys([settings_of(text) for text in runs["overrides"]])
-    if not any(map(is_size, varied)) or not all(is_size(key) or key in FOLLOWS_SIZE for key in varied):
+    """Whether runs make a law: settings of size, and what follows it, one of a size, are all that varies, and compute varies
+    by much."""
+    settings = [settings_of(text) for text in runs["overrides"]]
+    varied = varied_keys(settings)
+    size_keys = [key for key in varied if is_size(key)]
+    if not size_keys or not all(key in size_keys or key in FOLLOWS_SIZE for key in varied):
+        return False
+    if not varied_within([joined(setting, size_keys) for setting in settings], settings).isdisjoint(TUNED):
         return False
     size = runs["params"].to_numpy(dtype=float) * runs["tokens"].to_numpy(dtype=float)
     return bool(size.max() > LAW_SPAN * size.min())
