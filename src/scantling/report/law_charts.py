@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from scantling.report.curve_charts import thinned
 from scantling.report.spec import Axis, Chart, Series
 from scantling.study.allocation import (
     allocation_exponent,
@@ -50,10 +51,6 @@ def by_logarithm(values: Array) -> Array:
     """From 0, the smallest, to 1."""
     logs = np.log(values)
     return (logs - logs.min()) / max(float(np.ptp(logs)), 1e-12)
-
-
-def drawn(n: int) -> Array:
-    return np.unique(np.linspace(0, n - 1, min(n, MOST_RUNS)).round().astype(int))
 
 
 def valleys_chart(report: LawReport) -> Chart | None:
@@ -132,7 +129,7 @@ def sizes_chart(report: LawReport) -> Chart | None:
 def frontier_chart(report: LawReport) -> Chart:
     """Loss against compute: the runs, and the loss of compute-optimal training with its band, beyond the largest run."""
     runs, fit = report.observations.runs, report.fit
-    kept = drawn(len(runs))
+    kept = thinned(np.arange(len(runs)), MOST_RUNS)
     c, n, d, loss = (runs[name].to_numpy()[kept] for name in ("C", "N", "D", "loss"))
     found = [
         Series(
@@ -176,7 +173,7 @@ def optimum_chart(report: LawReport) -> Chart | None:
     runs, fit = report.observations.runs, report.fit
     if fit.alpha <= 0 or fit.beta <= 0:
         return None
-    kept = drawn(len(runs))
+    kept = thinned(np.arange(len(runs)), MOST_RUNS)
     budgets, k = drawn_budgets(runs["C"].to_numpy(), 40), report.observations.k
     sizes, low, high = [], [], []
     for budget in budgets:
@@ -215,7 +212,7 @@ def optimum_chart(report: LawReport) -> Chart | None:
 
 def residuals_chart(report: LawReport) -> Chart:
     runs, fit = report.observations.runs, report.fit
-    kept = drawn(len(runs))
+    kept = thinned(np.arange(len(runs)), MOST_RUNS)
     n = runs["N"].to_numpy()[kept]
     residual = 100 * (np.exp(fit.residuals[kept]) - 1)
     values = {key: runs[key].iloc[kept].tolist() for key in ("C", "N", "D")} | {"residual": residual.tolist()}

@@ -11,7 +11,7 @@ from scantling.study.allocation import optimal_loss, optimal_parameters
 from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, SAME_BUDGET, grouped
 from scantling.study.forms import HOFFMANN
 from scantling.study.huber import Array, minimise
-from scantling.study.isoflop import parabola_minimum, slopes
+from scantling.study.isoflop import best_sizes, slopes
 from scantling.study.resampling import density_degrees_of_freedom, expanded_percentiles
 from scantling.study.scaling import HUBER_DELTA
 
@@ -214,8 +214,7 @@ def forecast(
     budgets = np.array([log_c[g].mean() for g in groups])
 
     def exponents(log_loss_SN: Array) -> Array:
-        optima = [parabola_minimum(log_n[g], log_loss_SN[:, g]) for g in groups]
-        return slopes(budgets, np.stack(optima, axis=1))
+        return slopes(budgets, best_sizes(log_n, log_loss_SN, groups))
 
     ends = minimise(predictor, losses_SN, np.repeat(truth[None], draws, axis=0), delta=HUBER_DELTA)
     fitted = HOFFMANN.published(ends.theta_SP)

@@ -3,7 +3,7 @@ envelope of training curves (Hoffmann et al. 2022, sections 3.1 and 3.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,7 +112,7 @@ def fit_isoflop(
     warnings = []
     if len(groups) < 4:
         warnings.append(f"only {len(groups)} budgets: the exponent rests on {len(groups)} points")
-    optima = np.array([optimum(n[g], y[g][None])[0] for g in groups])
+    optima = best_sizes(n, y[None], groups, optimum)[0]
     at_edge = [
         float(np.exp(c[g[0]]))
         for g, best in zip(groups, optima, strict=True)
@@ -123,9 +123,7 @@ def fit_isoflop(
         warnings.append(f"the minimum lies at the edge of the grid of sizes at {named} FLOPs")
     exponent, intercept = np.polyfit(budgets, optima, 1)
     draws = smooth + np.random.default_rng(seed).normal(0, noise, (resamples, len(y)))
-    drawn_optima, clean_optima = (
-        np.stack([optimum(n[g], losses[:, g]) for g in groups], axis=1) for losses in (draws, smooth[None])
-    )
+    drawn_optima, clean_optima = (best_sizes(n, losses, groups, optimum) for losses in (draws, smooth[None]))
     # What noise adds to the estimator on smooth losses: on these losses, noisy already, it would count twice.
     exponents_S = exponent + slopes(budgets, drawn_optima) - slopes(budgets, clean_optima)
     low, high = expanded_percentiles(exponents_S, level=level, degrees_of_freedom=degrees_of_freedom)
@@ -164,6 +162,16 @@ def akima_minimum(log_n: Array, log_loss_SN: Array, points: int = 512) -> Array:
     return fine[Akima1DInterpolator(sizes, means)(fine).argmin(axis=0)]
 
 
+def best_sizes(
+    log_n: Array,
+    log_loss_SN: Array,
+    groups: Sequence[np.ndarray],
+    minimum: Callable[[Array, Array], Array] = parabola_minimum,
+) -> Array:
+    """(S, G): log of the size with the lowest loss in each budget."""
+    return np.stack([minimum(log_n[g], log_loss_SN[:, g]) for g in groups], axis=1)
+
+
 def slopes(x: Array, y_SN: Array) -> Array:
     """(S,): of least-squares lines."""
     centred = x - x.mean()
@@ -176,8 +184,8 @@ def parabola_bias(log_n: Array, log_c: Array, log_loss: Array, groups: Sequence[
     law = refit_hoffmann(n, d, np.exp(log_loss))
     clean = np.log(law.predict(N=n, D=d))
     budgets = np.array([log_c[g].mean() for g in groups])
-    optima = np.array([parabola_minimum(log_n[g], clean[g][None])[0] for g in groups])
-    return float(slopes(budgets, optima[None])[0] - law.beta / (law.alpha + law.beta))
+    exponent = slopes(budgets, best_sizes(log_n, clean[None], groups))[0]
+    return float(exponent - law.beta / (law.alpha + law.beta))
 
 
 def fit_envelope(

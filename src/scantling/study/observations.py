@@ -39,7 +39,7 @@ class Observations:
     @property
     def bootstrap(self) -> dict[str, Any]:
         """What the bootstrap draws, as settings of `fit`: runs, of a planned grid noise, for its budgets must all stay."""
-        is_grid = isoflop_budgets(self.runs)
+        is_grid = is_isoflop(self.runs)
         return {"runs": self.runs["run"].to_numpy(), "resampling": "noise" if is_grid else "runs"}
 
     def with_warnings(self, *warnings: str) -> Observations:
@@ -184,7 +184,7 @@ def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[str]
     return found
 
 
-def isoflop_budgets(runs: pd.DataFrame, sizes: int = 4) -> bool:
+def is_isoflop(runs: pd.DataFrame, sizes: int = 4) -> bool:
     """Whether at least two budgets have `sizes` models each, and no row lies outside of such a budget."""
     n, c = np.asarray(runs["N"]), np.log(np.asarray(runs["C"]))
     groups = grouped(c)
