@@ -18,6 +18,7 @@ why it failed.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -80,6 +81,15 @@ class RunDirectory:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def wandb_id(self) -> str:
+        """W&B's, of which a project has one and for which it takes no step twice: the same run may stand in several studies, and
+        after a rollback another begins.
+        """
+        rollbacks = sum(row["action"] == "rollback" for row in self.guarded())
+        course = f"{self.path.absolute().parent.name}/{rollbacks}"
+        return f"{self.name}-{hashlib.sha256(course.encode()).hexdigest()[:8]}"
 
     @property
     def is_finished(self) -> bool:

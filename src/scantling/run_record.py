@@ -86,9 +86,9 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
     logger: Wandb = instantiate(config)(
         save_dir=study,
         name=name,
+        wandb_id=run.directory.wandb_id,
         group=run.config.study,
         tags=[*config.tags, *tags_of_arm(run.config.arm)],
-        rollbacks=sum(row["action"] == "rollback" for row in run.directory.guarded()),
     )
     resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
     console.print(

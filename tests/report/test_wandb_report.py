@@ -17,6 +17,7 @@ from planted import arms
 
 from scantling.report.published import as_wandb, grouping, own_entity, publish, sync
 from scantling.report.spec import Axis, Chart, Code, Link, Maps, Report, Samples, Section, Table, Text
+from scantling.run_directory import RunDirectory
 from scantling.study.arms import study_runs
 
 SCHEMA = """
@@ -178,12 +179,16 @@ def test_the_command_sends_offline_runs_first(record, report, server, tmp_path, 
     arms(record, seeds=2)
     folder = tmp_path / "runs/parts/wandb"
     record("parts", "late", ["seed=9", "arm=llama"], loss=3.0, seed=9, arm="llama", finished=False)
-    ready, again = "offline-run-1-llama-0-1e+07", "offline-run-4-llama-0-1e+07"
+    llama, gelu, late = (
+        RunDirectory(folder.parent / name).wandb_id for name in ("llama-0-1e+07", "gelu-0-1e+07", "late")
+    )
+    ready, again = f"offline-run-1-{llama}", f"offline-run-4-{llama}"
     for name, is_sent in (
         (ready, False),
-        ("offline-run-2-gelu-0-1e+07", True),
-        ("offline-run-3-late", False),
+        (f"offline-run-2-{gelu}", True),
+        (f"offline-run-3-{late}", False),
         (again, False),
+        (f"offline-run-5-{llama[:-1]}", False),  # of a course that was rolled back
     ):
         (folder / name).mkdir(parents=True)
         (folder / name / f"{name}.wandb").touch()
@@ -221,9 +226,11 @@ def test_panels_group_by_what_the_arms_and_scales_of_a_study_are(record, tmp_pat
 
 
 def test_a_failed_sync_is_one_line(tmp_path, monkeypatch):
-    for name in ("wandb/offline-run-1-a", "a"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "wandb/offline-run-1-a/a.wandb").touch()
+    run = RunDirectory(tmp_path / "a")
+    folder = tmp_path / f"wandb/offline-run-1-{run.wandb_id}"
+    for path in (folder, run.path):
+        path.mkdir(parents=True)
+    (folder / "a.wandb").touch()
     (tmp_path / "a/summary.json").touch()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="wandb sync sent not all of 1 runs"):
@@ -234,8 +241,8 @@ def test_an_unreachable_server_is_one_line_and_the_page_stands(record, report, t
     arms(record, seeds=2)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    finished = next((tmp_path / "runs/parts").glob("*/summary.json")).parent.name
-    offline = tmp_path / f"runs/parts/wandb/offline-run-1-{finished}"
+    finished = RunDirectory(next((tmp_path / "runs/parts").glob("*/summary.json")).parent)
+    offline = tmp_path / f"runs/parts/wandb/offline-run-1-{finished.wandb_id}"
     offline.mkdir(parents=True)
     (offline / "a.wandb").touch()
     monkeypatch.setattr(sys, "executable", "/bin/false")  # nothing is sent before the server has answered

@@ -58,8 +58,14 @@ def only_run(directory: Path) -> RunDirectory:
     return RunDirectory(path)
 
 
-def test_a_run_of_two_studies_is_two_to_wandb():
-    names = {loggers.id_of("nano-0123456789", study, n) for study in ("norms", "attention") for n in (0, 1)}
+def test_a_run_of_two_studies_is_two_to_wandb(tmp_path):
+    runs = [RunDirectory(tmp_path / study / "llama_small-0123456789") for study in ("norms", "attention")]
+    names = {run.wandb_id for run in runs}
+    for run in runs:
+        run.path.mkdir(parents=True)
+        for action in ("skip", "rollback"):
+            run.guard({"step": 1, "action": action})
+            names.add(run.wandb_id)
     assert len(names) == 4
     assert max(map(len, names)) < 64  # W&B's limit
     assert not any(set(name) & set("/\\#?%:") for name in names)
@@ -145,9 +151,9 @@ def test_wandb_mode_of_the_environment_rules(offline, monkeypatch):
 def test_each_run_of_a_process_is_closed_even_when_it_fails(tmp_path, offline):
     made = {"project": "p", "tags": [], "save_dir": str(tmp_path), "group": "g"}
     for name, succeeded in (("one", False), ("two", True)):
-        logger = loggers.Wandb(name=name, rollbacks=0, **made)
+        logger = loggers.Wandb(name=name, wandb_id=name, **made)
         logger.start({"lr": 1})
         logger.log_metrics({"loss": 1.0}, step=1)
         logger.finish(succeeded)
         assert wandb.run is None
-    assert {p.name.rsplit("-", 2)[1] for p in tmp_path.glob("wandb/offline-run-*")} == {"one", "two"}
+    assert {p.name.rsplit("-", 1)[1] for p in tmp_path.glob("wandb/offline-run-*")} == {"one", "two"}

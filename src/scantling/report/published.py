@@ -26,14 +26,17 @@ SYNCED = ".synced"
 
 def sync(study: Path) -> tuple[int, list[str]]:
     """Send the offline files of a study's finished runs that were not sent yet; how many there were, and the runs that wait:
-    what is sent while its run goes on counts as sent for ever.
+    what is sent while its run goes on counts as sent for ever. What a rollback took back is not sent.
 
     Raises ValueError where `wandb sync` fails.
     """
     unsent: dict[str, list[Path]] = {}
     for folder in sorted((study / "wandb").glob("offline-run-*")):
         if list(folder.glob("*.wandb")) and not list(folder.glob(f"*.wandb{SYNCED}")):
-            unsent.setdefault(folder.name.split("-", 3)[3], []).append(folder)  # offline-run-TIME-NAME
+            wandb_id = folder.name.split("-", 3)[3]  # offline-run-TIME-ID
+            name = wandb_id.rpartition("-")[0]
+            if wandb_id == RunDirectory(study / name).wandb_id:
+                unsent.setdefault(name, []).append(folder)
     waiting = [name for name in unsent if not RunDirectory(study / name).is_finished]
     ready = [str(folder) for name, folders in unsent.items() if name not in waiting for folder in folders]
     if ready:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import sys
@@ -20,13 +19,10 @@ class Wandb(WandbLogger):
     """Online when a key is configured and the server answers, else offline; never fatal.
 
     Rows carry an explicit step, because a run that is resumed offline is a second segment under the same id. `catch_up`
-    makes the segments join: together they hold every step once. W&B takes no step twice: after a rollback there is
-    another run under the same name.
+    makes the segments join: together they hold every step once.
     """
 
-    def __init__(
-        self, *, project: str, tags: list[str], save_dir: str, name: str, group: str, rollbacks: int
-    ):
+    def __init__(self, *, project: str, tags: list[str], save_dir: str, name: str, wandb_id: str, group: str):
         import wandb  # here and below: a run without it need not wait for it
 
         self.mode, self.reason = mode_and_reason()
@@ -39,7 +35,7 @@ class Wandb(WandbLogger):
             tags=tags,
             save_dir=save_dir,
             name=name,
-            id=id_of(name, group, rollbacks),
+            id=wandb_id,
             group=group,
             mode=self.mode,
             resume="allow" if self.mode == "online" else None,
@@ -114,11 +110,6 @@ class Wandb(WandbLogger):
             wandb.finish(exit_code=0 if succeeded else 1)
         except OSError as error:
             self.lose(error)
-
-
-def id_of(name: str, study: str, rollbacks: int) -> str:
-    """Of which a project has one: the same run may stand in several studies."""
-    return f"{name}-{hashlib.sha256(f'{study}/{rollbacks}'.encode()).hexdigest()[:8]}"
 
 
 def steps_in_segments(present: Path) -> set[int]:
