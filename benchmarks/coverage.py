@@ -64,15 +64,23 @@ def warned(warnings: tuple[str, ...]) -> Held:
         yield WARNED + text.partition(":")[0].partition(" = ")[0], True
 
 
-def isoflop_grid(law: dict[str, float], width: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """N and C of six budgets with eight sizes each around the optimum."""
-    c = np.repeat(np.geomspace(1e18, 1e21, 6), 8)
-    return optimal_parameters(vector(law), c, 6.0) * np.tile(np.logspace(-width, width, 8), 6), c
+def isoflop_grid(
+    law: dict[str, float], budgets: int = 6, sizes: int = 8, width: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """N and C of some budgets with some sizes each around the optimum."""
+    c = np.repeat(np.geomspace(1e18, 1e21, budgets), sizes)
+    return optimal_parameters(vector(law), c, 6.0) * np.tile(np.logspace(-width, width, sizes), budgets), c
 
 
 def scattered(rng: np.random.Generator, runs: int = 80) -> tuple[np.ndarray, np.ndarray]:
     n, c = 10 ** rng.uniform(7.5, 10, runs), 10 ** rng.uniform(18, 21.5, runs)
     return n, c
+
+
+def alike(rng: np.random.Generator, runs: int = 30) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes within a factor of two, which hardly determine E: in a third of the draws 0 fits best."""
+    n, m = 10 ** rng.uniform(8, 8.3, runs), 10 ** rng.uniform(0.5, 2.5, runs)
+    return n, 6 * m * n**2
 
 
 def gaussian(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -84,9 +92,12 @@ def heavy(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.exp(NOISE * 0.882 * rng.standard_t(3, n))
 
 
-def approach_3(law, resampling, noise, resamples) -> Callable[[np.random.Generator, int], Held]:
+def approach_3(law, sizes, noise, resamples) -> Callable[[np.random.Generator, int], Held]:
+    """`sizes`: N and C of a planned grid, or a function that draws them."""
+
     def draw(rng: np.random.Generator, seed: int) -> Held:
-        n, c = scattered(rng) if resampling == "runs" else isoflop_grid(law)
+        resampling = "runs" if callable(sizes) else "noise"
+        n, c = sizes(rng) if callable(sizes) else sizes
         d = c / 6 / n
         loss = loss_of(n, d, law) * noise(rng, len(n))
         fitted = refit_hoffmann(n, d, loss, resamples=resamples, resampling=resampling, seed=seed)
@@ -109,9 +120,9 @@ def approach_3(law, resampling, noise, resamples) -> Callable[[np.random.Generat
     return draw
 
 
-def approach_2(law, minimum, resamples) -> Callable[[np.random.Generator, int], Held]:
+def approach_2(law, grid, minimum, resamples) -> Callable[[np.random.Generator, int], Held]:
     def draw(rng: np.random.Generator, seed: int) -> Held:
-        n, c = isoflop_grid(law)
+        n, c = grid
         loss = loss_of(n, c / 6 / n, law) * gaussian(rng, len(n))
         found = fit_isoflop(n, c, loss, minimum=minimum, resamples=resamples, seed=seed)
         yield from power_law(found, law)
@@ -156,16 +167,20 @@ def other_form(
 
 
 def studies(resamples: int) -> dict[str, Callable[[np.random.Generator, int], Held]]:
+    grid, uneven, small = isoflop_grid(LAW), isoflop_grid(UNEVEN), isoflop_grid(LAW, budgets=2, sizes=4)
     return {
-        "approach 3, 80 scattered runs, bootstrap over runs": approach_3(LAW, "runs", gaussian, resamples),
-        "approach 3, the same with outliers": approach_3(LAW, "runs", heavy, resamples),
-        "approach 3, grid of 48 runs, bootstrap over noise": approach_3(LAW, "noise", gaussian, resamples),
+        "approach 3, 80 scattered runs, bootstrap over runs": approach_3(LAW, scattered, gaussian, resamples),
+        "approach 3, the same with outliers": approach_3(LAW, scattered, heavy, resamples),
+        "approach 3, 30 runs of sizes too much alike": approach_3(LAW, alike, gaussian, resamples),
+        "approach 3, grid of 48 runs, bootstrap over noise": approach_3(LAW, grid, gaussian, resamples),
         "approach 3, grid of 48 runs, alpha and beta far apart": approach_3(
-            UNEVEN, "noise", gaussian, resamples
+            UNEVEN, uneven, gaussian, resamples
         ),
-        "approach 2, parabola": approach_2(LAW, "parabola", resamples),
-        "approach 2, parabola, alpha and beta far apart": approach_2(UNEVEN, "parabola", resamples),
-        "approach 2, Akima": approach_2(LAW, "akima", resamples),
+        "approach 3, grid of 8 runs": approach_3(LAW, small, gaussian, resamples),
+        "approach 2, parabola": approach_2(LAW, grid, "parabola", resamples),
+        "approach 2, parabola, alpha and beta far apart": approach_2(UNEVEN, uneven, "parabola", resamples),
+        "approach 2, parabola, grid of 8 runs": approach_2(LAW, small, "parabola", resamples),
+        "approach 2, Akima": approach_2(LAW, grid, "akima", resamples),
         "approach 1, 20 training curves": approach_1(LAW, resamples),
         "Kaplan L(N)": other_form(KaplanSum(("N",)), {"N_c": 8.8e13, "alpha_N": 0.076}, resamples),
         "Kaplan L(N, D)": other_form(
