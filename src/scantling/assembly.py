@@ -137,7 +137,7 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
             )
         run.first_step = directory.step_of(run.checkpoint)
     if config.profile:
-        check_length(plan.steps - run.first_step)
+        check_length(plan.steps)
     return run
 
 

@@ -40,7 +40,7 @@ from scantling.training.checkpoints import CheckpointFiles, Checkpoints
 from scantling.training.guard import BadStep, Guard
 from scantling.training.loggers import Wandb
 from scantling.training.noise import NoiseScale
-from scantling.training.profiling import LabelledBatches, Profile
+from scantling.training.profiling import LENGTH, LabelledBatches, Profile
 from scantling.training.ranks import EndTogether, die_with_the_first
 from scantling.training.strategies import (
     check_launch,
@@ -203,7 +203,9 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
             EndTogether(console, is_agreed=is_agreed, is_explained=is_explained),
         ]
     )
-    if config.profile:
+    if config.profile and plan.steps - run.first_step < LENGTH:
+        console.print(f"no profile: it takes {LENGTH} steps, and {plan.steps - run.first_step} are left")
+    elif config.profile:
         callbacks.callbacks.append(
             Profile(directory.profile, console, first_step=run.first_step, callbacks=callbacks)
         )

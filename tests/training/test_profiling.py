@@ -72,4 +72,18 @@ def test_profile_of_a_run(command, tmp_path):
 def test_run_that_is_too_short_is_refused(command):
     code, _, err = command("profile=true", "budget.steps=9")
     assert code == 2
-    assert "profile=true takes 10 steps, and this run has 9 left" in err
+    assert "profile=true takes 10 steps, and this run has 9:" in err
+
+
+def test_the_rest_of_a_run_may_be_too_short(command, tmp_path):
+    code, _, err = command("budget.steps=12", "val_every=4")
+    assert code == 0, err
+    (path,) = (tmp_path / "runs" / "default").iterdir()
+    run = RunDirectory(path)
+    (path / "summary.json").unlink()  # as if it had been interrupted after step 8
+    for name in (run.checkpoint(12), run.last, run.best):
+        name.unlink()
+    code, out, err = command("budget.steps=12", "val_every=4", "profile=true")
+    assert code == 0, err
+    assert "no profile: it takes 10 steps, and 4 are left" in out
+    assert run.is_finished

@@ -35,14 +35,13 @@ OTHERS = {
 
 WARM_UP, STEPS = 5, 5
 """Steps before the profile, and in it."""
+LENGTH = WARM_UP + STEPS
 
 
 def check_length(steps: int) -> None:
-    """Raise ValueError for a run that has fewer steps left than a profile takes."""
-    if steps < WARM_UP + STEPS:
-        raise ValueError(
-            f"profile=true takes {WARM_UP + STEPS} steps, and this run has {steps} left: raise the budget"
-        )
+    """Raise ValueError for a run that has fewer steps than a profile takes."""
+    if steps < LENGTH:
+        raise ValueError(f"profile=true takes {LENGTH} steps, and this run has {steps}: raise the budget")
 
 
 class Profile(StepCallback):
