@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import threading
 import time
 from functools import partial
@@ -88,6 +89,10 @@ def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
     # Bytes are tokens here, but for the end of a text: bits per byte is the loss in bits.
     assert rows[-1]["val/bpb"] == pytest.approx(rows[-1]["val/loss"] / np.log(2), rel=1e-2)
     assert directory.summary["val/loss"] == rows[-1]["val/loss"]
+    speeds = [row["tokens_per_second"] for row in rows]  # each of one step
+    assert directory.summary["tokens_per_second"] == pytest.approx(statistics.harmonic_mean(speeds), rel=0.05)
+    flops = rows[-1]["flops"] / rows[-1]["tokens"] * directory.summary["tokens_per_second"]
+    assert directory.summary["mfu"] == pytest.approx(flops / 1e12, abs=1e-4)
     assert directory.summary["corpus"] == directory.environment["corpus"]["fingerprint"] == corpus.fingerprint
     config = OmegaConf.load(directory.config)
     assert config.choices.attn == "mha"

@@ -116,9 +116,13 @@ def finish(run: Run, peak: float, peak_source: str, *, best_step: int) -> None:
     best = next(
         (row for row in rows if row["step"] == best_step), rows[-1]
     )  # the last where no loss was a number
+    last, seconds = rows[-1], max(rows[-1]["seconds"], 1e-3)
     run.directory.finish(
         {
-            **rows[-1],
+            **last,
+            # Of the whole training; a row has those since the row before.
+            "tokens_per_second": round(last["tokens"] / seconds, 1),
+            "mfu": round(last["flops"] / seconds / run.plan.world_size / peak, 4),
             "best": {key: best[key] for key in ("step", "tokens", "val/loss", "val/bpb")},
             "parameters": run.plan.counts,
             "flops_convention": "exact",
