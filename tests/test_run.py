@@ -22,7 +22,7 @@ from omegaconf.errors import GrammarParseError
 from shop import assert_same_training
 
 from scantling import trained
-from scantling.command_line import one_line
+from scantling.command_line import CONF, OR_NULL, one_line
 from scantling.data.loading import BatchSizes, TrainBatches
 from scantling.run_directory import RunDirectory
 from scantling.training.optim import adamw
@@ -251,6 +251,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("trainer.precision=fp4",), "use auto, fp32, bf16, fp16, fp8"),
         (("trainer.precision=fp16",), "needs a GPU"),
         (("trainer.compile=maybe",), "trainer.compile=maybe must be true or false"),
+        (("optim.betas=0.9",), "optim.betas=0.9 must be a list, as [0.9, 0.95]"),
+        (("optim=lion", "optim.betas=0.9"), "optim.betas=0.9 must be a list, as [0.9, 0.99]"),
+        (("optim.betas=[0.9]",), "optim.betas=[0.9] must be two numbers, as [0.9, 0.95]"),
+        (("seed=[1,2]",), "seed=[1,2] is a list; one value is meant (for several runs: -m seed=1,2)"),
+        (("-m", "seed=[1,2]"), "seed=[1,2] is a list; one value is meant (for several runs: -m seed=1,2)"),
+        (("log_every={a:1}",), "log_every={a:1} holds settings; one value is meant"),
+        (("batch_size=null",), "batch_size=null: a value is meant; its default is 8"),
+        (("data.files=null",), "data.files=null: a value is meant"),
+        (("-m", "norm=null,rmsnorm"), "norm takes an option: use one of layernorm,"),
+        (("optim=null",), "optim takes an option: use one of adamw, lion, muon, sgd"),
+        (("norm.epsilon=1e-5",), "norm.epsilon is not a setting: did you mean norm.eps?"),
+        (("model",), "model is no setting with its value, as seed=1: did you mean model"),
+        (
+            ("~budget.tokens",),
+            "~budget.tokens: there is no budget.tokens to take away: did you mean budget.steps",
+        ),
         (("resume=nowhere",), "holds no run"),
         (("data.files=???",), "data.files is not set"),
         (("nonsense",), "nonsense"),
@@ -265,6 +281,38 @@ def test_mistakes_get_one_line_and_exit_code_2(command, tmp_path, overrides, exp
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not list(tmp_path.glob("runs/default/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("program", "overrides", "expected"),
+    [
+        ("sample", ("run=x", "seed=[1,2]"), "seed=[1,2] is a list; one value is meant\n"),
+        ("sample", ("run=[x,y]",), "run=[x,y] is a list; one value is meant"),
+        ("evaluate", ("run=x", "lengths=[64]", "stride=[3]"), "stride=[3] is a list"),
+        ("report", ("study=[a,b]",), "study=[a,b] is a list"),
+        ("report", ("study=a", "resamples=[3]"), "resamples=[3] is a list"),
+        ("report", ("study=a", "precision=[3]"), "precision=[3] is a list"),
+        ("plan", ("model=nano", "cache.contexts=5"), "cache.contexts=5 must be a list, as [8192, 100000]"),
+        ("plan", ("model=nano", "mfu=null"), "mfu=null: a value is meant; its default is 0.4"),
+        ("runs", ("study=null",), "study=null: a value is meant"),
+    ],
+)
+def test_one_value_and_several_are_told_apart(entry, tmp_path, monkeypatch, program, overrides, expected):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = entry(program, *overrides)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert expected in err
+
+
+def test_null_and_lists_go_where_they_are_documented(command):
+    taken = ("clip=null", "val_windows=null", "checkpoint.every_minutes=null", "sample.top_k=null")
+    code, _, err = command("dry_run=true", *taken, "optim.betas=[0.8,0.9]", "micro_batch_size=null")
+    assert code == 0, err
+    documented = re.compile(r"^ *(\w+): (?!null).*# .*\bnull: ")
+    for name in ("train", "sample", "evaluate", "plan", "report", "runs", "hub"):
+        for line in (CONF / f"{name}.yaml").read_text().splitlines():
+            if found := documented.match(line):
+                assert any(key.endswith(found[1]) for key in OR_NULL), line
 
 
 def test_a_value_that_cannot_be_read_is_named():

@@ -35,6 +35,21 @@ FREE_TEXT = ("prompt", "sample.prompt", "stop", "baseline")
 NAMES = ("study", "law", "paths.runs", "paths.cache")
 """Settings that name something: 7 is a name there, and no number."""
 
+SEVERAL = {
+    "train": ("data.files", "data.data_files"),
+    "plan": ("data.files", "data.data_files"),
+    "evaluate": ("data.files", "data.data_files", "run", "lengths"),
+    "sample": ("prompts", "stops"),
+    "runs": ("run",),
+    "report": ("run", "runs", "tokens", "n", "budgets"),
+}
+"""Settings of an entry that take a list, or one value, whatever their default; `report.py` has words of its own for its own."""
+
+OR_NULL = ("val_windows", "checkpoint.every_minutes", "clip", "sample.top_k", "top_k", "prompt")
+"""Settings of an entry that may be null, with a default that is not."""
+
+MULTIRUN = ("-m", "--multirun")
+
 
 class Mistake(Exception):
     """Something the user can put right. The message says what is wrong, where, and what would be right."""
@@ -63,7 +78,8 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     `HYDRA_FULL_ERROR=1` shows the traceback behind a one-line error.
     """
-    typed = [quoted(argument) for argument in sys.argv[1:]]
+    # argparse takes no flag between overrides.
+    typed = sorted(map(quoted, sys.argv[1:]), key=lambda argument: argument not in MULTIRUN)
     first = next((i for i, o in enumerate(typed) if "=" in o and not o.startswith("-")), len(typed))
     sys.argv[1:] = [
         *typed[:first],
@@ -91,7 +107,7 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     with raising_hydra():
-        explained(main(job))
+        explained(lambda: (check_options(typed), main(job)()))
 
 
 def search_path(config_name: str) -> list[str]:
@@ -141,6 +157,10 @@ def one_line(error: Exception, config_name: str) -> str:
                 f"{match[1]} is a setting of {' or '.join(f'{group}={o}' for o in owners)}: choose that too"
             )
         return f"{match[1]} is not a setting{nearest(match[1], settings(config_name))}"
+    if match := re.search(r"Error parsing override '(.*)'\s+missing EQUAL", text):
+        return f"{match[1]} is no setting with its value, as seed=1{nearest(match[1], settings(config_name))}"
+    if match := re.search(r"Could not delete from config\. '(.+?)' does not exist", text):
+        return f"~{match[1]}: there is no {match[1]} to take away{nearest(match[1], settings(config_name))}"
     if match := re.search(r"Ambiguous value for argument '((\S+?)=(.+?))'", text):
         runs_each = f"train.py -m {match[1]} runs each, " if config_name == "train" else ""
         return f"{match[1]} holds a comma: {runs_each}{match[2]}=[{match[3]}] is a list"
@@ -169,12 +189,23 @@ def options_with(key: str, *, below: bool = False) -> list[str]:
     return [option for option, own in found.items() if name in leaves(OmegaConf.to_container(own))]  # type: ignore[arg-type]
 
 
+def check_options(typed: Sequence[str]) -> None:
+    """Raise Mistake where an option is null, which Hydra takes from a file alone."""
+    for argument in typed:
+        group, _, option = argument.partition("=")
+        if "null" in option.split(",") and (CONF / group).is_dir():
+            options = [path.stem for path in (CONF / group).glob("*.yaml")]
+            raise Mistake(f"{argument}: {group} takes an option{nearest('null', options)}")
+
+
 def settings(config_name: str) -> list[str]:
-    """Every dotted key under the options that the command line chose, and every group where options are chosen."""
+    """Every dotted key under the options that the command line chose, and every group where options are chosen. Keys that
+    are Hydra's, as `_target_`, are left out.
+    """
     chosen = [o for o in sys.argv[1:] if (CONF / (o.replace("=", "/", 1) + ".yaml")).exists()]
     config = composed(config_name, chosen)
     groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()] if "model" in config else []
-    return sorted({*groups, *leaves(config)})
+    return sorted({*groups, *(key for key in leaves(config) if not key.endswith("_"))})
 
 
 def composed(config_name: str, overrides: list[str]) -> dict[str, Any]:
@@ -201,33 +232,66 @@ def own_settings(config_name: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"), resolve=False)  # type: ignore[return-value]
 
 
-@functools.cache
-def words_of(config_name: str) -> set[str]:
-    """Settings that the file itself gives as words, and the names of arms."""
-    own = leaves(own_settings(config_name))
-    return {"arm"} | {key for key, value in own.items() if is_word(value)}
-
-
 def is_word(value: Any) -> bool:
     """Of a value as a file gives it; what an environment variable gives is one."""
     return isinstance(value, str) and (value[:1].isalpha() or value.startswith("${oc.env:"))
 
 
 @functools.cache
-def words_of_option(group: str, option: str) -> set[str]:
-    """Settings that an option gives as words or leaves to the user, with those it starts from."""
-    own = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"), resolve=False)
+def declared(group: str, option: str) -> dict[str, Any]:
+    """Settings as an option gives them, with those it starts from."""
+    text = (CONF / group / f"{option}.yaml").read_text()
+    own = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    package = "" if text.startswith("# @package _global_") else f"{group.replace('/', '.')}."
     bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]  # type: ignore[union-attr]
-    words = {
-        f"{group.replace('/', '.')}.{key}"
-        for key, value in leaves(own).items()  # type: ignore[arg-type]
-        if is_word(value) or value == "???"
-    }
-    return words.union(*(words_of_option(group, base) for base in bases))
+    found: dict[str, Any] = {}
+    for base in bases:
+        found |= declared(group, base)
+    return found | leaves(own, package)  # type: ignore[arg-type]
+
+
+def takes_null(key: str) -> bool:
+    """Whether an entry or any option of the key's group says so."""
+    group = key.rpartition(".")[0].replace(".", "/")
+    files = (CONF / group).glob("*.yaml") if group else ()
+    return key in OR_NULL or any(declared(group, path.stem).get(key, "") is None for path in files)
+
+
+def complaint(config_name: str, key: str, text: str, value: Any, default: Any) -> str | None:
+    """What is wrong with a value, typed as `text`, by the default, as a file gives it."""
+    if text == "null":
+        if isinstance(default, list):
+            return f"{key}=null must be a list, as {listed(default)}"
+        if default is None or takes_null(key):
+            return None
+        return f"{key}=null: a value is meant" + (
+            f"; its default is {default}" if isinstance(default, bool | int | float) else ""
+        )
+    takes_several = key in SEVERAL.get(config_name, ())
+    if isinstance(default, list):
+        fits = OmegaConf.is_list(value) or takes_several
+        return None if fits else f"{key}={text} must be a list, as {listed(default)}"
+    if OmegaConf.is_list(value):
+        each = f" (for several runs: -m {key}={text[1:-1]})" if config_name == "train" else ""
+        return None if takes_several else f"{key}={text} is a list; one value is meant{each}"
+    if OmegaConf.is_dict(value):
+        is_one = isinstance(default, bool | int | float) or is_word(default)
+        return f"{key}={text} holds settings; one value is meant" if is_one else None
+    if isinstance(value, str) and isinstance(default, bool):
+        return f"{key}={text} must be true or false"
+    if isinstance(value, str) and isinstance(default, int | float):
+        return f"{key}={text} is not a number; its default is {default}"
+    return None
+
+
+def listed(default: list[Any]) -> str:
+    return f"[{', '.join(map(str, default))}]" if default else "[a,b]"
 
 
 def check_values(config: DictConfig, config_name: str) -> None:
-    """Raise Mistake where one value was typed for what holds settings, or a word where the default is a number, true or false."""
+    """Raise Mistake where what was typed is of another kind than the default: one value for what holds settings or is a
+    list, a list or null for one value, a word for a number, true or false.
+    """
     typed = [o.partition("=") for o in HydraConfig.get().overrides.task if not o.startswith(("+", "~"))]
     for key, _, value in typed:
         if (CONF / key).is_dir() or OmegaConf.is_dict(OmegaConf.select(config, key)):
@@ -241,22 +305,29 @@ def check_values(config: DictConfig, config_name: str) -> None:
             raise Mistake(
                 f"{key}={value}: {key} holds settings, which come with {group}=: use one of {', '.join(options)}"
             )
-    words = {key: value for key, _, value in typed if isinstance(OmegaConf.select(config, key), str)}
-    meant = words_of(config_name)
+    values = {
+        key: (text, OmegaConf.select(config, key))
+        for key, _, text in typed
+        if not (CONF / key).is_dir() and key not in ("arm", "sweeps")
+    }
+    given = {key: value for key, value in leaves(own_settings(config_name)).items() if value != "???"}
     for group, option in HydraConfig.get().runtime.choices.items():
-        if (CONF / group / f"{option}.yaml").exists() and any(
-            key.startswith(f"{group.replace('/', '.')}.") for key in words
-        ):
-            meant = meant | words_of_option(group, option)
-    if not words.keys() - meant:  # composing the defaults takes as long as composing the run
+        prefix = f"{group.replace('/', '.')}."
+        if any(key.startswith(prefix) for key in values) and (CONF / group / f"{option}.yaml").exists():
+            given |= declared(group, option)
+
+    def may_be_wrong(key: str, text: str, value: Any) -> bool:
+        if key in given:
+            return complaint(config_name, key, text, value, given[key]) is not None
+        return text == "null" or isinstance(value, str) or OmegaConf.is_config(value)
+
+    doubtful = {key: pair for key, pair in values.items() if may_be_wrong(key, *pair)}
+    if not doubtful:  # composing the defaults takes as long as composing the run
         return
     groups = [f"{key}={value}" for key, _, value in typed if (CONF / key).is_dir() or key == "sweeps"]
     hydra_state = GlobalHydra.instance().hydra
     defaults = leaves(composed(config_name, groups))
     GlobalHydra.instance().hydra = hydra_state
-    for key, value in words.items():
-        default = defaults.get(key)
-        if isinstance(default, bool):
-            raise Mistake(f"{key}={value} must be true or false")
-        if isinstance(default, (int, float)):
-            raise Mistake(f"{key}={value} is not a number; its default is {default}")
+    for key, (text, value) in doubtful.items():
+        if key in defaults and (wrong := complaint(config_name, key, text, value, defaults[key])):
+            raise Mistake(wrong)

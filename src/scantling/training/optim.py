@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ def decay_groups(named: NamedParameters, weight_decay: float) -> list[dict]:
     ]
 
 
-def check_betas(betas: Iterable[float]) -> None:
+def check_betas(betas: Sequence[float]) -> None:
+    if len(betas) != 2:
+        raise ValueError(f"optim.betas={list(betas)} must be two numbers, as [0.9, 0.95]")
     for i, beta in enumerate(betas):
         check_below_one(f"optim.betas[{i}]", beta)
 
@@ -55,6 +57,7 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; torch's fused kernel."""
     check_not_negative("lr", lr)
+    check_betas(betas)
     return torch.optim.AdamW(decay_groups(named, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
