@@ -95,6 +95,24 @@ def test_shares_add_up(command):
     assert row(out, "total")[:2] == ["46,702,792,704", "12,879,925,248"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "entries"),
+    [
+        (("tokenizer=byte",), 257),
+        (("tokenizer=bpe",), 512),
+        (("tokenizer.vocab_size=1000",), 1000),
+        (("tokenizer=char",), None),
+        (("tokenizer=pretrained",), None),
+    ],
+)
+def test_the_vocabulary_is_the_tokenizers(command, composed, overrides, entries):
+    """nano with 257 entries: 257 · 32 in the table, beside 25,248."""
+    _, out, _ = command("model=nano", *overrides)
+    assert row(out, "total")[0] == f"{25_248 + 32 * (entries or 512):,}"
+    assert f"{entries or 512:,} entries" in out
+    assert ("are taken to be model.vocab_size=512" in out) == (entries is None)
+
+
 def test_time_of_a_budget(command):
     """By hand: 1e20 FLOPs at half of 4 × 1e15 FLOP/s take 50,000 s."""
     _, out, _ = command(
@@ -145,6 +163,7 @@ def test_lines_keep_to_the_terminal(command, monkeypatch, width):
             "budget.convention=7n is unknown: use one of exact",
         ),
         (["model=nano", "memory=lots"], "memory=lots is no size: write 80GB or 500MB"),
+        (["model=nano", "mfu=2"], "mfu=2 must be from 0 to 1"),
         (["model=nano", "peak=fast"], "peak=fast is not a number; its default is"),
     ],
 )

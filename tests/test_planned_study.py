@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from scantling import planned_study, run
+from scantling import planned_study, run, run_record
 from scantling.command_line import ROOT
 from scantling.run_directory import RunDirectory
 from scantling.study.store import load_runs
@@ -14,7 +14,6 @@ STUDY = "planned_by_a_test"
 SMALL = (
     "model=nano",
     "tokenizer=byte",
-    "model.vocab_size=257",
     "model.seq_len=32",
     "attn=gqa",
     "attn/pattern=sliding",
@@ -27,7 +26,7 @@ FAST = ("isoflop.draws=100", "isoflop.throughput=1e9", "batch_size=4")
 def quick(monkeypatch, tmp_path):
     """No figure, no measurement of the machine, and no sweep is left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "draw_curves", lambda *_, **__: None)
+    monkeypatch.setattr(run_record, "draw_curves", lambda *_, **__: None)
     monkeypatch.setattr(run.hardware, "peak_flops", lambda *_: (1e12, "assumed"))
     path = ROOT / "sweeps" / f"{STUDY}.yaml"
     path.unlink(missing_ok=True)
@@ -79,6 +78,7 @@ def test_a_planned_study_is_a_sweep_that_runs(entry, book, tmp_path):
     assert f"{row['params']:,.0f}" in planned_row
     assert f"{row['n_layers']} × {row['d_model']}" in planned_row
     assert f"{row['steps']:,.0f}" in planned_row.split()
+    assert "time: of one device at 1.00 GFLOP/s, isoflop.throughput" in out
     assert row["choice.attn/pattern"] == "sliding"
     assert RunDirectory(row["path"]).summary["flops"] == pytest.approx(1e11 / 8, rel=0.03)
 
@@ -90,6 +90,12 @@ def test_hours_buy_what_the_throughput_makes_of_them(entry):
     assert (code, err) == (0, "")
     assert float(re.search(r"in all ([\d.e+]+) FLOPs", out)[1]) == pytest.approx(0.1 * 3600 * 1e9, rel=0.03)
     assert re.search(r"in all .* 6\.0 minutes", out) or re.search(r"in all .* 5\.9 minutes", out)
+
+
+def test_the_speed_that_times_are_of_is_named(entry):
+    code, out, err = entry("plan", f"study={STUDY}", *SMALL, *GRID, *FAST[:1], "batch_size=4", "mfu=0.5")
+    assert (code, err) == (0, "")
+    assert "time: of one device at 494 TFLOP/s, mfu=0.5 of peak=989 TFLOP/s: set them to your device's" in out
 
 
 def test_a_measured_throughput_is_of_training_steps(composed):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.overrides import TorchFunctionMode
 
 from scantling.model.decoder import Decoder
@@ -21,6 +21,18 @@ def choices() -> dict[str, str]:
     """Which option each group took."""
     chosen = HydraConfig.get().runtime.choices
     return {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
+
+
+def tokenizer_entries(config: DictConfig) -> int | None:
+    """Those that the chosen tokenizer has, or is trained to; None where they cannot be known without its text, or a Hub
+    that answers.
+    """
+    if OmegaConf.missing_keys(config.tokenizer):
+        return None
+    try:
+        return instantiate(config.tokenizer).entries
+    except FileNotFoundError:
+        return None
 
 
 def build_decoder(config: DictConfig, vocab_size: int, device: str) -> Decoder:

@@ -94,7 +94,7 @@ class Plan:
             "[bold]parameters[/bold]",
             f"{self.parameters:,} ({non_embedding(self.counts):,} without embeddings): {groups}",
         )
-        batch = f"{self.sizes.full} sequences × {self.seq_len} tokens"
+        batch = f"{self.sizes.full:,} sequences × {self.seq_len:,} tokens"
         if self.micro_batches > 1 or self.world_size > 1:
             batch += f", as {self.micro_batches} × {self.micro_batch_size} on {self.world_size} device(s)"
         if self.sizes.steps:
@@ -199,7 +199,7 @@ def training_table(
     decoder: Decoder, trainings: list[Training], devices: int, peak: float, mfu: float
 ) -> Table:
     """Tokens, FLOPs by the `exact` convention, and the time they take."""
-    speed = f"{devices} × {short(peak, 'FLOP/s')}, of which {mfu:.0%}"
+    speed = f"devices={devices} of peak={short(peak, 'FLOP/s')}, mfu={mfu:g}: set them to your machine's"
     table = titled("Training", speed, "tokens", "FLOPs", "time", "tokens/s")
     per_token = exact(decoder, decoder.seq_len)
     for training in trainings:

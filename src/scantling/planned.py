@@ -12,7 +12,7 @@ from rich.console import Console
 
 from scantling.accounting import active_parameters, convention
 from scantling.command_line import mistakes
-from scantling.composition import PARTS, build_decoder, choices
+from scantling.composition import PARTS, build_decoder, choices, tokenizer_entries
 from scantling.data.loading import BatchSizes
 from scantling.memory import (
     ENGINES,
@@ -23,7 +23,7 @@ from scantling.memory import (
     number_of_bytes,
     training_memory,
 )
-from scantling.model.checks import check_positive, check_whole
+from scantling.model.checks import check_positive, check_share, check_whole
 from scantling.model.decoder import Decoder
 from scantling.plan import (
     Training,
@@ -34,7 +34,7 @@ from scantling.plan import (
     short,
     training_table,
 )
-from scantling.planned_study import plan_study
+from scantling.planned_study import plan_study, unknown_entries
 from scantling.training.budget import steps_for
 
 PRINTED_WIDTH = 120
@@ -49,8 +49,11 @@ def plan(config: DictConfig) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
     with mistakes():
         check(config)
+        entries = tokenizer_entries(config)
+        if entries is not None:
+            config.model.vocab_size = entries
         if config.isoflop.flops is not None or config.isoflop.device_hours is not None:
-            return plan_study(config, console)
+            return plan_study(config, console, entries)
         decoder = build_decoder(config, config.model.vocab_size, "meta")
         context = config.context or decoder.seq_len
         limit = None if config.memory is None else number_of_bytes(str(config.memory))
@@ -81,6 +84,8 @@ def plan(config: DictConfig) -> None:
         f"[dim]{shape.n_layers} layers of width {shape.d_model:,}, {shape.n_heads} heads, "
         f"{shape.seq_len:,} tokens, {shape.vocab_size:,} entries[/dim]"
     )
+    if entries is None:
+        console.print(f"[dim]{unknown_entries(config)}[/dim]", soft_wrap=True)
     for table in tables:
         console.print()
         console.print(table)
@@ -120,7 +125,8 @@ def advice(chosen: Choice | None, forecast: Callable[[Choice], Memory], limit: i
 
 def check(config: DictConfig) -> None:
     for key in ("peak", "mfu"):
-        check_positive(key, config[key], or_null=True)
+        check_positive(key, config[key])
+    check_share("mfu", config.mfu)
     contexts = {f"cache.contexts[{i}]": n for i, n in enumerate(config.cache.contexts)}
     counts = {key: config[key] for key in ("devices", "batch_size", "micro_batch_size", "context")}
     for key, value in (counts | contexts).items():

@@ -60,8 +60,10 @@ class Cell:
     lr: float
 
 
-def plan_study(config: DictConfig, console: Console) -> None:
-    """Propose, forecast, print, and write `sweeps/<study>.yaml`. Raises ValueError for what cannot be planned."""
+def plan_study(config: DictConfig, console: Console, entries: int | None) -> None:
+    """Propose, forecast, print, and write `sweeps/<study>.yaml`. `entries` are the tokenizer's, None where they are not
+    known. Raises ValueError for what cannot be planned.
+    """
     settings = config.isoflop
     grid = Grid(settings.budgets, settings.ratio, settings.sizes, settings.spread, settings.seeds)
     check(config, grid)
@@ -87,7 +89,7 @@ def plan_study(config: DictConfig, console: Console) -> None:
     path.write_text(sweep_yaml(config, cells, grid, expected, law, speed))
     console.print(cells_table(config.study, cells, grid, speed))
     console.print(forecast_table(others, settings.level, target))
-    for line in remarks(config, cells, grid, expected, law):
+    for line in remarks(config, cells, grid, expected, law, entries, speed):
         console.print(line, soft_wrap=True)
     console.print(f"\n{path}, {figure}\npython src/train.py -m sweeps={config.study} dry_run=true")
 
@@ -348,20 +350,47 @@ def forecast_table(others: list[tuple[Grid, Forecast]], level: float, target: fl
     return table
 
 
+def assumed_speed(config: DictConfig) -> str:
+    """Where `throughput` has its number from, and what sets it."""
+    given = config.isoflop.throughput
+    if given == "measured":
+        return "as measured here"
+    if given is not None:
+        return "isoflop.throughput"
+    return (
+        f"mfu={config.mfu:g} of peak={short(config.peak, 'FLOP/s')}: set them to your device's, or "
+        "isoflop.throughput=measured for this machine's"
+    )
+
+
+def unknown_entries(config: DictConfig) -> str:
+    return (
+        f"tokenizer={choices()['tokenizer']}: its entries are not known before its text is read, and are taken to be "
+        f"model.vocab_size={config.model.vocab_size}"
+    )
+
+
 def remarks(
-    config: DictConfig, cells: list[Cell], grid: Grid, expected: Forecast, law: dict[str, float]
+    config: DictConfig,
+    cells: list[Cell],
+    grid: Grid,
+    expected: Forecast,
+    law: dict[str, float],
+    entries: int | None,
+    speed: float,
 ) -> list[str]:
     """Where the numbers come from, and what to distrust about them."""
     settings = config.isoflop
     lines = [
-        f"\nThese {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} by approach "
+        f"\ntime: of one device at {short(speed, 'FLOP/s')}, {assumed_speed(config)}",
+        f"These {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} by approach "
         f"3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}, were isoflop.law the truth (a = {expected.a:.3f}) and "
         f"{settings.noise:g} the noise of log loss. Parabolas will be {expected.bias:+.3f} off a, by their own bias and because "
         "the FLOPs of small models are not 6ND",
         f"lr: {' '.join((LEARNING_RATES[settings.lr_rule].__doc__ or '').split())}",
     ]
     sizes = [cell.parameters for cell in cells]
-    doubts = []
+    doubts = [unknown_entries(config)] if entries is None else []
     if settings.lr_rule == "porian" and not PORIAN_RANGE[0] <= min(sizes) <= max(sizes) <= PORIAN_RANGE[1]:
         doubts.append(
             f"{short(min(sizes))} to {short(max(sizes))} parameters lie outside of that rule's {short(PORIAN_RANGE[0])} to "

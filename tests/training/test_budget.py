@@ -15,7 +15,6 @@ SHAPE = {"tokens_per_step": 4096, "n_params": 1_000_000, "flops_per_token": 6e6}
     [
         ({"steps": 1}, 1),
         ({"steps": 1000}, 1000),
-        ({"steps": 10.9}, 10),
         ({"tokens": 4096}, 1),
         ({"tokens": 1_200_000}, 292),  # 292.97
         ({"tokens": 4096 * 293}, 293),
@@ -49,11 +48,16 @@ def test_an_amount_that_is_no_amount_is_refused(name, amount):
         steps_for(**SHAPE, **{name: amount})
 
 
+def test_a_part_of_a_step_is_refused():
+    with pytest.raises(ValueError, match="budget.steps=10.9 must be a whole number"):
+        steps_for(**SHAPE, steps=10.9)
+
+
 @pytest.mark.parametrize(
     ("amount", "message"),
     [
         ({"steps": 0.5}, "takes 1 steps"),
-        ({"tokens": 4095}, r"takes 4096 tokens \(4,096 tokens\)"),
+        ({"tokens": 4095}, "takes 4,096 tokens: raise"),
         ({"flops": 2e10}, r"takes 2.458e\+10 flops"),
         ({"tokens_per_param": 0.004}, "takes 0.004096 tokens_per_param"),
     ],

@@ -49,8 +49,8 @@ class WindowOrder:
 
     def __init__(self, n_tokens: int, seq_len: int, seed: int) -> None:
         _check_length(n_tokens, seq_len)
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed is {seed}; it must be at least 0 and below 2**64")
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; it must be a whole number, at least 0 and below 2**64")
         self.n_tokens = n_tokens
         self.seq_len = seq_len
         self.seed = seed

@@ -111,6 +111,11 @@ class TokenizerKind(ABC):
     def settings(self) -> dict[str, Any]:
         """What, beside the kind's name and the corpus, decides the tokenizer. JSON values."""
 
+    @property
+    def entries(self) -> int | None:
+        """Of the vocabulary, at most; None where the corpus alone says."""
+        return self.settings.get("vocab_size")
+
     @abstractmethod
     def train(self, documents: Iterator[str]) -> Tokenizer:
         """The tokenizer for these documents, the training split of a corpus."""
@@ -122,6 +127,10 @@ class Byte(TokenizerKind):
     @property
     def settings(self) -> dict[str, Any]:
         return {}
+
+    @property
+    def entries(self) -> int:
+        return len(BYTE_ALPHABET) + 1
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
         by_value = {_byte_character(value): value for value in range(256)}
@@ -298,6 +307,10 @@ class Pretrained(TokenizerKind):
     def settings(self) -> dict[str, Any]:
         # What it is and not where it came from: moving the file must not miss the cache.
         return {"tokenizer": self._tokenizer.fingerprint}
+
+    @property
+    def entries(self) -> int:
+        return self._tokenizer.vocab_size
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
         return self._tokenizer

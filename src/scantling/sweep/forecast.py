@@ -42,7 +42,9 @@ def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> Re
         style="bold",
     )
     return Group(
-        table, "[dim]time: at the share of peak that finished runs of this study reached, else a tenth[/dim]"
+        table,
+        "[dim]time: of training steps, at the share of peak that finished runs of this study reached, else a tenth; "
+        "start-up, validation, checkpoints and samples come on top[/dim]",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from scantling.run_directory import RunDirectory, replace_text
@@ -15,7 +16,8 @@ FAILED = ("failed", "failed elsewhere")
 
 @dataclass
 class Job:
-    """`devices` are the processes it takes on each of its `nodes`, on GPUs or CPUs; `steps` those of its budget."""
+    """`devices` are the processes it takes on each of its `nodes`, on GPUs or CPUs; `steps` those that its
+    budget is forecast to pay for."""
 
     number: int
     overrides: list[str]
@@ -32,6 +34,11 @@ class Job:
     seen: dict = field(default_factory=dict)
     """Its latest row of metrics."""
     log_start: int = 0
+
+    @cached_property
+    def steps_of_run(self) -> int:
+        """Those that the run itself planned, which knows its tokenizer's vocabulary. Ask once it has begun."""
+        return self.directory.environment["steps"]
 
     @property
     def log(self) -> Path:

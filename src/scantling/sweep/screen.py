@@ -48,6 +48,8 @@ class Screen:
     def tell(self, job: Job) -> None:
         if self.live is not None:
             self.drawn = 0.0
+            if rows := job.directory.metrics():  # also those since the last look
+                job.seen = rows[-1]
             return
         ended = sum(job.state in ENDED for job in self.jobs)
         about = f": {job.reason}" if job.reason else ""
@@ -81,11 +83,12 @@ class Screen:
         seen = job.seen
         if not seen:
             return escape(job.label), state, "", "", ""
-        left = (job.steps - seen["step"]) * seen["seconds"] / seen["step"] if job.state == "running" else None
+        steps = job.steps_of_run
+        left = (steps - seen["step"]) * seen["seconds"] / seen["step"] if job.state == "running" else None
         return (
             escape(job.label),
             state,
-            f"{seen['step']:,}/{job.steps:,}",
+            f"{seen['step']:,}/{steps:,}",
             f"{seen['train/loss']:.3f}",
             "" if left is None else clock_of(left),
         )
@@ -135,6 +138,6 @@ def reached(score: float | None) -> str:
 
 def clock_of(seconds: float) -> str:
     """1:02:03"""
-    minutes, seconds = divmod(round(seconds), 60)
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

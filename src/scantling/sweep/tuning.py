@@ -64,7 +64,8 @@ class Search:
 
     def command(self, rate: float, study: str) -> list[str]:
         """The overrides of a try."""
-        shorter = [f"budget.{key}={amount * self.settings.budget:g}" for key, amount in self.budget.items()]
+        shares = {key: amount * self.settings.budget for key, amount in self.budget.items()}
+        shorter = [f"budget.{key}={int(n) if key == 'steps' else n:g}" for key, n in shares.items()]
         return [
             *self.overrides,
             "tuned={}",  # so that a try is none of the runs that await their rate

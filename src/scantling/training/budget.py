@@ -40,10 +40,15 @@ def steps_for(
     if not 0 < amount < math.inf:
         raise ValueError(f"budget.{name}={amount:g} must be positive and finite")
     if amount < one_step:
+        taken = f"{tokens_per_step:,} tokens"
+        if name != "tokens":
+            taken = f"{one_step:.4g} {name} ({taken})"
         raise ValueError(
-            f"budget.{name}={amount:g} is below one optimiser step, which takes {one_step:.4g} {name} "
-            f"({tokens_per_step:,} tokens): raise the budget or lower batch_size"
+            f"budget.{name}={amount:g} is below one optimiser step, which takes {taken}: "
+            "raise the budget or lower batch_size"
         )
+    if name == "steps" and not float(amount).is_integer():
+        raise ValueError(f"budget.steps={amount:g} must be a whole number")
     return int(amount / one_step + 1e-9)
 
 
