@@ -217,7 +217,7 @@ def test_a_repeated_run_has_one_directory(shop):
     [
         (
             ("trainer=ddp", "trainer.devices=3"),
-            "batch_size 16 is no multiple of micro_batch_size 5 x 3 ranks = 15",
+            "batch_size 16 is no multiple of 3 ranks; the nearest that fits is 15 or 18",
         ),
         (("trainer=ddp", "trainer.devices=0"), "trainer.devices=0: use auto or a positive number"),
         (("trainer=ddp", "trainer.nodes=0"), "trainer.nodes=0 must be a whole number, at least 1"),

@@ -143,6 +143,7 @@ def test_finished_run_is_never_written_again(command, tmp_path):
     code, out, _ = command()
     assert code == 0
     assert "This run is finished" in out
+    assert "trainer, logger, log_every, guard and sample make none" in out
     assert before == {p: p.read_bytes() for p in only_run(tmp_path).path.rglob("*") if p.is_file()}
     command("resume=never")
     first, second = sorted((tmp_path / "runs" / "default").iterdir(), key=lambda p: len(p.name))
@@ -223,6 +224,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("data.files=nothing.txt",), "no file matches"),
         (("data.files=empty.txt",), "empty.txt"),
         (("data.files=binary.txt",), "binary.txt is binary"),
+        (("data.files=short.txt",), "the val split has 3 tokens, but seq_len 64 needs 65"),
+        (("study=../../etc",), "study=../../etc leaves paths.runs=runs: a name below it is meant"),
         (("budget.steps=0",), "budget.steps=0 must be positive"),
         (("budget.steps=many",), "budget.steps=many is not a number"),
         (("guard=off",), "guard holds settings, guard.action, guard.spike"),
@@ -235,6 +238,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("budget.steps=0.5",), "below one optimiser step"),
         (("paths.runs=/proc/none",), "cannot be written"),
         (("micro_batch_size=3",), "batch_size 4 is no multiple of micro_batch_size 3"),
+        (
+            ("trainer=ddp", "trainer.devices=2", "batch_size=7"),
+            "batch_size 7 is no multiple of 2 ranks; the nearest that fits is 6 or 8",
+        ),
         (("batch_size=0",), "batch_size=0 must be a whole number, at least 1"),
         (("micro_batch_size=0",), "micro_batch_size=0 must be"),
         (("log_every=2.5",), "log_every=2.5 must be"),
@@ -276,6 +283,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
 )
 def test_mistakes_get_one_line_and_exit_code_2(command, tmp_path, overrides, expected):
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("twelve chars")
     (tmp_path / "binary.txt").write_bytes(b"abc\0def")
     code, _, err = command(*overrides)
     assert code == 2
@@ -375,7 +383,10 @@ def test_sampling_repeats_with_its_seed_and_takes_any_prompt(command, tmp_path, 
     command()
     path = only_run(tmp_path).path
     prompt = "prompt=def f(x, y): # it's 5$ {ok} "
-    texts = [entry("sample", f"run={path}", prompt, "n_tokens=20", f"seed={seed}")[1] for seed in (1, 1, 2)]
+    texts = [
+        entry("sample", f"run={place}", prompt, "n_tokens=20", f"seed={seed}")[1]
+        for place, seed in ((path, 1), (path.name, 1), (path, 2))
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith("def f(x, y): # it's 5$ {ok} ") for text in texts)
 
@@ -391,7 +402,7 @@ def test_evaluating_other_text_warns_only_of_unequal_training(command, tmp_path,
     command(f"data.files={other}")
     second = next(p for p in path.parent.iterdir() if p != path)
     code, out, _ = entry(
-        "evaluate", "paths.cache=cache", f"run=[{path},{second}]", "data=text", f"data.files={other}"
+        "evaluate", "paths.cache=cache", f"run=[{path},{second.name}]", "data=text", f"data.files={other}"
     )
     assert "trained on different texts" in " ".join(out.split())
 

@@ -148,7 +148,8 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
     nodes = config.trainer.nodes
     check_whole("trainer.nodes", nodes)
     world_size = devices_per_node(config.trainer.devices, device) * nodes
-    micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
+    of_each, rest = divmod(config.batch_size, world_size)
+    micro_batch_size = config.micro_batch_size or (1 if rest else of_each)
     sizes = BatchSizes(config.batch_size, **config.batch_warmup)
     check_batch_size(sizes, micro_batch_size, world_size)
     # As if all were as small as the first; their sizes are multiples of it.

@@ -290,7 +290,7 @@ def listed(default: list[Any]) -> str:
 
 def check_values(config: DictConfig, config_name: str) -> None:
     """Raise Mistake where what was typed is of another kind than the default: one value for what holds settings or is a
-    list, a list or null for one value, a word for a number, true or false.
+    list, a list or null for one value, a word for a number, true or false; or where a study leaves the place of runs.
     """
     typed = [o.partition("=") for o in HydraConfig.get().overrides.task if not o.startswith(("+", "~"))]
     for key, _, value in typed:
@@ -305,6 +305,9 @@ def check_values(config: DictConfig, config_name: str) -> None:
             raise Mistake(
                 f"{key}={value}: {key} holds settings, which come with {group}=: use one of {', '.join(options)}"
             )
+    study = config.get("study")
+    if isinstance(study, str) and (Path(study).is_absolute() or ".." in Path(study).parts):
+        raise Mistake(f"study={study} leaves paths.runs={config.paths.runs}: a name below it is meant")
     values = {
         key: (text, OmegaConf.select(config, key))
         for key, _, text in typed

@@ -95,5 +95,6 @@ def already_finished(directory: RunDirectory) -> str:
     summary = directory.summary
     return (
         f"This run is finished: {summary['val/bpb']:.4f} bits/byte after {summary['tokens']:,} tokens, in {directory.path}\n"
-        "Change a setting (seed=1, say) for another run, or repeat it beside this one with resume=never."
+        "Change a setting (seed=1, say) for another run; trainer, logger, log_every, guard and sample make none. resume=never "
+        "repeats it beside this one."
     )

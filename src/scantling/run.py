@@ -151,7 +151,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     if run.precision == "fp8":
         console.print(float8.convert(decoder))
     peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
-    console.print(f"peak {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
+    console.print(f"[bold]peak[/bold]        {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     for line in run.damaged:
         console.print(f"warning: {line}; skipped", soft_wrap=True)
     if run.first_step:

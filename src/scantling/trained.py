@@ -30,6 +30,7 @@ from scantling.run_directory import RunDirectory
 from scantling.sampling import Settings
 from scantling.stored import check_targets, opened, stored_weights
 from scantling.study.lengths import FILES, write_lengths
+from scantling.study.store import find
 from scantling.training.hardware import keep_freed_memory
 from scantling.training.task import TextLoss
 
@@ -69,7 +70,7 @@ class TrainedRun:
         result = TextLoss(corpus.token_bytes)
         tokens = getattr(corpus, split).tokens
         device = self.decoder.embed.tokens.weight.device
-        batches = validation_batches(tokens, self.decoder.seq_len, n_windows, batch_size)
+        batches = validation_batches(tokens, self.decoder.seq_len, n_windows, batch_size, split=split)
         quiet = not sys.stderr.isatty()
         for batch in track(
             batches, "evaluating", console=Console(stderr=True), transient=True, disable=quiet
@@ -101,6 +102,11 @@ class TrainedRun:
                 yield length, stride, result
 
 
+def place_of(name: str, config: DictConfig) -> str:
+    """The directory of a run that is given by it, or by its name in any study. Raises ValueError for what is none."""
+    return str(find(Path(config.paths.runs), [name])[0].path)
+
+
 def sample(config: DictConfig) -> None:
     """Print each prompt and its continuation: of the first that is not done as it comes, of others when it is done."""
     with mistakes():
@@ -110,8 +116,10 @@ def sample(config: DictConfig) -> None:
             precision=config.cache,
         )
         prompts = one_or_more(config.prompt, lines_or_list(config.prompts), "prompt") or [""]
-        run = TrainedRun.load(config.run, config.checkpoint)
-        draft = None if config.draft is None else TrainedRun.load(config.draft, config.draft_checkpoint)
+        run = TrainedRun.load(place_of(config.run, config), config.checkpoint)
+        draft = None
+        if config.draft is not None:
+            draft = TrainedRun.load(place_of(config.draft, config), config.draft_checkpoint)
         if draft is not None and draft.tokenizer.fingerprint != run.tokenizer.fingerprint:
             raise ValueError(
                 f"draft={config.draft} has another tokenizer than {config.run}: use a run that shares it"
@@ -179,13 +187,13 @@ def evaluate(config: DictConfig) -> None:
     """Print a table of losses, one row a run, or with `lengths` one row for each length of context of each."""
     keep_freed_memory()
     console = Console(highlight=False)
-    paths = config.run if isinstance(config.run, ListConfig) else [config.run]
+    given = config.run if isinstance(config.run, ListConfig) else [config.run]
     with mistakes():
         if config.split not in ("train", "val"):
             raise ValueError(f"split={config.split} is unknown: use val or train")
         if config.lengths is None and (config.stride is not None or config.to is not None):
             raise ValueError("stride and to belong to a loss by length of context: add lengths=[64,128,256]")
-        runs = [TrainedRun.load(path, config.checkpoint) for path in paths]
+        runs = [TrainedRun.load(place_of(name, config), config.checkpoint) for name in given]
         corpora = [run.corpus(config.data, Path(config.paths.cache)) for run in runs]
         windows = [] if config.lengths is None else context_windows(config, runs, corpora)
     console.print(f"{corpora[0].description}, {config.split} split")

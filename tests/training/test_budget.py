@@ -49,7 +49,7 @@ def test_an_amount_that_is_no_amount_is_refused(name, amount):
 
 
 def test_a_part_of_a_step_is_refused():
-    with pytest.raises(ValueError, match="budget.steps=10.9 must be a whole number"):
+    with pytest.raises(ValueError, match=r"budget\.steps=10\.9 must be a whole number"):
         steps_for(**SHAPE, steps=10.9)
 
 

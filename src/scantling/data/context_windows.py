@@ -25,7 +25,9 @@ class ContextWindows:
         self, tokens: np.ndarray, lengths: Sequence[int], *, stride: int | None, n_windows: int | None
     ) -> None:
         if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
-            raise ValueError(f"lengths={list(lengths)} must be whole numbers of tokens, as [64,128,256]")
+            raise ValueError(
+                f"lengths={list(lengths)} must be whole numbers of tokens, at least 1, as [64,128,256]"
+            )
         self.tokens, self.lengths = np.asarray(tokens), sorted(set(lengths))
         shortest, longest = self.lengths[0], self.lengths[-1]
         if stride is not None and not 1 <= stride <= shortest:

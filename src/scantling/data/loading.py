@@ -48,7 +48,7 @@ class WindowOrder:
     """
 
     def __init__(self, n_tokens: int, seq_len: int, seed: int) -> None:
-        _check_length(n_tokens, seq_len)
+        _check_length(n_tokens, seq_len, "train")
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; it must be a whole number, at least 0 and below 2**64")
         self.n_tokens = n_tokens
@@ -205,14 +205,14 @@ def place_in_order(step: int, left_out: Collection[int]) -> int:
 
 
 def validation_batches(
-    tokens: np.ndarray, seq_len: int, n_windows: int | None, batch_size: int
+    tokens: np.ndarray, seq_len: int, n_windows: int | None, batch_size: int, *, split: str = "val"
 ) -> list[Batch]:
     """A fixed set of `n_windows` windows, side by side or evenly apart, none overlapping.
 
-    All windows of the split when `n_windows` is None or more than there are. The last batch may
+    All windows of the split, which `split` names, when `n_windows` is None or more than there are. The last batch may
     be smaller. Raises ValueError when the split is shorter than one window.
     """
-    _check_length(len(tokens), seq_len)
+    _check_length(len(tokens), seq_len, split)
     if batch_size < 1 or (n_windows is not None and n_windows < 1):
         raise ValueError(
             f"validation needs a batch and at least one window, not batch_size={batch_size} "
@@ -241,9 +241,11 @@ def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) 
     if batch_size % unit:
         below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
         nearest = f"{below} or {above}" if below else f"{above}"
+        ranks = f"{world_size} ranks"
+        if micro_batch_size > 1:
+            ranks = f"micro_batch_size {micro_batch_size} x {ranks} = {unit}"
         raise ValueError(
-            f"batch_size {batch_size} is no multiple of micro_batch_size {micro_batch_size} x "
-            f"{world_size} ranks = {unit}; the nearest that fits is {nearest}"
+            f"batch_size {batch_size} is no multiple of {ranks}; the nearest that fits is {nearest}"
         )
     micro_batches = batch_size // micro_batch_size
     if sizes.first % micro_batches:
@@ -253,13 +255,13 @@ def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) 
         )
 
 
-def _check_length(n_tokens: int, seq_len: int) -> None:
+def _check_length(n_tokens: int, seq_len: int, split: str) -> None:
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
     if n_tokens < seq_len + 1:
         fits = f"a seq_len of at most {n_tokens - 1}" if n_tokens > 1 else "more text"
         raise ValueError(
-            f"the split has {n_tokens:,} tokens, but seq_len {seq_len:,} needs "
+            f"the {split} split has {n_tokens:,} tokens, but seq_len {seq_len:,} needs "
             f"{seq_len + 1:,}; {fits} would fit"
         )
 

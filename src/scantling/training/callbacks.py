@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from scantling.plan import short
 from scantling.run_directory import MetricsFile
 from scantling.training.checkpoints import Checkpoints
 from scantling.training.guard import BadStep, Guard
@@ -288,9 +289,12 @@ class ProgressBar(StepCallback):
         self.bar.start()
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
-        now = time.perf_counter()
-        if (row := self.metrics.row) and now - self.drawn > 1:
-            self.drawn = now
+        if self.metrics.validates(step) or time.perf_counter() - self.drawn > 1:
+            self.draw(step)
+
+    def draw(self, step: int) -> None:
+        if row := self.metrics.row:
+            self.drawn = time.perf_counter()
             numbers = f"loss {row['train/loss']:.3f}{self.validation}  {row['tokens_per_second']:,.0f} tok/s"
             self.bar.update(self.job, completed=step, numbers=numbers, refresh=True)
 
@@ -300,13 +304,14 @@ class ProgressBar(StepCallback):
             return
         self.validation = f"  val {row['val/bpb']:.3f} bpb"
         self.console.print(
-            f"step {row['step']:>6,}  {row['tokens'] / 1e6:.2f} M tokens  {row['seconds']:.0f} s  "
+            f"step {row['step']:>6,}  {short(row['tokens'])} tokens  {row['seconds']:.0f} s  "
             f"train {row['train/loss']:.3f}  val {row['val/loss']:.3f}  "
             f"[bold]{row['val/bpb']:.4f} bits/byte[/bold]  {row['tokens_per_second']:,.0f} tok/s",
             highlight=False,
         )
 
     def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+        self.draw(trainer.global_step)
         self.bar.stop()
 
     def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
