@@ -36,7 +36,13 @@ pytestmark = pytest.mark.multiprocess
 def test_two_processes_train_as_one(shop, alone, engine):
     extensions = shop.path / "extensions"
     environment = {"TORCH_EXTENSIONS_DIR": str(extensions)}
-    run = shop.run(*ENGINES[engine], "trainer.devices=2", runs=f"{engine}-whole", environment=environment)
+    whole = f"{engine}-whole"
+    process = shop.start(*ENGINES[engine], "trainer.devices=2", runs=whole, environment=environment)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    assert "Warning" not in err
+    assert "GLOBAL_RANK" not in err
+    run = shop.directory(whole)
     assert not extensions.exists()  # nothing was compiled
     assert_same_training(run, alone)
     states = torch.load(run.last, weights_only=True)["callbacks"]["Checkpoints"]["random_states"]

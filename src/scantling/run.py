@@ -136,11 +136,13 @@ def is_explained(error: BaseException) -> bool:
 def fit_from_checkpoint(run: Run, console: Console) -> None:
     """Train from the last checkpoint, or from the start. Raises BadStep."""
     config, plan, directory = run.config, run.plan, run.directory
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore", module="lightning"
     )  # its advice on loaders and loggers does not hold here
     warnings.filterwarnings("ignore", "The `srun` command is available")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated")  # which DeepSpeed calls
     L.seed_everything(config.seed, verbose=False)
     decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "cpu")
     decoder.initialise(config.seed)

@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import os
 
 import pytest
 import torch
 from torch.profiler import record_function
 
 from scantling.run_directory import RunDirectory
-from scantling.training.profiling import PART, times
+from scantling.training.profiling import PART, times, without_stderr
 
 
 def test_backward_time_goes_to_the_part_whose_gradient_it_is():
@@ -35,6 +36,13 @@ def test_backward_time_goes_to_the_part_whose_gradient_it_is():
     assert spent["gradients, added up"][1] == 0
     whole = sum(event.self_cpu_time_total for event in profile.events())
     assert sum(sum(pair) for pair in spent.values()) == pytest.approx(whole)
+
+
+def test_what_the_profiler_says_stays_off_the_screen(capfd):
+    with without_stderr():
+        os.write(2, b"profiler_start")
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
 
 
 def test_profile_of_a_run(command, tmp_path):

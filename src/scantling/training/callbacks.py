@@ -304,7 +304,7 @@ class ProgressBar(StepCallback):
             return
         self.validation = f"  val {row['val/bpb']:.3f} bpb"
         self.console.print(
-            f"step {row['step']:>6,}  {short(row['tokens'])} tokens  {row['seconds']:.0f} s  "
+            f"step {row['step']:>6,}  {short(row['tokens']).rstrip()} tokens  {row['seconds']:.0f} s  "
             f"train {row['train/loss']:.3f}  val {row['val/loss']:.3f}  "
             f"[bold]{row['val/bpb']:.4f} bits/byte[/bold]  {row['tokens_per_second']:,.0f} tok/s",
             highlight=False,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,13 @@ class Profile(StepCallback):
             if trainer.strategy.root_device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             self.profile = profile(activities=activities, acc_events=True)
-            self.profile.start()
+            with without_stderr():
+                self.profile.start()
         elif step == self.end:
             if trainer.strategy.root_device.type == "cuda":
                 torch.cuda.synchronize()
-            self.profile.stop()
+            with without_stderr():
+                self.profile.stop()
             self.undo.close()
             self.write(trainer.strategy.root_device.type)
 
@@ -80,6 +83,19 @@ class Profile(StepCallback):
             Console(file=file, width=100).print(table)
         self.console.print(table)
         self.console.print(f"[dim]trace      {self.directory / 'trace.json.gz'}, for ui.perfetto.dev[/dim]")
+
+
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """What Kineto says to file descriptor 2, whatever its level of logging, would go into the progress bar."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 # --- labels ---
