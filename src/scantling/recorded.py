@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from scantling.command_line import mistakes
+from scantling.command_line import mistakes, nearest
 from scantling.run_directory import RunDirectory
 from scantling.study.store import differences, find, load_curves, load_runs
 from scantling.study.wandb_import import import_run, mirrored_runs
@@ -26,6 +26,14 @@ OF_RUNS = ("show", "diff", "rm")
 """Actions on runs that are named."""
 
 LISTED = ("run", "status", "arm", "seed", "params", "tokens", "flops", "loss", "bpb", "seconds")
+
+WORDS = ("run", "status", "arm")
+
+FIRST_TO_GO = ("seconds", "flops", "tokens", "params", "loss", "seed")
+"""Columns that a narrow terminal has no room for."""
+
+ARM_WIDTH = 24
+"""To which an arm is folded before another column goes."""
 
 
 def recorded(config: DictConfig) -> None:
@@ -48,18 +56,52 @@ def recorded(config: DictConfig) -> None:
 
 
 def ls(config: DictConfig, console: Console) -> None:
-    frame = load_runs(Path(config.paths.runs) / config.study)
-    if len(frame):
+    study = study_of(config)
+    frame = load_runs(study)
+    if not len(frame):
+        console.print(f"no runs in {study}")
+    else:
         if config.sort not in frame:
             raise ValueError(f"sort={config.sort} is no column: use one of {', '.join(frame.columns)}")
+        frame = frame.sort_values(config.sort)
+        cells = {name: [printed(name, value) for value in frame[name]] for name in LISTED}
+        shown, console.width = fitting(cells, console.width)
         table = Table(box=None, header_style="dim", pad_edge=False)
-        for name in LISTED:
-            table.add_column(name, justify="left" if name in ("run", "status", "arm") else "right")
-        for _, row in frame.sort_values(config.sort).iterrows():
-            table.add_row(*(printed(name, row[name]) for name in LISTED))
+        for name in shown:
+            folds = name == "arm"
+            table.add_column(
+                name, justify="left" if name in WORDS else "right", no_wrap=not folds, overflow="fold"
+            )
+        for row in zip(*(cells[name] for name in shown), strict=True):
+            table.add_row(*row)
         console.print(table)
+        if hidden := [name for name in LISTED if name not in shown]:
+            console.print(f"[dim]no room for: {', '.join(hidden)}[/dim]")
     for name, why in frame.attrs["left_out"].items():
         console.print(f"[dim]left out: {escape(name)}, {escape(why)}[/dim]")
+
+
+def study_of(config: DictConfig) -> Path:
+    """Its directory. Raises ValueError, which names those there are, where there is none."""
+    runs = Path(config.paths.runs)
+    study = runs / config.study
+    if not study.is_dir():
+        studies = [path.parent.parent.name for path in runs.glob("*/*/config.yaml")]
+        raise ValueError(f"{study} is no directory of a study{nearest(config.study, sorted(set(studies)))}")
+    return study
+
+
+def fitting(cells: dict[str, list[str]], width: int) -> tuple[list[str], int]:
+    """The columns that there is room for, two spaces apart, and the width that they take: whatever there is, that of names
+    of runs and their status.
+    """
+    widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
+    widths["arm"] = min(widths["arm"], ARM_WIDTH)
+    shown, spare = list(cells), list(FIRST_TO_GO)
+    needed = lambda: sum(widths[name] + 2 for name in shown) - 2  # noqa: E731
+    while spare and needed() > width:
+        shown.remove(spare.pop(0))
+    return shown, max(width, needed())
 
 
 def printed(name: str, value: object) -> str:
@@ -119,7 +161,7 @@ def export(config: DictConfig, console: Console) -> None:
     path = Path(config.to or "")
     if path.suffix not in writers:
         raise ValueError(f"to={config.to}: name a file that ends in {', '.join(writers)}")
-    frame = (load_curves if config.curves else load_runs)(Path(config.paths.runs) / config.study)
+    frame = (load_curves if config.curves else load_runs)(study_of(config))
     path.parent.mkdir(parents=True, exist_ok=True)
     writers[path.suffix](frame, path)
     console.print(f"{len(frame):,} rows of {len(frame.columns)} columns: {path}")

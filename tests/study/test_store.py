@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from scantling import recorded
 from scantling.run_directory import RunDirectory
 from scantling.study import store
 
@@ -130,6 +131,19 @@ def test_runs_are_listed_compared_exported_and_removed(study, entry, tmp_path):
     assert list(store.load_runs(study)["run"]) == [two]
 
 
+def test_a_narrow_list_keeps_names_whole(study, entry, monkeypatch, tmp_path):
+    names = set(store.load_runs(study)["run"])
+    for width in (80, 50, 30):
+        monkeypatch.setattr(recorded, "PRINTED_WIDTH", width)
+        _, out, _ = entry("runs")
+        assert {line.split()[0] for line in out.splitlines() if line.startswith("nano")} == names
+        assert out.count("finished") == 2
+        assert max(map(len, out.splitlines())) <= width or width == 30
+        assert ("seconds" in out.splitlines()[0]) == (width > 80)
+    (tmp_path / "runs" / "empty").mkdir()
+    assert entry("runs", "study=empty")[1] == "no runs in runs/empty\n"
+
+
 def test_a_run_is_where_a_path_leads(study, entry, monkeypatch):
     """From inside of its directory, or its study's, as from anywhere."""
     frame = store.load_runs(study)
@@ -165,7 +179,8 @@ def test_nothing_but_runs_is_removed(study, entry, tmp_path):
     [
         (("action=list",), "action=list is unknown: use ls, show, diff, export, import, rm"),
         (("sort=beauty",), "sort=beauty is no column"),
-        (("study=none",), "is no directory of a study"),
+        (("study=none",), "runs/none is no directory of a study: use one of default"),
+        (("study=defualt",), "is no directory of a study: did you mean default?"),
         (("action=diff", "run=a"), "action=diff wants run=[ONE,OTHER]; 1 are given"),
         (("action=export", "to=a.xls"), "name a file that ends in .csv, .jsonl, .parquet"),
     ],
