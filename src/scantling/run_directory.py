@@ -46,7 +46,9 @@ NOT_TRAINED = (
     "logger",
     "trainer",
 )
-"""Settings that do not change what is trained, and so are no part of a run's name; of `trainer`, precision does."""
+"""Settings that are no part of a run's name: they do not change what is trained, but for `trainer`'s precision, which is a
+part, and for `guard`, with which a run that stopped goes on.
+"""
 
 
 class RunDirectory:

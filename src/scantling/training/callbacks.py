@@ -28,7 +28,6 @@ class Interrupted(Exception):
 
     def __init__(self, step: int):
         super().__init__(f"interrupted after step {step}")
-        self.step = step
 
 
 class StepCallback(Callback):
