@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -28,11 +30,20 @@ from scantling.study.observations import Observations, observe, read_table
 from scantling.study.scaling import Fit
 from scantling.study.store import load_curves
 
-WHOLE = ("scale", "arm", "paired t", "verdict")
-"""Columns whose cells stay on one line."""
+WHOLE = ("paired t", "verdict")
+"""Columns of words whose cells stay on one line, as numbers do."""
+
+NAMES = ("arm", "scale")
+"""Columns that are broken where nothing else makes room."""
 
 WIDE = ["bootstrap", "seeds for precision"]
 """Columns that the page has and a terminal has no room for."""
+
+MINOR = (
+    *("lr", "off", "FLOPs off", "params", "seeds", "seeds to decide", "in noise", "standard_error"),
+    *("Holm p", "loss", "bpb"),
+)
+"""Columns that make room in a narrow terminal, in this order."""
 
 # --- anyone's table ---
 
@@ -240,16 +251,42 @@ def show_law(console: Console, laws: LawReport, files: list[Path]) -> None:
 
 def show(console: Console, tables: dict[str, pd.DataFrame], files: list[Path]) -> None:
     for title, table in tables.items():
-        console.print(printed(table.drop(columns=WIDE, errors="ignore"), title))
+        console.print(printed(table.drop(columns=WIDE, errors="ignore"), title, console.width))
     console.print(f"\n{', '.join(str(path) for path in files)}")
 
 
-def printed(table: pd.DataFrame, title: str) -> Table:
-    shown = Table(title=f"\n{title}", box=None, title_justify="left")
-    for name in table:
+def printed(table: pd.DataFrame, title: str, width: int) -> Table:
+    """In so many characters: titles of columns are stacked, then columns of `MINOR` left out, before a number is cut."""
+    columns = {str(name): [figures_of(value) for value in table[name]] for name in table}
+    gap = 2
+    stacked = sum(longest([name, *cells]) + gap for name, cells in columns.items()) - gap > width
+    for name in MINOR:
+        if sum(least(*column) + gap for column in columns.items()) - gap <= width:
+            break
+        columns.pop(name, None)
+    shown = Table(title=f"\n{title}", box=None, title_justify="left", pad_edge=False, padding=(0, gap, 0, 0))
+    for name, cells in columns.items():
         shown.add_column(
-            str(name), justify="left" if name in ("arm", "scale") else "right", no_wrap=name in WHOLE
+            name.replace(" ", "\n") if stacked and len(name) > longest(cells) else name,
+            justify="left" if name in NAMES else "right",
+            no_wrap=is_whole(name, cells),
+            overflow="fold",
         )
-    for row in table.itertuples(index=False):
-        shown.add_row(*map(figures_of, row))
+    for row in zip(*columns.values(), strict=True):
+        shown.add_row(*row)
     return shown
+
+
+def longest(texts: Sequence[str]) -> int:
+    """Of these, in characters of a terminal."""
+    return max(map(cell_len, texts), default=0)
+
+
+def is_whole(name: str, cells: Sequence[str]) -> bool:
+    """Whether the cells of a column stay on one line."""
+    return name in WHOLE or (name not in NAMES and not any(" " in cell for cell in cells))
+
+
+def least(name: str, cells: Sequence[str]) -> int:
+    """Characters that a column takes at least, so that no word of it is broken."""
+    return longest([*name.split(), *(cells if is_whole(name, cells) else " ".join(cells).split())])

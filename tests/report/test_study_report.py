@@ -1,5 +1,6 @@
 """report.py study=…: arms and laws of recorded runs, against what was planted in their records."""
 
+import io
 import json
 import re
 import shutil
@@ -9,15 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import LAW, arms, loss_of, sizes
+from rich.console import Console
 from scipy.stats import t, ttest_rel
 
 from scantling.report.arm_charts import compared as compared_rows
 from scantling.report.arm_charts import gain_chart
 from scantling.report.curve_charts import curves_chart
 from scantling.report.published import grouping
-from scantling.reported_study import law_of, of_study
+from scantling.reported_study import WIDE, law_of, of_study, show
 from scantling.study.ablation import holm
-from scantling.study.ablation_report import headline, report_arms
+from scantling.study.ablation_report import arms_table, headline, report_arms, tables
 from scantling.study.allocation import frontier
 from scantling.study.arms import first_arm, pairable_runs, recorded_runs, rows, study_runs
 from scantling.study.forms import saturating
@@ -45,6 +47,30 @@ def test_arms_are_compared_over_seeds(record, report, tmp_path):
     page = (tmp_path / "runs/reports/parts/report.md").read_text()
     assert f"{table.low['alibi']:+.4f} to {table.high['alibi']:+.4f}" in page
     assert (tmp_path / "runs/reports/parts/arms.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("scales", [(None,), (1e7, 1e8)])
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_a_terminal_cuts_no_number(record, width, scales):
+    """It has room for fewer columns: those of the answer stay, and every cell is whole."""
+    arms(record, shifts=(("ffn=gelu", 0.0), ("ffn=swiglu", 0.02), ("ffn=relu2", -0.05)), scales=scales)
+    found = report_arms(
+        study_runs(record.runs / "parts"),
+        **{"baseline": "ffn=gelu", "metric": "loss", "precision": 0.01, "law": None},
+        **{"level": 0.95, "resamples": 100, "seed": 0},
+    )
+    out = io.StringIO()
+    show(Console(file=out, width=width, markup=False), tables(found), [])
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in out.getvalue()
+    whole = arms_table(found).drop(columns=WIDE)
+    kept = ["arm", "difference", "paired t", "verdict"]
+    kept += ["loss", "Holm p", "in noise"] if width >= 100 else []
+    kept = [*whole] if width == 160 else kept
+    shown = [line for line in lines if line.startswith(("ffn=", "budget."))]
+    for row, line in zip(whole.to_dict("records"), shown, strict=True):
+        assert set(line.split()) >= set(" ".join(str(row[name]) for name in kept).split())
 
 
 def test_a_planted_gain_comes_back_at_every_scale(record, report, tmp_path):
