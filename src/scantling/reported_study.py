@@ -17,7 +17,7 @@ from rich.table import Table
 
 from scantling.command_line import ROOT
 from scantling.report.pages import Recorded, partial_page
-from scantling.report.spec import PAGE, Report, figures_of
+from scantling.report.spec import PAGE, Report, figures_of, holds_answer
 from scantling.report.study_pages import arms_page, law_page
 from scantling.reported_page import command, directory_of, warn, written
 from scantling.run_directory import RunDirectory
@@ -91,7 +91,8 @@ def law_of_runs(config: DictConfig, observations: Observations, named: str) -> L
 
 
 def report_study(config: DictConfig, console: Console) -> None:
-    """Its law or its arms compared. Where its runs give neither, raises ValueError after a page of what there is."""
+    """Its law or its arms compared. Where its runs give neither, raises ValueError after a page of what there is, which takes
+    no answer's place."""
     directory = Path(config.paths.runs) / config.study
     runs, cautions = recorded_runs(directory)
     recorded = recorded_study(config, directory, runs)
@@ -106,6 +107,8 @@ def report_study(config: DictConfig, console: Console) -> None:
     except ValueError as error:
         if isinstance(error, WrongSetting):
             raise
+        if holds_answer(recorded.directory):
+            raise ValueError(f"{error}; {recorded.directory / PAGE} stays as it was") from error
         file = written(config, partial_page(recorded, cautions, str(error)), recorded.directory)[0]
         raise ValueError(f"{error}; what there is: {file}") from error
     files = written(config, made, recorded.directory)

@@ -218,7 +218,7 @@ def mid_sweep(record):
 def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page, tmp_path, prepare, message):
     earlier = tmp_path / "runs" / "reports" / "parts"
     earlier.mkdir(parents=True)
-    for name in ("report.html", "arms.csv", "arms.svg", "optimum.csv", "mine.csv"):
+    for name in ("report.html", "mine.csv"):
         (earlier / name).touch()
     prepare(record)
     code, _, err = report("study=parts", "baseline=llama")
@@ -266,6 +266,33 @@ def test_a_mistyped_baseline_leaves_the_page_alone(record, report, page):
     before = page("parts")
     assert report("study=parts", "baseline=gpt")[0] == 2
     assert page("parts") == before
+
+
+@pytest.mark.parametrize(
+    ("prepare", "overrides", "message"),
+    [
+        (lambda record: None, (), "name the arm that others are compared with"),
+        (lambda record: None, ("baseline=llama", "law=nothing"), "nothing is no directory of a study"),
+        (
+            lambda record: record("parts", "alone", ["seed=7", "arm=llama"], loss=3.0, seed=7, arm="llama"),
+            ("baseline=llama",),
+            "seeds are unpaired",
+        ),
+    ],
+)
+def test_an_answer_stays_where_there_is_no_new_one(record, report, tmp_path, prepare, overrides, message):
+    """With its figures and tables, to the byte."""
+    arms(record)
+    assert report("study=parts", "baseline=llama")[0] == 0
+    files = [path for path in (tmp_path / "runs/reports/parts").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    assert {"report.html", "arms.csv", "arms.png", "arms.svg"} <= {path.name for path in files}
+    prepare(record)
+    code, _, err = report("study=parts", *overrides)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert err.endswith("runs/reports/parts/report.html stays as it was\n")
+    assert {path: path.read_bytes() for path in files} == before
 
 
 def test_mixed_devices_are_warned_of(record, report, page, tmp_path):

@@ -54,11 +54,7 @@ def test_arms_are_compared_over_seeds(record, report, tmp_path):
 def test_a_terminal_cuts_no_number(record, width, scales):
     """It has room for fewer columns: those of the answer stay, and every cell is whole."""
     arms(record, shifts=(("ffn=gelu", 0.0), ("ffn=swiglu", 0.02), ("ffn=relu2", -0.05)), scales=scales)
-    found = report_arms(
-        study_runs(record.runs / "parts"),
-        **{"baseline": "ffn=gelu", "metric": "loss", "precision": 0.01, "law": None},
-        **{"level": 0.95, "resamples": 100, "seed": 0},
-    )
+    found = compared(record, baseline="ffn=gelu", law=None)
     out = io.StringIO()
     show(Console(file=out, width=width, markup=False), tables(found), [])
     lines = out.getvalue().splitlines()

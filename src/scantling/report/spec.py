@@ -182,6 +182,11 @@ BESIDE = (
 """Files that some reports have beside the page and others have not."""
 
 
+def holds_answer(directory: Path) -> bool:
+    """Whether the page in `directory` has one: its numbers stand beside it."""
+    return (directory / PAGE).exists() and any((directory / name).exists() for name in BESIDE)
+
+
 def write(report: Report, directory: Path, *, page: str) -> list[Path]:
     """`page`, the report as HTML, with the files beside it; they replace those of an earlier report, all of `BESIDE`."""
     directory.mkdir(parents=True, exist_ok=True)
