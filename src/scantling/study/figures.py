@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from scantling.study.allocation import floor_is_near, hoffmann_loss, optimum_table
 from scantling.study.arms import MOST_ARMS, rows
@@ -98,7 +98,9 @@ def draw_law(
         )
         if floor_is_near(fit, optimum):
             law.axhline(fit.E, color=TRAIN, ls=":", lw=1)
-            law.annotate(f"E = {fit.E:.4g}", (budgets[-1], fit.E), ha="right", va="bottom", color="0.4")
+            law.annotate(
+                f"E = {fit.E:.4g}", (budgets[0], fit.E), va="bottom", color="0.4"
+            )  # where no band is near
     norm = LogNorm(fit.sizes["N"].min(), fit.sizes["N"].max())
     points = law.scatter(compute, fit.loss, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
     figure.colorbar(points, ax=law, label="parameters", pad=0.01)
@@ -124,6 +126,7 @@ def draw_law(
     law.yaxis.set_major_formatter(ScalarFormatter())
     law.yaxis.set_minor_formatter(ScalarFormatter())
     for axes in (law, left):
+        label_apart(axes, flops)
         open_frame(axes)
     law.legend(frameon=False, fontsize=8)
     if caution is not None:
@@ -159,9 +162,7 @@ def draw_grid(fit: Fit, compute: Array, path: Path, *, title: str) -> None:
     left.set_title(title, fontsize=9)
     for panel in axes.flat:
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(EngFormatter())
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        label_apart(panel, EngFormatter())
         open_frame(panel)
         panel.legend(frameon=False, fontsize=8)
     save(figure, path)
@@ -170,6 +171,22 @@ def draw_grid(fit: Fit, compute: Array, path: Path, *, title: str) -> None:
 def shades(n: int) -> Array:
     """From dark to light."""
     return plt.get_cmap("viridis")(np.linspace(0, 0.85, n))
+
+
+def label_apart(axes: Axes, written: Callable[[float, int], str]) -> None:
+    """So few labels of a logarithmic x axis that none lies upon another: 1, 2 and 5 of each decade, of many decades powers of
+    ten, within one decade round numbers."""
+    low, high = axes.get_xlim()
+    decades = np.log10(high / low)
+    few = MaxNLocator(4) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
+    axes.xaxis.set_major_locator(few)
+    axes.xaxis.set_major_formatter(written)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def flops(number: float, _: int) -> str:
+    """2e18."""
+    return f"{number:.3g}".replace("e+", "e")
 
 
 def open_frame(axes: Axes) -> None:
@@ -207,6 +224,8 @@ def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, 
     )
     curves.set(xscale="log", xlabel="parameters", ylabel="forecast loss, nats per token", title=title)
     plane.set(xscale="log", yscale="log", xlabel="training FLOPs of a run", ylabel="parameters")
+    label_apart(curves, EngFormatter())
+    label_apart(plane, flops)
     for axes in (curves, plane):
         open_frame(axes)
         axes.legend(frameon=False, fontsize=8)
@@ -237,18 +256,24 @@ def draw_arms(
         1, 2, figsize=(11, height), layout="constrained", width_ratios=(3, 2)
     )
     validated = curves.dropna(subset=[f"val/{metric}"])
+    bottom, top = [], []
     for arm in shown:
         colour = colours[arm]
         names = rows(runs, arm=arm, scale=largest)["run"]
         by_step = validated.iloc[np.flatnonzero(validated["run"].isin(names))].groupby("step")
         mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean() / 1e6
         error = by_step[f"val/{metric}"].sem().fillna(0)
+        low, high = mean - 2 * error, mean + 2 * error
         left.plot(tokens, mean, color=colour, lw=1.5, label=arm)
-        left.fill_between(tokens, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
+        left.fill_between(tokens, low, high, color=colour, alpha=0.2, lw=0)
+        bottom.append(low.min())
+        top.append(high.iloc[-1])
     unit = UNITS[metric]
     left.set(xlabel="training tokens, millions", ylabel=f"validation, {unit}", title=largest)
     ends = [row["loss"] for row in here]
-    left.set_ylim(0.98 * min(ends), 1.15 * max(ends))
+    left.set_ylim(
+        0.98 * min(bottom), max(1.15 * max(ends), 1.02 * max(top))
+    )  # not up to where training began
     several = len({row["scale"] for row in table}) > 1
     for i, row in enumerate(compared):
         colour = colours[row["arm"]]
@@ -301,9 +326,7 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mappi
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda flops, _: f"{flops:.0e}".replace("e+", "e"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    label_apart(axes, flops)
     open_frame(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     save(figure, path)
