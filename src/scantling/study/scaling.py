@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import chi2
+from scipy.stats import f
 
 from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, grouped
 from scantling.study.forms import HOFFMANN, Form, PowerSum, Sizes
@@ -294,8 +294,9 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
     """The values of a parameter whose best fit is not significantly worse than the best of all, at `fit.level`.
 
     Robust likelihood ratio: the rise of the objective times 2·E[ψ']/E[ψ²] is χ² of one degree of freedom (Heritier &
-    Ronchetti 1994, doi:10.1080/01621459.1994.10476822). Follows the ridge along which A and alpha trade off, which a
-    normal interval of A leaves. An end not reached within a factor e^±64 comes back as infinite, or as 0.
+    Ronchetti 1994, doi:10.1080/01621459.1994.10476822), and F of one and n − p, as the scale is estimated from the
+    residuals. Follows the ridge along which A and alpha trade off, which a normal interval of A leaves. An end not reached
+    within a factor e^±64 comes back as infinite, or as 0.
     """
     at = fit.form.parameters.index(parameter)
     free = fit.form.predictor(fit.sizes)
@@ -305,7 +306,7 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
         jacobian[:, at] = 0
         return prediction, jacobian
 
-    allowed = fit.objective + 0.5 * float(chi2.ppf(fit.level, 1)) * objective_scale(fit)
+    allowed = fit.objective + 0.5 * float(f.ppf(fit.level, 1, fit.degrees_of_freedom)) * objective_scale(fit)
     starts_KSP = np.repeat(refit_starts(fit)[:, None], points, axis=1)
 
     def first_above(offsets: Array) -> tuple[Array, Array] | None:
