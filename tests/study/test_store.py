@@ -5,6 +5,7 @@ import shutil
 
 import pandas as pd
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from scantling import recorded
@@ -142,6 +143,32 @@ def test_a_narrow_list_keeps_names_whole(study, entry, monkeypatch, tmp_path):
         assert ("seconds" in out.splitlines()[0]) == (width > 80)
     (tmp_path / "runs" / "empty").mkdir()
     assert entry("runs", "study=empty")[1] == "no runs in runs/empty\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({}, ["choices.ffn", "ffn._target_", "ffn.multiple_of", "lr", "model.d_ff"]),
+        (
+            {"decoder": {"d_ff": 256, "ffn": {"_target_": "Gated", "multiple_of": 4}}, "optim": {"lr": 5}},
+            ["choices.ffn", "decoder.ffn.multiple_of", "ffn._target_", "ffn.multiple_of", "lr", "model.d_ff"]
+            + ["optim.lr"],
+        ),
+    ],
+)
+def test_what_the_decoder_repeats_is_said_once(tmp_path, changed, shown):
+    """Unless it is set apart; one of the parts has no `multiple_of`."""
+    runs = []
+    for name, d_ff, ffn in (("one", 128, {"_target_": "Plain"}), ("other", 256, GATED)):
+        config = {"choices": {"ffn": name}, "model": {"d_ff": d_ff}, "ffn": ffn, "lr": d_ff, "seed": 0}
+        config |= {"decoder": {"d_ff": d_ff, "ffn": ffn}, "optim": {"lr": d_ff}}
+        runs.append(RunDirectory(tmp_path / name))
+        runs[-1].path.mkdir()
+        runs[-1].config.write_text(yaml.safe_dump(config | (changed if name == "other" else {})))
+    assert [key for key, _, _ in store.differences(*runs)] == shown
+
+
+GATED = {"_target_": "Gated", "multiple_of": 8}
 
 
 def test_a_run_is_where_a_path_leads(study, entry, monkeypatch):

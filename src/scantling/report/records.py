@@ -20,7 +20,7 @@ from scantling.report.spec import Link, Samples
 from scantling.run_directory import NOT_TRAINED, RunDirectory, read_rows
 from scantling.study.arms import rows
 from scantling.study.overrides import NOTES, arms_changes, settings_of
-from scantling.study.store import Loader, leaves
+from scantling.study.store import Loader, differing, leaves
 
 SHOWN = ("trainer", "guard")
 """Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should see it."""
@@ -58,15 +58,13 @@ def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
     for run in runs.iloc[:COMPARED].to_dict("records"):
         found = leaves(yaml.load(RunDirectory(run["path"]).config.read_text(), Loader))
         configurations[run[label]] = {key: written(value) for key, value in found.items() if is_setting(key)}
-    keys = dict.fromkeys(key for found in configurations.values() for key in found)
+    keys = differing([*configurations.values()])
     table = [
         {
             "setting": key.removeprefix("choices."),
             **{arm: found.get(key, "") for arm, found in configurations.items()},
         }
         for key in sorted(keys, key=lambda key: not key.startswith("choices."))
-        if len({found.get(key) for found in configurations.values()}) > 1
-        and not all(follows(key, found) for found in configurations.values())
     ]
     return pd.DataFrame(table, columns=["setting", *configurations])
 
@@ -76,14 +74,6 @@ def is_setting(key: str) -> bool:
     return key.partition(".")[0] not in NO_SETTING and not key.endswith(
         ("_target_", "_partial_", "choices.sweeps")
     )
-
-
-def follows(key: str, found: dict[str, str]) -> bool:
-    """Whether a key of the built decoder or optimiser repeats one that can be set."""
-    group, _, rest = key.partition(".")
-    if key == "optim.lr":  # it can be set apart from lr
-        return found.get(key) == found.get("lr")
-    return group == "decoder" and (rest in found or f"model.{rest}" in found)
 
 
 def written(value: Any) -> str:

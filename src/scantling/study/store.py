@@ -251,10 +251,9 @@ def reason(error: Exception) -> str:
 
 
 def differences(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]]:
-    """(setting, here, there) for every leaf of the resolved configurations that differs."""
+    """(setting, here, there) for every leaf of the resolved configurations that differs and repeats no other."""
     ours, theirs = (leaves(yaml.load(run.config.read_text(), Loader)) for run in (one, other))
-    keys = sorted({*ours, *theirs})
-    return [(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]
+    return [(key, ours.get(key), theirs.get(key)) for key in sorted(differing([ours, theirs]))]
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -262,6 +261,24 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix.removesuffix("."): node}
     return {k: v for key, value in node.items() for k, v in leaves(value, f"{prefix}{key}.").items()}
+
+
+def differing(configurations: Sequence[dict[str, Any]]) -> list[str]:
+    """The leaves in which configurations are not alike, less those that repeat another leaf wherever they stand."""
+    keys = dict.fromkeys(key for found in configurations for key in found)
+    return [
+        key
+        for key in keys
+        if any(found.get(key) != configurations[0].get(key) for found in configurations)
+        and not all(repeats(key, found) for found in configurations if key in found)
+    ]
+
+
+def repeats(key: str, found: dict[str, Any]) -> bool:
+    """Whether a leaf of the built decoder or optimiser has the value of the one that it follows, unless set apart."""
+    group, _, rest = key.partition(".")
+    followed = {"decoder": (rest, f"model.{rest}"), "optim": ("lr",) if rest == "lr" else ()}.get(group, ())
+    return any(name in found and found[name] == found[key] for name in followed)
 
 
 def find(runs: Path, names: Sequence[str]) -> list[RunDirectory]:
