@@ -359,7 +359,10 @@ def test_a_law_of_few_sizes_has_a_line_for_each(record, report, page, tmp_path):
             loss = loss_of(n, d) * np.exp(1e-4 * rng.standard_normal())
             record("law", f"{compute:g}-{i}", overrides, loss=loss, params=n, tokens=d, arm=f"d{i}")
     assert report("study=law")[0] == 0
-    series = charts_of(page("law"))["Loss by size and tokens"]["series"]
+    shown = charts_of(page("law"))
+    for name in ("Frontier", "Residuals"):  # whose points have colours of one scale
+        assert shown[name]["scale"] == ["parameters", "100 k", "1 M"]
+    series = shown["Loss by size and tokens"]["series"]
     assert [one["style"] for one in series] == 5 * ["points", "line"]
     for n, points, line in zip(sizes, series[::2], series[1::2], strict=True):
         assert len(points["values"]["D"]) == 4

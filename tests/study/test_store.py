@@ -151,8 +151,10 @@ def test_a_narrow_list_keeps_names_whole(study, entry, monkeypatch, tmp_path):
         ({}, ["choices.ffn", "ffn._target_", "ffn.multiple_of", "lr", "model.d_ff"]),
         (
             {"decoder": {"d_ff": 256, "ffn": {"_target_": "Gated", "multiple_of": 4}}, "optim": {"lr": 5}},
-            ["choices.ffn", "decoder.ffn.multiple_of", "ffn._target_", "ffn.multiple_of", "lr", "model.d_ff"]
-            + ["optim.lr"],
+            [
+                *("choices.ffn", "decoder.ffn.multiple_of", "ffn._target_", "ffn.multiple_of"),
+                *("lr", "model.d_ff", "optim.lr"),
+            ],
         ),
     ],
 )

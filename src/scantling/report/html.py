@@ -146,6 +146,7 @@ def chart(block: Chart) -> str:
         "y": [axis(a) for a in block.y],
         "series": [series(s) for s in block.series],
         "legend": block.legend,
+        "scale": block.scale,
         "height": block.height,
         "frames": block.frames,
     }

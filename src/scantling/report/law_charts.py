@@ -53,6 +53,11 @@ def by_logarithm(values: Array) -> Array:
     return (logs - logs.min()) / max(float(np.ptp(logs)), 1e-12)
 
 
+def scale_of(n: Array) -> tuple[str, str, str]:
+    """Of colours `by_logarithm` of parameters."""
+    return "parameters", counted(float(n.min())), counted(float(n.max()))
+
+
 def valleys_chart(report: LawReport) -> Chart | None:
     """Loss against size in each budget, with its parabola in log N; rings: where it is lowest."""
     if report.isoflop is None:
@@ -164,7 +169,8 @@ def frontier_chart(report: LawReport) -> Chart:
         tuple(found),
         SIZES,
         (LOSS,),
-        note=f"{fit.form.formula}. Points: runs, coloured by parameters.",
+        note=f"{fit.form.formula}. Points: runs.",
+        scale=scale_of(n),
     )
 
 
@@ -222,8 +228,9 @@ def residuals_chart(report: LawReport) -> Chart:
         (Series("runs", values, style="points", colour=by_logarithm(n).tolist(), hover=hover),),
         SIZES,
         (Axis("residual", "observed over predicted, %", log=None),),
-        note="A trend along an axis is what the form does not describe. Coloured by parameters.",
+        note="A trend along an axis is what the form does not describe.",
         legend=False,
+        scale=scale_of(n),
         height=340,
     )
 

@@ -27,6 +27,8 @@ function colour(name) { // "c3" of the palette, "s0.25" of the scale, null for g
   return `rgb(${low.map((x, j) => Math.round(x + (at - i) * (high[j] - x))).join(",")})`;
 }
 
+const SCALE = `linear-gradient(to right, ${[0, 1, 2, 3, 4].map((i) => `var(--s${i})`)})`;
+
 function element(tag, parent, properties = {}) {
   return parent.appendChild(Object.assign(document.createElement(tag), properties));
 }
@@ -103,6 +105,7 @@ class Chart {
   legend(bar) {
     this.groups = [...new Set(this.spec.series.map((s) => s.group))];
     this.chips = [];
+    if (this.spec.scale) this.scale(bar);
     if (!this.spec.legend) return;
     for (const group of this.groups) {
       const b = element("button", bar, { type: "button", title: "click: show or hide; double click: this one alone" });
@@ -110,7 +113,7 @@ class Chart {
       element("span", b, { textContent: group });
       const first = this.spec.series.find((s) => s.group === group);
       this.chips.push(() => {
-        swatch.style.background = colour(Array.isArray(first.colour) ? first.colour[0] : first.colour);
+        swatch.style.background = Array.isArray(first.colour) ? SCALE : colour(first.colour);
         b.setAttribute("aria-pressed", !this.state.hidden.includes(group));
       });
       b.onclick = () => {
@@ -125,6 +128,13 @@ class Chart {
         this.changed();
       };
     }
+  }
+
+  scale(bar) { // of points that have a colour each
+    const [title, low, high] = this.spec.scale, shown = element("span", bar, { className: "scale" });
+    element("span", shown, { textContent: `${title} ${low}` });
+    element("i", shown).style.background = SCALE;
+    element("span", shown, { textContent: high });
   }
 
   traces() {

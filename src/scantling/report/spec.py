@@ -124,7 +124,8 @@ class Series:
 @dataclass(frozen=True)
 class Chart:
     """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `frames`: what a slider goes through,
-    the last is shown first. `recorded`: the keys of its axes are columns of `metrics.jsonl`, which loggers have too."""
+    the last is shown first. `recorded`: the keys of its axes are columns of `metrics.jsonl`, which loggers have too. `scale`:
+    what the colours of points are by, and what stands for the smallest and the largest."""
 
     title: str
     series: tuple[Series, ...]
@@ -135,6 +136,7 @@ class Chart:
     recorded: bool = False
     height: int = 420
     frames: tuple[str, ...] = ()
+    scale: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)
