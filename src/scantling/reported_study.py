@@ -26,7 +26,7 @@ from scantling.study.ablation_report import AblationReport, report_arms
 from scantling.study.allocation import frontier
 from scantling.study.arms import StudyRuns, first_arm, recorded_runs, study_runs, told_apart
 from scantling.study.law_report import LawReport, fit_law, report_law
-from scantling.study.observations import Observations, observe, read_table
+from scantling.study.observations import Observations, observe, read_table, some
 from scantling.study.scaling import Fit
 from scantling.study.store import load_curves
 
@@ -149,7 +149,7 @@ def published(config: DictConfig, console: Console, made: Report, study: StudyRu
     if waiting:
         console.print(f"not sent, as they are not finished: {', '.join(waiting)}")
     console.print(
-        f"{sent} runs sent, report {'saved as a draft' if config.wandb.draft else 'published'}: {url}"
+        f"{some(sent, 'run')} sent, report {'saved as a draft' if config.wandb.draft else 'published'}: {url}"
     )
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scantling.report.spec import figures_of
+from scantling.study.law_report import optimum_as_read
 from scantling.study.scaling import fit_hoffmann
 
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
@@ -45,14 +47,14 @@ def test_it_prints_and_writes_the_fit(command, tmp_path):
     for name, value in expected.parameters.items():
         assert parameters.value[name] == pytest.approx(value)
         assert (parameters.low[name], parameters.high[name]) == pytest.approx(expected.intervals[name])
-        assert re.search(rf"^\s*{name}\s+{re.escape(f'{value:.5g}')}\s", out, re.MULTILINE), name
+        assert re.search(rf"^\s*{name}\s+{re.escape(f'{value:#.5g}')}\s", out, re.MULTILINE), name
     assert parameters.profile_low["A"] < expected.A < parameters.profile_high["A"]
     optimum = pd.read_csv(directory / "optimum.csv")
     assert optimum["C"].tolist() == [1e22]
     page = (directory / "report.md").read_text()
     assert "held-out gate passed" in page
     assert "held-out gate passed" in " ".join(out.split())
-    assert f"{expected.alpha:.5g}" in page
+    assert f"{expected.alpha:#.5g}" in page
     assert (directory / "fit.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -156,3 +158,18 @@ def test_what_is_left_out_is_named(command):
     _, out, _ = command(table, "drop_highest=2", "gate.held_out=0")
     assert "left out as asked, the 2 highest losses: rows 5, 31" in " ".join(out.split())
     assert "38 rows of runs.csv" in out
+    _, out, _ = command(table, "drop_highest=1", "gate.held_out=0")
+    assert "left out as asked, the 1 highest loss: row 5" in " ".join(out.split())
+
+
+def test_digits_that_count_are_kept():
+    """So that numbers of one column end in one place."""
+    optimum = pd.DataFrame({"C": [1e15, 1e16], "N": [13e6, 13.2e6], "D": [2e8, 2.04e8], "loss": [3.1, 3.127]})
+    read = optimum_as_read(optimum.assign(tokens_per_parameter=[13.0, 132.4]))
+    assert list(read["parameters"]) == ["13.0 M", "13.2 M"]
+    assert list(read["tokens"]) == ["200 M", "204 M"]
+    assert list(read["tokens per parameter"]) == ["13.0", "132"]
+    assert list(read["nats per token"]) == ["3.100", "3.127"]
+    assert [figures_of(x) for x in (0.3688, 0.36296, 2202.04, 3.0, -0.0, 1e6)] == (
+        ["0.36880", "0.36296", "2202.0", "3", "0", "1.000e+06"]
+    )

@@ -116,7 +116,7 @@ def test_a_failed_run_takes_its_arm_out_and_the_others_stay(record, report, page
     code, out, _ = report("study=parts", "baseline=llama")
     assert code == 0
     assert "arm alibi is not compared: its seed 3 failed" in out
-    assert "of 1 comparisons with llama" in out
+    assert "of 1 comparison with llama" in out
     shown = page("parts")
     assert "alibi-3-1e+07 (alibi, seed 3) failed: loss is not finite &lt;at&gt; step 7" in shown
     lines = charts_of(shown)["Validation and training"]["series"]
@@ -301,7 +301,7 @@ def test_mixed_devices_are_warned_of(record, report, page, tmp_path):
         path = directory / "env.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "GPU" if i else "CPU"}))
     report("study=parts", "baseline=llama")
-    assert "mixed devices: GPU (5 runs), CPU (1 runs)" in re.search(r"cautions.*?</ul>", page("parts"))[0]
+    assert "mixed devices: GPU (5 runs), CPU (1 run)" in re.search(r"cautions.*?</ul>", page("parts"))[0]
 
 
 def test_what_a_launcher_found_for_an_arm_is_no_part_of_its_name(record, report, tmp_path):
@@ -361,7 +361,7 @@ def test_a_law_of_few_sizes_has_a_line_for_each(record, report, page, tmp_path):
     assert report("study=law")[0] == 0
     shown = charts_of(page("law"))
     for name in ("Frontier", "Residuals"):  # whose points have colours of one scale
-        assert shown[name]["scale"] == ["parameters", "100 k", "1 M"]
+        assert shown[name]["scale"] == ["parameters", "100 k", "1.00 M"]
     series = shown["Loss by size and tokens"]["series"]
     assert [one["style"] for one in series] == 5 * ["points", "line"]
     for n, points, line in zip(sizes, series[::2], series[1::2], strict=True):

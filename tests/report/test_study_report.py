@@ -24,6 +24,7 @@ from scantling.study.allocation import frontier
 from scantling.study.arms import first_arm, pairable_runs, recorded_runs, rows, study_runs
 from scantling.study.forms import saturating
 from scantling.study.law_report import report_law
+from scantling.study.observations import doubts
 from scantling.study.scaling import fit
 from scantling.study.store import load_curves
 
@@ -140,6 +141,21 @@ def test_repeated_data_and_schedules_that_do_not_end_are_warned_of(record, repor
     _, out, _ = report("study=sizes", "gate.held_out=0")
     assert re.search(r"repeated epochs: \d+ rows pass their data up to 2\.0 times", out)
     assert "schedule=constant: the learning rate does not fall" in out
+
+
+def test_one_is_singular_and_nothing_is_not_negative(record):
+    """One row passes its data; one comparison; a difference of -0.00001 is none at four decimals."""
+    arms(record, shifts=(("llama", 0.0), ("alike", 0.0)))
+    for path in (record.runs / "parts").glob("alike-*/summary.json"):
+        base = path.parent.with_name(path.parent.name.replace("alike", "llama")) / "summary.json"
+        loss = json.loads(base.read_text())["val/loss"]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"val/loss": loss - 1e-5}))
+    found = compared(record, law=None)
+    assert "of 1 comparison with llama" in headline(found)
+    assert list(arms_table(found)["difference"]) == ["", "+0.0000"]
+    runs = pd.DataFrame({"N": [1e6, 1e6], "D": [1e8, 3e8], "C": [6e14, 1.8e15], "run": ["a", "b"]})
+    (said,) = doubts(runs, np.array([2e8, 2e8]), several=False)
+    assert said.startswith("repeated epochs: 1 row passes its data up to 1.5 times")
 
 
 def test_what_is_not_finished_is_named(record, report):

@@ -58,7 +58,7 @@ def forest_chart(report: AblationReport, colours: Mapping[str, int]) -> Chart:
             {"difference": column(here, "high")},
             style="points",
             colour=colour,
-            hover=[f"{r['arm']}: {r['low']:+.4f} to {r['high']:+.4f}, {r['verdict']}" for r in here],
+            hover=[f"{r['arm']}: {r['low']:+z.4f} to {r['high']:+z.4f}, {r['verdict']}" for r in here],
         )
         for group, (colour, here) in groups.items()
     ]

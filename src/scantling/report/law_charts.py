@@ -16,6 +16,7 @@ from scantling.study.budgets import drawn_budgets, repeated
 from scantling.study.huber import Array
 from scantling.study.isoflop import valleys
 from scantling.study.law_report import LawReport, counted
+from scantling.study.observations import some
 from scantling.study.scaling import estimate
 
 MOST_RUNS = 2000
@@ -246,7 +247,7 @@ def held_out_chart(report: LawReport) -> Chart | None:
     observed = held_out["loss"].tolist()
     ends = [min(observed), max(observed)]
     return Chart(
-        f"Held out: {gate.n_held_out} runs above {gate.cutoff:.3g} FLOPs, predicted from {gate.n_fitted}",
+        f"Held out: {some(gate.n_held_out, 'run')} above {gate.cutoff:.3g} FLOPs, predicted from {gate.n_fitted}",
         (
             Series("as observed", {"loss": ends, "predicted": ends}, style="dashed"),
             Series(

@@ -27,6 +27,7 @@ from scantling.report.records import (
 from scantling.report.spec import Axis, Chart, Code, Report, Section, Series, Table
 from scantling.report.view_charts import Views, view_section
 from scantling.study.arms import rows
+from scantling.study.observations import some
 from scantling.study.store import rates_tried
 
 FOLDED = 20
@@ -117,7 +118,7 @@ def runs_page(recorded: Recorded) -> Report:
     )
     return Report(
         title=recorded.name,
-        kind=f"{len(runs)} runs",
+        kind=some(len(runs), "run"),
         question="",
         answer=answer,
         cautions=tuple(cautions),
@@ -176,7 +177,7 @@ def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
     samples = last_samples(examples)
     table = runs_table(recorded.runs.iloc[:LISTED], recorded.directory)
     n = len(recorded.runs)
-    title = f"All {n} runs" if n <= LISTED else f"The first {LISTED} of {n} runs"
+    title = ("The run" if n == 1 else f"All {n} runs") if n <= LISTED else f"The first {LISTED} of {n} runs"
     shown = Table(title, table, folded=n > FOLDED)
     m = len(examples)
     between = "Between arms" if m <= COMPARED else f"Between the first {COMPARED} of {m} arms"

@@ -19,6 +19,7 @@ import yaml
 from scantling.report.spec import Link, Samples
 from scantling.run_directory import NOT_TRAINED, RunDirectory, read_rows
 from scantling.study.arms import rows
+from scantling.study.observations import some
 from scantling.study.overrides import NOTES, arms_changes, settings_of
 from scantling.study.store import Loader, differing, leaves
 
@@ -150,7 +151,9 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
     for column, title in names.items():
         counts = counted_values(runs, column)
         for value, count in counts.items():
-            table.append({"": title, "value": f"{value} ({count} runs)" if len(counts) > 1 else value})
+            table.append(
+                {"": title, "value": f"{value} ({some(count, 'run')})" if len(counts) > 1 else value}
+            )
     environment = RunDirectory(runs["path"].iloc[0]).environment
     extra = {
         "Python": environment.get("python"),
@@ -183,7 +186,9 @@ def mixed(runs: pd.DataFrame) -> list[str]:
     for column, name in MACHINE.items():
         counts = counted_values(runs, column)
         if len(counts) > 1:
-            listed = ", ".join(f"{shortened(value)} ({count} runs)" for value, count in counts.items())
+            listed = ", ".join(
+                f"{shortened(value)} ({some(count, 'run')})" for value, count in counts.items()
+            )
             found.append(f"mixed {name}: {listed}")
     return found
 

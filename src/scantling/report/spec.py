@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.run_directory import replace_text
+from scantling.study.observations import digits
 
 MARKDOWN_ROWS = 60
 """Longer tables stand in the page and in CSV alone."""
@@ -261,9 +262,11 @@ def in_cell(value: object, *, links: bool) -> str:
 
 
 def figures_of(value: object) -> str:
-    """A cell: numbers with five digits, large ones in powers of ten."""
+    """A cell: numbers with five digits, large ones in powers of ten, whole ones as they are."""
     if not isinstance(value, float):
         return str(value)
     if np.isnan(value):
         return ""
-    return f"{value:.3e}" if abs(value) >= 1e5 else f"{value:.5g}"
+    if abs(value) >= 1e5:
+        return f"{value:.3e}"
+    return f"{value:z.0f}" if value.is_integer() else digits(value, 5)

@@ -24,6 +24,7 @@ from scantling.study.ablation import (
 from scantling.study.arms import StudyRuns, mean_of, pairable_runs, rows
 from scantling.study.budgets import grouped
 from scantling.study.forms import saturating
+from scantling.study.observations import some
 from scantling.study.scaling import Fit, estimate, fit
 from scantling.study.store import UNITS
 
@@ -316,12 +317,12 @@ COLUMNS = {
 
 WRITTEN = {
     "loss": "{:.4f}",
-    "difference": "{:+.4f}",
-    "effect": "{:+.1f}",
+    "difference": "{:+z.4f}",
+    "effect": "{:+z.1f}",
     "p_holm": "{:.2g}",
     "params": "{:,.0f}",
-    "params_off": "{:+.1%}",
-    "flops_off": "{:+.1%}",
+    "params_off": "{:+z.1%}",
+    "flops_off": "{:+z.1%}",
     "seeds_to_decide": "{:.0f}",
     "seeds_for_precision": "{:.0f}",
 }
@@ -335,7 +336,7 @@ def arms_table(report: AblationReport) -> pd.DataFrame:
             ("interval", "low", "high"),
             ("bootstrap", "bootstrap_low", "bootstrap_high"),
         ):
-            line[name] = "" if np.isnan(line[low]) else f"{line[low]:+.4f} to {line[high]:+.4f}"
+            line[name] = "" if np.isnan(line[low]) else f"{line[low]:+z.4f} to {line[high]:+z.4f}"
         for name, text in WRITTEN.items():
             line[name] = "" if np.isnan(line.get(name, np.nan)) else text.format(line[name])
         line["verdict"] = line["verdict"] if isinstance(line["verdict"], str) else "baseline"
@@ -349,7 +350,7 @@ def headline(report: AblationReport) -> str:
     noise = rows(report.arms, scale=report.largest, arm=report.baseline)["noise"].iloc[0]
     verdicts = [verdict for verdict in report.arms["verdict"] if isinstance(verdict, str)]
     return (
-        f"{report.study}: of {len(verdicts)} comparisons with {report.baseline}, {verdicts.count('better')} better, "
+        f"{report.study}: of {some(len(verdicts), 'comparison')} with {report.baseline}, {verdicts.count('better')} better, "
         f"{verdicts.count('worse')} worse, {verdicts.count('undecided')} undecided at {report.level:.0%} (paired seeds, Holm "
         f"over the arms of a scale; {report.metric}, noise {noise:.4f} between seeds)"
     )
@@ -369,7 +370,7 @@ def answer(report: AblationReport) -> str:
             [r for r in undecided if r["low"] <= 0 <= r["high"]],
             0,
         ),
-        f"undecided after correction for {len(here)} comparisons": (
+        f"undecided after correction for {some(len(here), 'comparison')}": (
             [r for r in undecided if not r["low"] <= 0 <= r["high"]],
             0,
         ),
@@ -385,7 +386,7 @@ def named(arms: list[dict[str, Any]], sign: int) -> str:
     for row in arms[:NAMED]:
         low, high, difference = row["low"], row["high"], row["difference"]
         ends = sorted((sign * low, sign * high)) if sign else (low, high)
-        by, form = (sign * difference, ".4f") if sign else (difference, "+.4f")
+        by, form = (sign * difference, "z.4f") if sign else (difference, "+z.4f")
         texts.append(f"{row['arm']} by {by:{form}} ({ends[0]:{form}} to {ends[1]:{form}})")
     return ", ".join(texts) + (f" and {len(arms) - NAMED} more" if len(arms) > NAMED else "")
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, larger
 from scantling.study.forms import HOFFMANN, saturating
 from scantling.study.huber import Array
+from scantling.study.observations import some
 from scantling.study.scaling import Fit, Interval, estimate, refit_hoffmann
 
 
@@ -149,8 +150,9 @@ class Gate:
         word = "passed" if self.passed else "FAILED"
         inside = "" if self.inside is None else f", {self.inside:.0%} inside the prediction interval"
         return (
-            f"held-out gate {word}: fitted to {self.n_fitted} runs up to {self.cutoff:.3g} FLOPs, the {self.n_held_out} "
-            f"larger ones are predicted within {self.error:.2%} on average (bias {self.bias:+.2%}{inside}); "
+            f"held-out gate {word}: fitted to {self.n_fitted} runs up to {self.cutoff:.3g} FLOPs, with "
+            f"{some(self.n_held_out, 'larger run')} predicted within {self.error:.2%} on average (bias "
+            f"{self.bias:+z.2%}{inside}); "
             f"{self.tolerance:.2%} is allowed"
         )
 

@@ -13,6 +13,7 @@ from scipy.interpolate import Akima1DInterpolator
 
 from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, SAME_BUDGET, grouped
 from scantling.study.huber import Array
+from scantling.study.observations import some
 from scantling.study.resampling import expanded_percentiles
 from scantling.study.scaling import Interval, refit_hoffmann
 
@@ -111,7 +112,9 @@ def fit_isoflop(
     optimum = parabola_minimum if minimum == "parabola" else akima_minimum
     warnings = []
     if len(groups) < 4:
-        warnings.append(f"only {len(groups)} budgets: the exponent rests on {len(groups)} points")
+        warnings.append(
+            f"only {some(len(groups), 'budget')}: the exponent rests on {some(len(groups), 'point')}"
+        )
     optima = best_sizes(n, y[None], groups, optimum)[0]
     at_edge = [
         float(np.exp(c[g[0]]))
@@ -132,7 +135,7 @@ def fit_isoflop(
         if abs(bias) > 0.25 * spread:
             warnings.append(
                 f"parabola bias: on this grid parabolas through a noiseless law of alpha + beta terms miss its exponent "
-                f"by {bias:+.3f}, and noise adds ±{spread:.3f}"
+                f"by {bias:+z.3f}, and noise adds ±{spread:.3f}"
             )
     return PowerLaw(
         exponent=float(exponent),

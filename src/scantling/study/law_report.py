@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from scantling.study.budgets import BEYOND, grouped
 from scantling.study.forms import HOFFMANN
 from scantling.study.huber import Array
 from scantling.study.isoflop import PowerLaw, fit_envelope, fit_isoflop
-from scantling.study.observations import Observations
+from scantling.study.observations import Observations, digits
 from scantling.study.scaling import Fit, fit_hoffmann, profile_interval, refit_hoffmann
 
 MOST_BUDGETS = 12
@@ -194,8 +195,8 @@ def optimum_as_read(optimum: pd.DataFrame) -> pd.DataFrame:
     columns = {
         "parameters": ("N", counted),
         "tokens": ("D", counted),
-        "tokens per parameter": ("tokens_per_parameter", "{:.3g}".format),
-        "nats per token": ("loss", "{:.4g}".format),
+        "tokens per parameter": ("tokens_per_parameter", partial(digits, n=3)),
+        "nats per token": ("loss", partial(digits, n=4)),
     }
     table = []
     for row in optimum.to_dict("records"):
@@ -212,8 +213,8 @@ def counted(number: float) -> str:
     """80.5 k, 3.35 M."""
     for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
-            return f"{number / unit:.3g}{name}" if number < 1000 * unit else f"{number:.3g}"
-    return f"{number:.3g}"
+            return f"{digits(number / unit, 3)}{name}" if number < 1000 * unit else f"{number:.3g}"
+    return digits(number, 3)
 
 
 def headline(report: LawReport) -> str:

@@ -127,7 +127,7 @@ def observe(
     left_out = None
     if drop_highest:
         highest = runs.index[np.argsort(-numbers[loss], kind="stable")[:drop_highest]]
-        left_out = f"left out as asked, the {drop_highest} highest losses: {numbered(highest.sort_values())}"
+        left_out = f"left out as asked, the {some(drop_highest, 'highest loss', of_many='es')}: {numbered(highest.sort_values())}"
         runs = runs.drop(highest)
     if len(grouped(np.log(runs["C"].to_numpy()))) == 1:
         raise ValueError(
@@ -160,6 +160,16 @@ def numbered(index: pd.Index | np.ndarray) -> str:
     )
 
 
+def some(n: int, noun: str, *, of_many: str = "s") -> str:
+    """'1 run', '2 runs'."""
+    return f"{n} {noun}{'' if n == 1 else of_many}"
+
+
+def digits(number: float, n: int) -> str:
+    """So many that count, zeros among them: 13.0 beside 13.2."""
+    return f"{number:#.{n}g}".rstrip(".")
+
+
 def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[str]:
     found = []
     n, d, c = (runs[name].to_numpy() for name in ("N", "D", "C"))
@@ -172,9 +182,11 @@ def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[str]
     if unique is not None:
         repeats = d / unique
         if (repeats > 1.01).any():
+            n_repeated = int((repeats > 1.01).sum())
+            pass_their = "passes its" if n_repeated == 1 else "pass their"
             found.append(
-                f"repeated epochs: {int((repeats > 1.01).sum())} rows pass their data up to {repeats.max():.1f} times, "
-                "which this form counts as fresh"
+                f"repeated epochs: {some(n_repeated, 'row')} {pass_their} data up to {repeats.max():.1f} times, which this form "
+                "counts as fresh"
             )
     if several and len(np.unique(runs["run"])) < len(runs):
         found.append(

@@ -13,7 +13,7 @@ from scipy.stats import f
 from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, grouped
 from scantling.study.forms import HOFFMANN, Form, PowerSum, Sizes
 from scantling.study.huber import Array, Optima, huber, minimise
-from scantling.study.observations import numbered
+from scantling.study.observations import numbered, some
 from scantling.study.resampling import (
     density_degrees_of_freedom,
     drawn_residuals,
@@ -277,7 +277,7 @@ def doubts(fit: Fit) -> list[str]:
         found.append(f"E = {fit.E:.3g}: these runs do not bend enough to determine the irreducible loss")
     compute = compute_of(fit.sizes)
     if compute is not None and (budgets := len(grouped(np.log(compute)))) < 4:
-        found.append(f"only {budgets} budgets: exponents of compute rest on {budgets} points")
+        found.append(f"only {some(budgets, 'budget')}: exponents of compute rest on {some(budgets, 'point')}")
     return found
 
 
