@@ -75,7 +75,10 @@ def test_a_file_cut_short_is_a_run_that_is_not_finished(logged, entry, tmp_path)
     code, output, _ = entry("runs", "action=import", f"source={tmp_path}/cut", back)
     assert code == 0
     assert "not finished" in output
-    assert list(store.load_runs(tmp_path / "back" / "norms")["status"]) == ["unfinished"]
+    cut = store.load_runs(tmp_path / "back" / "norms")
+    assert list(cut["status"]) == ["unfinished"]
+    for name in ("params", "params.attention", "params_without_embeddings"):
+        assert list(cut[name]) == list(store.load_runs(logged)[name])
     shutil.copy(whole, partial)
     assert entry("runs", "action=import", f"source={tmp_path}/cut", back)[0] == 0
     same_tables(logged, tmp_path / "back" / "norms")

@@ -173,7 +173,7 @@ def shades(n: int) -> Array:
     return plt.get_cmap("viridis")(np.linspace(0, 0.85, n))
 
 
-def label_apart(axes: Axes, written: Callable[[float, float], str]) -> None:
+def label_apart(axes: Axes, written: Callable[[float, float], str] | EngFormatter) -> None:
     """So few labels of a logarithmic x axis that none lies upon another: 1, 2 and 5 of each decade, of many decades powers of
     ten, within one decade round numbers."""
     low, high = axes.get_xlim()

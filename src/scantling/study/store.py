@@ -109,7 +109,8 @@ def run_row(directory: RunDirectory) -> dict[str, Any]:
         raise ValueError("config.yaml is none of a run")
     environment = directory.environment
     last = directory.summary if directory.is_finished else last_validated(directory)
-    best, groups = last.get("best", {}), last.get("parameters", {})
+    best = last.get("best", {})
+    groups = last.get("parameters") or environment.get("parameters") or {}
     matched = config.get("matched") or {}
     failed = (directory.path / "failed.json").exists()
     row = {

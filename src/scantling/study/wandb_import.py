@@ -76,9 +76,8 @@ def import_run(run: Mirrored, runs: Path) -> str:
     if directory.config.exists() and "imported" not in directory.environment:
         return f"{directory.path} was trained here, and stays"
     config = {key: value for key, value in run.config.items() if key not in BESIDE}
-    directory.begin(
-        yaml.safe_dump(config, sort_keys=False), {**run.config["environment"], "imported": run.source}
-    )
+    environment = run.config["environment"] | {"imported": run.source, "parameters": parameters(run)}
+    directory.begin(yaml.safe_dump(config, sort_keys=False), environment)
     metrics = directory.metrics_from(-1)
     for row in run.rows:
         metrics.write(row)
@@ -95,9 +94,14 @@ def summary(run: Mirrored) -> dict[str, Any]:
     return {
         **run.rows[-1],
         "best": {key: best[key] for key in ("step", "tokens", "val/loss", "val/bpb") if key in best},
-        "parameters": run.config.get("parameters", {}),
+        "parameters": parameters(run),
         "corpus": run.config["environment"]["corpus"]["fingerprint"],
     }
+
+
+def parameters(run: Mirrored) -> dict[str, int]:
+    """By group; none where W&B was not told."""
+    return run.config.get("parameters", {})
 
 
 def as_row(item: dict[str, Any]) -> Row:
