@@ -153,7 +153,14 @@ def test_a_report_is_saved_with_its_blocks_and_comes_back(server):
     kinds = [block["type"] for block in spec["blocks"]]
     assert "panel-grid" in kinds
     text = json.dumps(spec)
-    for said in ("Which norm?", "one device of two", "a text", "python src/train.py", "def f():", "| 1.5000 |"):
+    for said in (
+        "Which norm?",
+        "one device of two",
+        "a text",
+        "python src/train.py",
+        "def f():",
+        "| 1.5000 |",
+    ):
         assert said in text
     assert "Only on the page" not in text
     assert "../r" not in text, "a directory of this machine"
