@@ -262,6 +262,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("optim=lion", "optim.betas=0.9"), "optim.betas=0.9 must be a list, as [0.9, 0.99]"),
         (("optim.betas=[0.9]",), "optim.betas=[0.9] must be two numbers, as [0.9, 0.95]"),
         (("seed=[1,2]",), "seed=[1,2] is a list; one value is meant (for several runs: -m seed=1,2)"),
+        (
+            ("ffn=moe_deepseek_v3", "ffn.rest.n_experts=[4]"),
+            "ffn.rest.n_experts=[4] is a list; one value is meant",
+        ),
+        (("ffn=moe_deepseek_v3", "ffn.dense.bias=null"), "ffn.dense.bias=null: a value is meant"),
         (("-m", "seed=[1,2]"), "seed=[1,2] is a list; one value is meant (for several runs: -m seed=1,2)"),
         (("log_every={a:1}",), "log_every={a:1} holds settings; one value is meant"),
         (("batch_size=null",), "batch_size=null: a value is meant; its default is 8"),

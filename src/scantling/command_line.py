@@ -245,8 +245,10 @@ def declared(group: str, option: str) -> dict[str, Any]:
     package = "" if text.startswith("# @package _global_") else f"{group.replace('/', '.')}."
     bases = [base for base in own.pop("defaults", []) if isinstance(base, str) and base != "_self_"]  # type: ignore[union-attr]
     found: dict[str, Any] = {}
-    for base in bases:
-        found |= declared(group, base)
+    for base in bases:  # as `swiglu`, or below a key of its own as `swiglu@dense`
+        name, _, place = base.partition("@")
+        below = f"{package}{place}." if place else package
+        found |= {below + key.removeprefix(package): value for key, value in declared(group, name).items()}
     return found | leaves(own, package)  # type: ignore[arg-type]
 
 
