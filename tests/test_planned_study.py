@@ -1,5 +1,6 @@
 """plan.py isoflop.flops=…: the sweep it writes is one that train.py takes as it is, at the cost that was forecast."""
 
+import os
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from scantling.command_line import ROOT
 from scantling.run_directory import RunDirectory
 from scantling.study.store import load_runs
 
-STUDY = "planned_by_a_test"
+STUDY = f"planned_by_a_test_{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 SMALL = (
     "model=nano",
     "tokenizer=byte",

@@ -92,7 +92,7 @@ def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
     speeds = [row["tokens_per_second"] for row in rows]  # each of one step
     assert directory.summary["tokens_per_second"] == pytest.approx(statistics.harmonic_mean(speeds), rel=0.05)
     flops = rows[-1]["flops"] / rows[-1]["tokens"] * directory.summary["tokens_per_second"]
-    assert directory.summary["mfu"] == pytest.approx(flops / 1e12, abs=1e-4)
+    assert directory.summary["mfu"] == pytest.approx(flops / 1e12, abs=3e-4)
     assert directory.summary["corpus"] == directory.environment["corpus"]["fingerprint"] == corpus.fingerprint
     config = OmegaConf.load(directory.config)
     assert config.choices.attn == "mha"

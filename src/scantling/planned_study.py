@@ -341,7 +341,7 @@ def forecast_table(others: list[tuple[Grid, Forecast]], level: float, target: fl
             f"{grid.budgets} × {grid.ratio:.2g}, {grid.sizes} within {grid.spread:.2g}, {counted_in(grid.seeds, 'seed')}",
             f"{grid.runs}",
             f"± {found.a_isoflop:.3f}",
-            f"{found.bias:+.3f}",
+            f"{found.bias:+z.3f}",
             f"± {found.a_parametric:.3f}",
             f"± {found.n_optimal:.0%}",
             f"± {found.loss:.2%}",
@@ -385,7 +385,7 @@ def remarks(
         f"\ntime: of one device at {short(speed, 'FLOP/s')}, {assumed_speed(config)}",
         f"These {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} by approach "
         f"3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}, were isoflop.law the truth (a = {expected.a:.3f}) and "
-        f"{settings.noise:g} the noise of log loss. Parabolas will be {expected.bias:+.3f} off a, by their own bias and because "
+        f"{settings.noise:g} the noise of log loss. Parabolas will be {expected.bias:+z.3f} off a, by their own bias and because "
         "the FLOPs of small models are not 6ND",
         f"lr: {' '.join((LEARNING_RATES[settings.lr_rule].__doc__ or '').split())}",
     ]

@@ -179,6 +179,13 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def of_whole_training(last: Row) -> Row:
+    """The last row, with a speed and MFU that are not of the steps since the row before."""
+    speed = last["tokens"] / max(last["seconds"], 1e-3)
+    mfu = last["mfu"] * speed / max(last["tokens_per_second"], 0.1)
+    return {**last, "tokens_per_second": round(speed, 1), "mfu": round(mfu, 4)}
+
+
 def replace_rows(path: Path, rows: list[Row]) -> None:
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -25,7 +25,7 @@ from scantling.composition import PARTS, build_decoder, choices
 from scantling.continuation import continuation
 from scantling.model.decoder import Decoder
 from scantling.rollback import guarded
-from scantling.run_directory import read_rows
+from scantling.run_directory import of_whole_training, read_rows
 from scantling.study.figures import draw_curves
 from scantling.training import hardware
 from scantling.training.loggers import Wandb
@@ -57,6 +57,7 @@ def environment(run: Run) -> dict[str, Any]:
         "precision": run.precision,
         "world_size": run.plan.world_size,
         "steps": run.plan.steps,
+        "parameters": run.plan.counts,
         "corpus": {
             "fingerprint": run.corpus.fingerprint,
             "description": run.corpus.description,
@@ -116,13 +117,9 @@ def finish(run: Run, peak: float, peak_source: str, *, best_step: int) -> None:
     best = next(
         (row for row in rows if row["step"] == best_step), rows[-1]
     )  # the last where no loss was a number
-    last, seconds = rows[-1], max(rows[-1]["seconds"], 1e-3)
     run.directory.finish(
         {
-            **last,
-            # Of the whole training; a row has those since the row before.
-            "tokens_per_second": round(last["tokens"] / seconds, 1),
-            "mfu": round(last["flops"] / seconds / run.plan.world_size / peak, 4),
+            **of_whole_training(rows[-1]),
             "best": {key: best[key] for key in ("step", "tokens", "val/loss", "val/bpb")},
             "parameters": run.plan.counts,
             "flops_convention": "exact",

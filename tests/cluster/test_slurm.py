@@ -136,7 +136,7 @@ def test_two_tasks_are_one_run_that_goes_on_when_its_time_is_up(shop, alone, slu
     (run,) = runs_of(runs)
     assert "resuming after step" in (run.path / "log.txt").read_text()
     assert_same_training(run, alone)
-    assert wandb_runs(runs) == {run.name}
+    assert wandb_runs(runs) == {run.wandb_id}
 
 
 def test_the_sbatch_file_of_the_docs(shop, alone, slurm, tmp_path):
@@ -163,7 +163,7 @@ def test_the_sbatch_file_of_the_docs(shop, alone, slurm, tmp_path):
     assert "resuming after step" in said
     assert run.environment["world_size"] == 2
     assert_same_training(run, alone)
-    assert wandb_runs(tmp_path / "runs") == {run.name}
+    assert wandb_runs(tmp_path / "runs") == {run.wandb_id}
 
 
 def test_what_slurm_refuses_is_one_line(shop, slurm):

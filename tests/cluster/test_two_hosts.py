@@ -119,7 +119,7 @@ def test_two_hosts_train_as_one_process(shop, alone, hosts, engine):
     assert_same_training(directory, alone)
     assert directory.environment["world_size"] == 2
     (segment,) = folder.glob("wandb/offline-run-*")
-    assert segment.name.endswith(run.name)
+    assert segment.name.endswith(directory.wandb_id)
     gradients = 20 * 4 * sum(directory.summary["parameters"].values())
     for now, earlier in zip(hosts.received(), before, strict=True):
         assert now - earlier > gradients / 2  # reduced in halves

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from scantling.run_directory import Row, RunDirectory
+from scantling.run_directory import Row, RunDirectory, of_whole_training
 from scantling.wandb_file import records
 
 WANTED = ("choices", "environment", "seed", "model")
@@ -92,7 +92,7 @@ def summary(run: Mirrored) -> dict[str, Any]:
     validated = [row for row in run.rows if "val/loss" in row]
     best = min(validated, key=lambda row: row["val/loss"], default={})
     return {
-        **run.rows[-1],
+        **of_whole_training(run.rows[-1]),
         "best": {key: best[key] for key in ("step", "tokens", "val/loss", "val/bpb") if key in best},
         "parameters": parameters(run),
         "corpus": run.config["environment"]["corpus"]["fingerprint"],
