@@ -35,6 +35,14 @@ def tokenizer_entries(config: DictConfig) -> int | None:
         return None
 
 
+def unknown_entries(config: DictConfig) -> str:
+    """What is taken in their place, for the user."""
+    return (
+        f"tokenizer={choices()['tokenizer']}: its entries are not known before its text is read, and are taken to be "
+        f"model.vocab_size={config.model.vocab_size}"
+    )
+
+
 def build_decoder(config: DictConfig, vocab_size: int, device: str) -> Decoder:
     """On the device "meta" it has shapes and no memory."""
     factory = plain(instantiate(config.decoder, vocab_size=vocab_size, _partial_=True))

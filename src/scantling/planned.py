@@ -12,7 +12,7 @@ from rich.console import Console
 
 from scantling.accounting import active_parameters, convention
 from scantling.command_line import mistakes
-from scantling.composition import PARTS, build_decoder, choices, tokenizer_entries
+from scantling.composition import PARTS, build_decoder, choices, tokenizer_entries, unknown_entries
 from scantling.data.loading import BatchSizes
 from scantling.memory import (
     ENGINES,
@@ -34,7 +34,7 @@ from scantling.plan import (
     short,
     training_table,
 )
-from scantling.planned_study import plan_study, unknown_entries
+from scantling.planned_study import plan_study
 from scantling.training.budget import steps_for
 
 PRINTED_WIDTH = 120

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +12,30 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from scantling.accounting import convention, exact, parameter_counts
+from scantling.accounting import exact
 from scantling.command_line import CONF, ROOT
-from scantling.composition import build_decoder, choices
+from scantling.composition import build_decoder, choices, unknown_entries
 from scantling.plan import duration, short, titled
+from scantling.planned_cells import Cell, cells_of
 from scantling.study.allocation import hoffmann_loss
-from scantling.study.budgets import FLOPS_PER_PARAMETER_AND_TOKEN
 from scantling.study.design import (
     LEARNING_RATES,
     PORIAN_RANGE,
     Forecast,
     Grid,
-    Proportions,
-    Shape,
     alternatives,
     forecast,
-    nearest_shape,
-    optimal_size,
 )
 from scantling.study.figures import draw_design
+from scantling.study.observations import some
 from scantling.training import hardware
-from scantling.training.budget import steps_for
 
 FEWEST_STEPS = 100
 """Of a run: with fewer, warm-up and rounding to whole steps decide much of its loss."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model trained for a budget, under the name that its arm has."""
-
-    name: str
-    budget: float
-    shape: Shape
-    parameters: int
-    steps: int
-    tokens: int
-    flops: float
-    lr: float
 
 
 def plan_study(config: DictConfig, console: Console, entries: int | None) -> None:
@@ -160,86 +138,6 @@ def measured(config: DictConfig, seconds: float = 3.0) -> float:
     return tokens * exact(decoder, decoder.seq_len) / (time.perf_counter() - start)
 
 
-# --- the grid ---
-
-
-def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float) -> list[Cell]:
-    """Real models for every budget. Raises ValueError where two sizes come to one shape, or a step is beyond a budget."""
-    counted, proportions = counter(config), proportions_of(config)
-    rule, reference = LEARNING_RATES[config.isoflop.lr_rule], counted(own_shape(config))[2]
-    tokens_per_step = config.batch_size * config.model.seq_len
-    about = linear_in_depth(counted)
-    cells: list[Cell] = []
-    for budget in grid.budgets_of(flops):
-        budget = float(f"{budget:.3g}")
-        k = FLOPS_PER_PARAMETER_AND_TOKEN
-        for _ in range(2):  # small models take more FLOPs a parameter than 6, which moves their optimum
-            middle = nearest_shape(optimal_size(law, budget, k), proportions, about)
-            k = counted(middle)[1] / counted(middle)[0]
-        here: list[Cell] = []
-        for target in grid.sizes_of(law, budget, k):
-            shape = nearest_shape(target, proportions, about)
-            parameters, per_token, with_head = counted(shape)
-            steps = steps_for(
-                tokens_per_step=tokens_per_step, n_params=parameters, flops_per_token=per_token, flops=budget
-            )
-            tokens = steps * tokens_per_step
-            name = f"c{budget:.3g}_{shape.n_layers}x{shape.d_model}".replace("+", "").replace(".", "p")
-            lr = float(f"{rule(with_head, reference, config.lr):.3g}")
-            here.append(Cell(name, budget, shape, parameters, steps, tokens, tokens * per_token, lr))
-        if len({cell.shape for cell in here}) < len(here):
-            raise ValueError(
-                f"at {budget:.3g} FLOPs two sizes come to one shape: take fewer isoflop.sizes, a larger isoflop.spread, or "
-                "more FLOPs"
-            )
-        cells += here
-    return cells
-
-
-def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
-    """Of a shape: all parameters, training FLOPs a token (`exact`), and parameters with the head but without embeddings."""
-
-    @cache
-    def counted(shape: Shape) -> tuple[int, float, int]:
-        sized = copy.deepcopy(config)
-        with open_dict(sized):
-            sized.model.update(vars(shape))
-        decoder = build_decoder(sized, sized.model.vocab_size, "meta")
-        counts = parameter_counts(decoder)
-        head = shape.d_model * sized.model.vocab_size
-        inner = sum(
-            count for group, count in counts.items() if group not in ("embedding", "head", "position")
-        )
-        return sum(counts.values()), convention("exact")(decoder, decoder.seq_len), inner + head
-
-    return counted
-
-
-def linear_in_depth(counted: Callable[[Shape], tuple[int, float, int]]) -> Callable[[Shape], float]:
-    """Parameters of a shape from those of one and of two layers, so that a search need not build every depth."""
-
-    def about(shape: Shape) -> float:
-        one, two = (counted(replace(shape, n_layers=n))[0] for n in (1, 2))
-        return one + (two - one) * (shape.n_layers - 1)
-
-    return about
-
-
-def own_shape(config: DictConfig) -> Shape:
-    return Shape(**{name: config.model[name] for name in Shape.__dataclass_fields__})
-
-
-def proportions_of(config: DictConfig) -> Proportions:
-    """Those of the preset; `isoflop.aspect` beats its d_model per layer."""
-    model = config.model
-    return Proportions(
-        aspect=config.isoflop.aspect or model.d_model / model.n_layers,
-        d_head=model.d_model // model.n_heads,
-        widening=model.d_ff / model.d_model,
-        kv_share=model.n_kv_heads / model.n_heads,
-    )
-
-
 # --- what is written ---
 
 
@@ -303,7 +201,7 @@ def cells_table(study: str, cells: list[Cell], grid: Grid, speed: float) -> Tabl
     """A row a cell; the last, all runs together."""
     table = titled(
         study,
-        f"{grid.runs} runs: {grid.budgets} budgets × {grid.sizes} sizes × {counted_in(grid.seeds, 'seed')}",
+        f"{grid.runs} runs: {grid.budgets} budgets × {grid.sizes} sizes × {some(grid.seeds, 'seed')}",
         *("parameters", "layers × width", "tokens", "D/N", "steps", "lr", "time"),
     )
     for i, cell in enumerate(cells):
@@ -325,10 +223,6 @@ def cells_table(study: str, cells: list[Cell], grid: Grid, speed: float) -> Tabl
     return table
 
 
-def counted_in(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def forecast_table(others: list[tuple[Grid, Forecast]], level: float, target: float) -> Table:
     """The grid first, with ideal sizes, then others of the same cost."""
     table = titled(
@@ -338,7 +232,7 @@ def forecast_table(others: list[tuple[Grid, Forecast]], level: float, target: fl
     )
     for i, (grid, found) in enumerate(others):
         table.add_row(
-            f"{grid.budgets} × {grid.ratio:.2g}, {grid.sizes} within {grid.spread:.2g}, {counted_in(grid.seeds, 'seed')}",
+            f"{grid.budgets} × {grid.ratio:.2g}, {grid.sizes} within {grid.spread:.2g}, {some(grid.seeds, 'seed')}",
             f"{grid.runs}",
             f"± {found.a_isoflop:.3f}",
             f"{found.bias:+z.3f}",
@@ -360,13 +254,6 @@ def assumed_speed(config: DictConfig) -> str:
     return (
         f"mfu={config.mfu:g} of peak={short(config.peak, 'FLOP/s')}: set them to your device's, or "
         "isoflop.throughput=measured for this machine's"
-    )
-
-
-def unknown_entries(config: DictConfig) -> str:
-    return (
-        f"tokenizer={choices()['tokenizer']}: its entries are not known before its text is read, and are taken to be "
-        f"model.vocab_size={config.model.vocab_size}"
     )
 
 
@@ -406,7 +293,7 @@ def remarks(
     few = [cell.name for cell in cells if cell.steps < FEWEST_STEPS]
     if few:
         doubts.append(
-            f"{counted_in(len(few), 'cell')} of fewer than {FEWEST_STEPS} steps, {few[0]} the first: a smaller batch_size, "
+            f"{some(len(few), 'cell')} of fewer than {FEWEST_STEPS} steps, {few[0]} the first: a smaller batch_size, "
             "or more FLOPs"
         )
     if choices()["schedule"] == "constant":

@@ -72,13 +72,11 @@ def remove_after(directory: RunDirectory, step: int) -> None:
     """Remove checkpoints of later steps, by all their names."""
     checkpoints = directory.step_checkpoints()
     void = [path for path in checkpoints if directory.step_of(path) > step]
-    best = directory.best
     # `last` alone, without a checkpoint of its own, would be taken for a run of an older version.
     if len(void) == len(checkpoints):
         directory.last.unlink(missing_ok=True)
-    if best.exists() and any(
-        filecmp.cmp(best, path) for path in void
-    ):  # one file, or a copy where there are no links
-        best.unlink()
+    # `best` is one file with its checkpoint, or a copy where there are no links.
+    if directory.best.exists() and any(filecmp.cmp(directory.best, path) for path in void):
+        directory.best.unlink()
     for path in void:
         path.unlink()

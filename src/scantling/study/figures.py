@@ -98,9 +98,8 @@ def draw_law(
         )
         if floor_is_near(fit, optimum):
             law.axhline(fit.E, color=TRAIN, ls=":", lw=1)
-            law.annotate(
-                f"E = {fit.E:.4g}", (budgets[0], fit.E), va="bottom", color="0.4"
-            )  # where no band is near
+            # At the end where no band is near.
+            law.annotate(f"E = {fit.E:.4g}", (budgets[0], fit.E), va="bottom", color="0.4")
     norm = LogNorm(fit.sizes["N"].min(), fit.sizes["N"].max())
     points = law.scatter(compute, fit.loss, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
     figure.colorbar(points, ax=law, label="parameters", pad=0.01)
@@ -271,9 +270,8 @@ def draw_arms(
     unit = UNITS[metric]
     left.set(xlabel="training tokens, millions", ylabel=f"validation, {unit}", title=largest)
     ends = [row["loss"] for row in here]
-    left.set_ylim(
-        0.98 * min(bottom), max(1.15 * max(ends), 1.02 * max(top))
-    )  # not up to where training began
+    # Not up to where training began.
+    left.set_ylim(0.98 * min(bottom), max(1.15 * max(ends), 1.02 * max(top)))
     several = len({row["scale"] for row in table}) > 1
     for i, row in enumerate(compared):
         colour = colours[row["arm"]]
