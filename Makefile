@@ -25,7 +25,7 @@ lint: .venv/development
 	.venv/bin/pyright
 
 docs: .venv/development
-	PYTHONPATH=src .venv/bin/python -m scantling.parts_table
+	PYTHONPATH=src .venv/bin/python -m scantling.cli.parts_table
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 docs-check: .venv/development

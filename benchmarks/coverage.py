@@ -17,16 +17,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from scantling.study.allocation import (
+from scantling.analysis.allocation import (
     allocation_exponent,
     frontier,
     optimal_loss,
     optimal_parameters,
     optimum_table,
 )
-from scantling.study.forms import KAPLAN, OVERTRAINING, Form, KaplanSum, saturating
-from scantling.study.isoflop import PowerLaw, fit_envelope, fit_isoflop
-from scantling.study.scaling import fit, profile_interval, refit_hoffmann
+from scantling.analysis.forms import KAPLAN, OVERTRAINING, Form, KaplanSum, saturating
+from scantling.analysis.isoflop import PowerLaw, fit_envelope, fit_isoflop
+from scantling.analysis.scaling import fit, profile_interval, refit_hoffmann
 
 LAW = {"E": 1.8172, "A": 477.8, "B": 2143.0, "alpha": 0.3473, "beta": 0.3672}
 UNEVEN = {"E": 2.14, "A": 213.0, "B": 4.97e6, "alpha": 0.293, "beta": 0.713}

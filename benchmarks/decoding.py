@@ -36,14 +36,14 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from scantling.composition import build_decoder
+from scantling.config.composition import build_decoder
 from scantling.data.loading import validation_batches
-from scantling.generation import generate, laid_out_for_decoding
+from scantling.inference.generation import generate, laid_out_for_decoding
+from scantling.inference.sampling import Settings
+from scantling.inference.stored_run import TrainedRun
+from scantling.model import hardware
 from scantling.model.cache import BUFFERS
 from scantling.model.decoder import Decoder
-from scantling.sampling import Settings
-from scantling.trained import TrainedRun
-from scantling.training import hardware
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 LAYERS, D_MODEL, HEADS, HIDDEN, VOCABULARY = 6, 384, 6, 1024, 4096

@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from scantling.assembly import Run, assemble
-from scantling.composition import build_decoder
+from scantling.config.composition import build_decoder
+from scantling.model import hardware
 from scantling.model.linear import linear
-from scantling.run_directory import RunDirectory
-from scantling.training import hardware
+from scantling.runs.directory import RunDirectory
+from scantling.training.assembly import Run, assemble
 from scantling.training.callbacks import StepCallback
 
 SHAPES = {

@@ -18,9 +18,9 @@ from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from scantling.study.forms import HOFFMANN
-from scantling.study.huber import huber, minimise
-from scantling.study.scaling import HUBER_DELTA, fit_hoffmann
+from scantling.analysis.forms import HOFFMANN
+from scantling.analysis.huber import huber, minimise
+from scantling.analysis.scaling import HUBER_DELTA, fit_hoffmann
 
 RUNS, STARTS_AND_RESAMPLES = 240, (4500, 4000)
 TRUTH = {"E": 1.82, "A": 480.0, "B": 2100.0, "alpha": 0.348, "beta": 0.366}

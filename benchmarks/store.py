@@ -17,8 +17,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 RECORD = ("config.yaml", "env.json", "metrics.jsonl", "summary.json")
 SETTINGS = ("model=nano", "tokenizer=byte", "budget=steps", "budget.steps=20", "logger=none", "trainer=cpu")
 LOAD = (
-    "import sys, time; sys.path.insert(0, sys.argv[1]); from scantling.study import store; began = time.perf_counter(); "
-    "frame = getattr(store, sys.argv[2])(sys.argv[3]); print(len(frame), time.perf_counter() - began)"
+    "import sys, time; sys.path.insert(0, sys.argv[1]); from scantling.runs import table; began = time.perf_counter(); "
+    "frame = getattr(table, sys.argv[2])(sys.argv[3]); print(len(frame), time.perf_counter() - began)"
 )
 
 

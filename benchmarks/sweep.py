@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from scantling.training.hardware import cpu_name
+from scantling.model.hardware import cpu_name
 
 TRAIN = Path(__file__).resolve().parents[1] / "src" / "train.py"
 SETTINGS = ("model=nano", "tokenizer=byte", "budget=steps", "budget.steps=50", "logger=none", "trainer=cpu")

@@ -37,10 +37,10 @@ from peers import FAMILIES, Enough, PlainGPT, Shape, bare_loop, configuration, f
 from rich.console import Console
 from rich.table import Table
 
-from scantling.assembly import assemble
-from scantling.composition import build_decoder
-from scantling.run_directory import RunDirectory
-from scantling.training import hardware
+from scantling.config.composition import build_decoder
+from scantling.model import hardware
+from scantling.runs.directory import RunDirectory
+from scantling.training.assembly import assemble
 from scantling.training.callbacks import StepCallback
 
 # nanoGPT's two settings for tiny Shakespeare, and one larger; a row of metrics falls on every tenth step.

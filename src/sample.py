@@ -2,11 +2,11 @@
 
 from omegaconf import DictConfig
 
-from scantling.command_line import run_entry
+from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
-    from scantling.trained import sample  # here, so that a mistyped option need not wait for PyTorch
+    from scantling.cli.sample import sample
 
     sample(config)
 

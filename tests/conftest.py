@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from scantling.data.tokenizers import Byte
 from scantling.model.decoder import Decoder
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
 
 torch.set_num_threads(1)
 """These tensors are small: a second thread costs more than it brings, and on a busy machine 30 times more."""
@@ -61,12 +61,12 @@ def command(tmp_path, book, monkeypatch, entry):
     """`command("lr=1e-3")` is `entry("train", …)` with the settings of a small run. The machine's speed, which takes
     longer to measure than the run, is not measured, and no figure is drawn.
     """
-    from scantling import run_record
-    from scantling.training import hardware
+    from scantling.model import hardware
+    from scantling.training import record
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hardware, "peak_flops", lambda *_: (1e12, "assumed"))
-    monkeypatch.setattr(run_record, "draw_curves", lambda *_, **__: None)
+    monkeypatch.setattr(record, "draw_curves", lambda *_, **__: None)
     signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     small = (

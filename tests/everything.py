@@ -6,7 +6,7 @@ import gc
 import deepspeed.runtime.zero.muon.muon_optimizer  # with PyTorch's compiler, in every engine's first seconds
 
 import scantling.hub.runs
+import scantling.inference.stored_run
 import scantling.sweep.outlook
-import scantling.trained
 
 gc.freeze()  # a process that is forked does not look through all this, so that its memory stays shared

@@ -11,8 +11,8 @@ import pytest
 import torch
 from warm import Command
 
-from scantling.run_directory import RunDirectory
-from scantling.stored import stored_weights
+from scantling.inference.weights import stored_weights
+from scantling.runs.directory import RunDirectory
 
 TRAIN = Path(__file__).parents[1] / "src" / "train.py"
 USUAL = (

@@ -1,6 +1,8 @@
-"""The layers of docs/architecture.md, read off the imports."""
+"""The rooms of docs/architecture.md, read off the imports."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,74 +10,17 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "scantling"
 
-MAY_IMPORT = {
-    "model": {"model"},
-    "data": {"data"},
-    "run_directory": set(),
-    "command_line": set(),
-    "wandb_file": set(),
-    "accounting": {"model"},
-    "sampling": {"model"},
-    "generation": {"model", "sampling"},
-    "continuation": {"generation", "model", "sampling"},
-    "hub": {"hub", "model"},
-    "memory": {"accounting", "model"},
-    "plan": {"accounting", "data", "memory", "model"},
-    "composition": {"model"},
-    "planned": {
-        "accounting",
-        "command_line",
-        "composition",
-        "data",
-        "memory",
-        "model",
-        "plan",
-        "planned_study",
-        "training",
-    },
-    "planned_cells": {"accounting", "composition", "study", "training"},
-    "planned_study": {
-        *("accounting", "command_line", "composition", "plan", "planned_cells", "study", "training"),
-    },
-    "parts_table": {"accounting", "command_line", "composition", "hub", "model", "plan"},
-    "stored": {"data", "model", "run_directory"},
-    "views": {"data", "generation", "model", "report", "run_directory", "stored"},
-    "reported_page": {"report"},
-    "reported_study": {"command_line", "report", "reported_page", "run_directory", "study"},
-    "reported": {
-        *("command_line", "report", "reported_page", "reported_study", "run_directory", "study", "views"),
-    },
-    "report": {"report", "run_directory", "study"},
-    "recorded": {"command_line", "run_directory", "study"},
-    "training": {"training", "model", "data", "accounting", "plan", "run_directory", "wandb_file"},
-    "identity": {"command_line", "composition", "run_directory"},
-    "study": {"study", "run_directory", "wandb_file"},
-    "sweep": {"sweep", "run_directory", "command_line"},
-    "sweep.matching": {"accounting", "composition", "model"},
-}
-MAY_USE_HYDRA = {
-    "assembly",
-    "command_line",
-    "composition",
-    "hub.runs",
-    "identity",
-    "parts_table",
-    "planned",
-    "planned_cells",
-    "planned_study",
-    "recorded",
-    "reported",
-    "reported_page",
-    "reported_study",
-    "run",
-    "run_record",
-    "stored",
-    "sweep.matching",
-    "sweep.outlook",
-    "trained",
-}
-OF_THEIR_OWN = ("hub/runs.py", "sweep/matching.py", "sweep/outlook.py")
-"""Files that stand above the rest of their folder: they read configurations."""
+ORDER = (
+    *("model", "data", "config", "runs", "analysis", "report"),
+    *("inference", "training", "sweep", "hub", "cli"),
+)
+"""A package imports only packages before it, and nobody imports the last."""
+
+WITHOUT_TORCH = ("runs", "analysis", "report")
+WITHOUT_HYDRA = ("model", "data", "analysis", "report")
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+PLUGINS = sorted((SOURCE / "hydra_plugins").rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -90,38 +35,54 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def room(path: Path) -> str:
-    """The first name under `scantling` that a file belongs to, or its own."""
-    inside = path.relative_to(PACKAGE)
-    if inside.as_posix() in OF_THEIR_OWN:
-        return ".".join(inside.with_suffix("").parts)
-    return inside.parts[0].removesuffix(".py")
+def package_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def foreign(path: Path) -> set[str]:
+    """Packages of others that a file imports."""
+    return {name.split(".")[0] for name in imported(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_stay_in_their_layer(path):
-    names = imported(path)
-    rooms = {name.split(".")[1] for name in names if name.startswith("scantling.")}
-    if room(path) in MAY_IMPORT:
-        assert rooms <= MAY_IMPORT[room(path)]
-    uses_hydra = any(name.split(".")[0] in ("hydra", "omegaconf") for name in names)
-    assert not uses_hydra or room(path) in MAY_USE_HYDRA
-    if room(path) in (
-        "study",
-        "report",
-        "sweep",
-        "recorded",
-        "reported",
-        "reported_page",
-        "reported_study",
-        "run_directory",
-        "command_line",
-        "wandb_file",
-    ):
-        assert not any(name.split(".")[0] == "torch" for name in names)
+def loaded_by(*modules: str) -> set[str]:
+    """What a fresh Python has loaded after importing these."""
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.run(command, cwd=SOURCE, check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_packages_are_those_of_the_list():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ORDER)
+
+
+def test_no_module_lies_loose():
+    assert {path.name for path in PACKAGE.glob("*.py")} <= {"__init__.py", "__main__.py"}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent != PACKAGE], ids=lambda p: p.relative_to(PACKAGE).as_posix()
+)
+def test_a_package_imports_those_before_it(path):
+    own = ORDER.index(package_of(path))
+    ours = {name.split(".")[1] for name in imported(path) if name.startswith("scantling.")}
+    assert ours - {"__version__"} <= set(ORDER[: own + 1])
+    assert package_of(path) not in WITHOUT_TORCH or "torch" not in foreign(path)
+    assert package_of(path) not in WITHOUT_HYDRA or not {"hydra", "omegaconf"} & foreign(path)
+
+
+@pytest.mark.parametrize("package", WITHOUT_TORCH)
+def test_nothing_of_these_loads_torch(package):
+    modules = [p for p in FILES if package_of(p) == package and p.name != "__init__.py"]
+    names = [".".join(p.relative_to(SOURCE).with_suffix("").parts) for p in modules]
+    assert "torch" not in loaded_by(*names)
+
+
+def test_a_launcher_starts_without_torch():
+    """So that a mistyped sweep need not wait for it."""
+    names = [
+        ".".join(p.relative_to(SOURCE).with_suffix("").parts) for p in PLUGINS if p.name != "__init__.py"
+    ]
+    assert "torch" not in loaded_by(*names)
 
 
 def test_entries_hold_no_logic():

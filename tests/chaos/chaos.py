@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 from child import Child
 
-from scantling.run_directory import RunDirectory
+from scantling.model.hardware import cpu_name
+from scantling.runs.directory import RunDirectory
 from scantling.training.checkpoints import damage
-from scantling.training.hardware import cpu_name
 
 STEPS = 60
 SETTINGS = (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scantling import run as run_module
-from scantling.command_line import run_entry
+from scantling.config.command_line import run_entry
 from scantling.sweep.processes import Process
 
 

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from child import Child
 
 from scantling import run as run_module
-from scantling.composition import choices
-from scantling.run_directory import RunDirectory
-from scantling.training.hardware import cpu_name
+from scantling.config.composition import choices
+from scantling.model.hardware import cpu_name
+from scantling.runs.directory import RunDirectory
 
 STEPS = 100
 JOBS = 4

@@ -16,7 +16,7 @@ import pytest
 from shop import TRAIN, assert_same_training
 from warm import Command
 
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
 
 ROOT = TRAIN.parents[1]
 SWEEP = (

@@ -13,7 +13,7 @@ import pytest
 from shop import TRAIN, assert_same_training
 from warm import Command
 
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.multiprocess
 

@@ -28,7 +28,7 @@ NOT_HERE = {
     r"^sbatch": "needs SLURM; tests/cluster/test_slurm.py starts one, with the file of the page",
     r"launcher=ray": "needs ray",
     r"data=wikitext103": "needs Hugging Face's server",
-    r"ENTITY/PROJECT": "needs W&B's server; tests/study/test_wandb_import.py is one",
+    r"ENTITY/PROJECT": "needs W&B's server; tests/runs/test_wandb_import.py is one",
     r"publish=wandb": "needs W&B's server; tests/report/test_wandb_report.py is one",
 }
 """What commands say -> why they cannot run."""

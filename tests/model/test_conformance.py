@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from warm import CONTEXT, warm_up
 
-from scantling.accounting import forward_flops_per_token
-from scantling.composition import PARTS
+from scantling.config.composition import PARTS
+from scantling.model.accounting import forward_flops_per_token
 from scantling.model.cross_entropy import IGNORED, negative_log_likelihood
 from scantling.model.head import Full
 

@@ -64,7 +64,7 @@ def test_flex_attention_hides_the_same(monkeypatch):
 
 def test_a_run_with_document_masks(command, tmp_path, entry):
     """It trains, and is evaluated afterwards as it was validated; what forms no scores is refused."""
-    from scantling.run_directory import RunDirectory
+    from scantling.runs.directory import RunDirectory
 
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from scantling.accounting import forward_flops_per_token
+from scantling.model.accounting import forward_flops_per_token
 from scantling.model.cache import Step
 from scantling.model.performer import Performer, causal_sums, orthogonal_features
 from scantling.model.pos import unrotated

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scantling.analysis.law_report import optimum_as_read
+from scantling.analysis.scaling import fit_hoffmann
 from scantling.report.spec import figures_of
-from scantling.study.law_report import optimum_as_read
-from scantling.study.scaling import fit_hoffmann
 
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
 

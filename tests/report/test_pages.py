@@ -11,11 +11,11 @@ import pytest
 import yaml
 from planted import LAW, arms, loss_of, sizes
 
+from scantling.analysis.ablation import first
+from scantling.analysis.arms import MOST_ARMS
 from scantling.report.curve_charts import LINES, POINTS, curves_chart, thinned
 from scantling.report.records import differing_settings, train_command
-from scantling.study.ablation import first
-from scantling.study.arms import MOST_ARMS
-from scantling.study.store import load_curves, load_runs
+from scantling.runs.table import load_curves, load_runs
 
 
 def charts_of(page):

@@ -13,20 +13,20 @@ from planted import LAW, arms, loss_of, sizes
 from rich.console import Console
 from scipy.stats import t, ttest_rel
 
+from scantling.analysis.ablation import holm
+from scantling.analysis.ablation_report import arms_table, headline, report_arms, tables
+from scantling.analysis.allocation import frontier
+from scantling.analysis.arms import first_arm, pairable_runs, recorded_runs, rows, study_runs
+from scantling.analysis.forms import saturating
+from scantling.analysis.law_report import report_law
+from scantling.analysis.observations import doubts
+from scantling.analysis.scaling import fit
+from scantling.cli.report_study import WIDE, law_of, of_study, show
 from scantling.report.arm_charts import compared as compared_rows
 from scantling.report.arm_charts import gain_chart
 from scantling.report.curve_charts import curves_chart
 from scantling.report.published import grouping
-from scantling.reported_study import WIDE, law_of, of_study, show
-from scantling.study.ablation import holm
-from scantling.study.ablation_report import arms_table, headline, report_arms, tables
-from scantling.study.allocation import frontier
-from scantling.study.arms import first_arm, pairable_runs, recorded_runs, rows, study_runs
-from scantling.study.forms import saturating
-from scantling.study.law_report import report_law
-from scantling.study.observations import doubts
-from scantling.study.scaling import fit
-from scantling.study.store import load_curves
+from scantling.runs.table import load_curves
 
 
 def test_arms_are_compared_over_seeds(record, report, tmp_path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from scantling.data.tokenizers import BPE
+from scantling.inference.views import views_of
 from scantling.report.html import UNITS
 from scantling.report.view_charts import Attention, attention_table
-from scantling.views import views_of
 
 PROMPT = 'def f(self, "x"):'
 

@@ -15,10 +15,10 @@ import pytest
 import wandb_workspaces.reports.v2 as wandb_reports
 from planted import arms
 
+from scantling.analysis.arms import study_runs
 from scantling.report.published import as_wandb, grouping, own_entity, publish, sync
 from scantling.report.spec import Axis, Chart, Code, Link, Maps, Report, Samples, Section, Table, Text
-from scantling.run_directory import RunDirectory
-from scantling.study.arms import study_runs
+from scantling.runs.directory import RunDirectory
 
 SCHEMA = """
 scalar JSONString

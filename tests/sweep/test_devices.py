@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
 from scantling.sweep.devices import Devices, visible_gpus
 from scantling.sweep.jobs import Job, labels
 

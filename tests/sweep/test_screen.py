@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
 from scantling.sweep.jobs import Job
 from scantling.sweep.screen import Screen, clock_of
 

@@ -15,8 +15,8 @@ import yaml
 from omegaconf import OmegaConf
 from warm import Command
 
-from scantling.command_line import ROOT
-from scantling.run_directory import RunDirectory
+from scantling.config.command_line import ROOT
+from scantling.runs.directory import RunDirectory
 
 FILES = sorted((ROOT / "sweeps" / "wandb").glob("*.yaml"))
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hydra.core.plugins import Plugins
 
-from scantling import run
-from scantling.command_line import ROOT, run_entry
+from scantling.config.command_line import ROOT, run_entry
 from scantling.sweep.jobs import labels
 from scantling.sweep.outlook import look_ahead
+from scantling.training import run
 
 LAUNCHER = "hydra_plugins.scantling_launcher.processes.ProcessLauncher"
 STUDIES = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from scantling import run
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
+from scantling.training import run
 
 TIMES = ("seconds", "tokens_per_second", "mfu", "peak_flops")
 

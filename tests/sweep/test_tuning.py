@@ -5,12 +5,12 @@ import math
 import pytest
 from omegaconf import OmegaConf
 
-from scantling import run
-from scantling.command_line import Mistake
-from scantling.composition import choices
-from scantling.run_directory import RunDirectory
-from scantling.study.store import load_runs, load_tuning
+from scantling.config.command_line import Mistake
+from scantling.config.composition import choices
+from scantling.runs.directory import RunDirectory
+from scantling.runs.table import load_runs, load_tuning
 from scantling.sweep.tuning import Search, Settings
+from scantling.training import run
 
 SETTINGS = {"factors": [0.25, 0.5, 1, 2, 4], "extend": 2, "budget": 0.25, "seed": 7}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scantling.run_directory import RunDirectory
-from scantling.stored import stored_weights
-from scantling.trained import TrainedRun
+from scantling.inference.stored_run import TrainedRun
+from scantling.inference.weights import stored_weights
+from scantling.runs.directory import RunDirectory
 
 
 def only_run(path) -> RunDirectory:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from test_resume import LONG, assert_equal_runs, assert_equal_trees, in_child, kill_in_step, only_run, state
 
-from scantling.assembly import left_out
 from scantling.data.loading import BatchSizes, TrainBatches
-from scantling.rollback import samples_of
+from scantling.runs.wandb_file import records as wandb_records
 from scantling.training import task
+from scantling.training.assembly import left_out
 from scantling.training.guard import GuardSettings, robust_z
-from scantling.wandb_file import records as wandb_records
+from scantling.training.rollback import samples_of
 
 BAD = 25
 """The place in the order of data of the batch that is planted; step 26 meets it first."""

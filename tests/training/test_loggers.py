@@ -14,10 +14,10 @@ import wandb
 from shop import TRAIN
 from warm import Command
 
-from scantling.run_directory import RunDirectory
-from scantling.run_record import tags_of_arm
+from scantling.runs.directory import RunDirectory
+from scantling.runs.wandb_file import records
 from scantling.training import loggers
-from scantling.wandb_file import records
+from scantling.training.record import tags_of_arm
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
 from scantling.training.profiling import PART, times, without_stderr
 
 

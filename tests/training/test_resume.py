@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
 from scantling.training import checkpoints, task
 
 LONG = (

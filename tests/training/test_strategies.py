@@ -1,4 +1,4 @@
-"""What an engine refuses; that it trains as one process does stands in tests/test_engines.py."""
+"""What an engine refuses; that it trains as one process does stands in tests/training/test_engines.py."""
 
 import pytest
 import torch

@@ -11,10 +11,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+from scantling.inference.text_loss import TextLoss
 from scantling.model.cross_entropy import IGNORED, negative_log_likelihood
 from scantling.model.scores import RECOMPILATIONS
 from scantling.training.optim import sgd
-from scantling.training.task import LanguageModelTask, TextLoss
+from scantling.training.task import LanguageModelTask
 
 B, T, V = 8, 16, 512
 LR = 0.5

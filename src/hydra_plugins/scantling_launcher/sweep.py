@@ -14,8 +14,8 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from scantling.command_line import Failed, Mistake
-from scantling.run_directory import RunDirectory, replace_text
+from scantling.config.command_line import Failed, Mistake
+from scantling.runs.directory import RunDirectory, replace_text
 from scantling.sweep.devices import Devices, visible_gpus
 from scantling.sweep.forecast import forecast
 from scantling.sweep.jobs import FAILED, Job, labels

@@ -20,17 +20,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from scantling import __version__
-from scantling.command_line import CONF, leaves, mistakes, nearest
-from scantling.composition import plain
+from scantling.config.command_line import CONF, leaves, nearest
+from scantling.config.composition import plain
 from scantling.data.tokenizers import Tokenizer
 from scantling.hub.family import Family, all_families
 from scantling.hub.fields import Config, filled
 from scantling.hub.files import Tensors, exported, imported, read_json, write_tensors
 from scantling.hub.weights import rules_of, shapes_of
+from scantling.inference.stored_run import TrainedRun
+from scantling.inference.weights import stored_weights
 from scantling.model.decoder import Decoder
-from scantling.run_directory import RunDirectory
-from scantling.stored import stored_weights
-from scantling.trained import TrainedRun
+from scantling.runs.directory import RunDirectory
 
 PADDING = 0.05
 """A model may have so many more rows, as a share, than its tokenizer has entries: tables are padded to round sizes."""
@@ -40,19 +40,6 @@ IN_TRAINING = ("dropout", "drop_path", "load_balance", "z", "speed")
 
 IN_SHAPES = ("d_ff", "d_ff_dense", "multiple_of")
 """Settings that show in the shapes of tensors and nowhere else: more than one may give the same."""
-
-
-def hub(config: DictConfig) -> None:
-    """The entry: `action=import`, `action=export` or `action=weights`."""
-    with mistakes():
-        actions = {"import": import_run, "export": export_run, "weights": write_weights}
-        if config.action not in actions:
-            raise ValueError(f"action={config.action} is unknown: use import, export or weights")
-        needed = {"import": ("source",), "export": ("run", "family", "to"), "weights": ("run", "to")}
-        for key in needed[config.action]:
-            if config[key] is None:
-                raise ValueError(f"action={config.action} needs {key}=…")
-        print(actions[config.action](config))
 
 
 def import_run(config: DictConfig) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scantling.analysis.ablation_report import AblationReport
+from scantling.analysis.arms import MOST_ARMS, rows
 from scantling.report.curve_charts import with_others
+from scantling.report.lengths import arm_of
 from scantling.report.spec import Axis, Chart, Series
-from scantling.study.ablation_report import AblationReport
-from scantling.study.arms import MOST_ARMS, rows
-from scantling.study.lengths import arm_of
-from scantling.study.store import UNITS
+from scantling.runs.table import UNITS
 
 NAMED = 10
 """Gains that a note names."""

@@ -9,8 +9,8 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
+from scantling.analysis.arms import MOST_ARMS, rows
 from scantling.report.spec import Axis, Chart, Series, Style
-from scantling.study.arms import MOST_ARMS, rows
 
 POINTS = 6000
 """Of all curves of a chart together, so that a page stays small whatever the number of runs."""

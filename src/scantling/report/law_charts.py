@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from scantling.report.curve_charts import thinned
-from scantling.report.spec import Axis, Chart, Series
-from scantling.study.allocation import (
+from scantling.analysis.allocation import (
     allocation_exponent,
     floor_is_near,
     optimal_parameters,
     optimum_table,
 )
-from scantling.study.budgets import drawn_budgets, repeated
-from scantling.study.huber import Array
-from scantling.study.isoflop import valleys
-from scantling.study.law_report import LawReport, counted
-from scantling.study.observations import some
-from scantling.study.scaling import estimate
+from scantling.analysis.budgets import drawn_budgets, repeated
+from scantling.analysis.huber import Array
+from scantling.analysis.isoflop import valleys
+from scantling.analysis.law_report import LawReport, counted
+from scantling.analysis.observations import some
+from scantling.analysis.scaling import estimate
+from scantling.report.curve_charts import thinned
+from scantling.report.spec import Axis, Chart, Series
 
 MOST_RUNS = 2000
 """Points of a chart; of more runs so many are drawn evenly."""

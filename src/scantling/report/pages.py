@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from scantling.analysis.arms import rows
+from scantling.analysis.observations import some
 from scantling.report.curve_charts import curves_chart, others_chart, with_others
 from scantling.report.records import (
     COMPARED,
@@ -26,9 +28,7 @@ from scantling.report.records import (
 )
 from scantling.report.spec import Axis, Chart, Code, Report, Section, Series, Table
 from scantling.report.view_charts import Views, view_section
-from scantling.study.arms import rows
-from scantling.study.observations import some
-from scantling.study.store import rates_tried
+from scantling.runs.table import rates_tried
 
 FOLDED = 20
 """Rows above which a table of runs is shown when asked for."""

@@ -12,10 +12,10 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
+from scantling.analysis.arms import StudyRuns
 from scantling.report.spec import Block, Chart, Code, Report, Samples, Table, Text, in_markdown
-from scantling.run_directory import RunDirectory
-from scantling.study.arms import StudyRuns
-from scantling.study.overrides import arms_changes, settings_of, varied_keys
+from scantling.runs.directory import RunDirectory
+from scantling.runs.overrides import arms_changes, settings_of, varied_keys
 
 PATIENCE = 20
 """Seconds for one answer of the server."""

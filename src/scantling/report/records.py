@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from scantling.analysis.arms import rows
+from scantling.analysis.observations import some
+from scantling.config.settings import NOT_TRAINED
 from scantling.report.spec import Link, Samples
-from scantling.run_directory import NOT_TRAINED, RunDirectory, read_rows
-from scantling.study.arms import rows
-from scantling.study.observations import some
-from scantling.study.overrides import NOTES, arms_changes, settings_of
-from scantling.study.store import Loader, differing, leaves
+from scantling.runs.directory import RunDirectory, read_rows
+from scantling.runs.overrides import NOTES, arms_changes, settings_of
+from scantling.runs.table import Loader, differing, leaves
 
 SHOWN = ("trainer", "guard")
 """Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should see it."""

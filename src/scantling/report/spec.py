@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from scantling.run_directory import replace_text
-from scantling.study.observations import digits
+from scantling.analysis.observations import digits
+from scantling.runs.directory import replace_text
 
 MARKDOWN_ROWS = 60
 """Longer tables stand in the page and in CSV alone."""

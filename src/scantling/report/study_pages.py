@@ -10,18 +10,18 @@ from functools import partial
 
 import numpy as np
 
+from scantling.analysis import ablation_report, law_report
+from scantling.analysis.ablation_report import AblationReport
+from scantling.analysis.arms import StudyRuns, mean_of, rows
+from scantling.analysis.law_report import LawReport
 from scantling.report.arm_charts import forest_chart, gain_chart, lengths_chart, scale_chart
 from scantling.report.curve_charts import with_others
+from scantling.report.figures import draw_arms, draw_gains, draw_grid, draw_law
 from scantling.report.law_charts import law_charts
+from scantling.report.lengths import FILES as LENGTHS
 from scantling.report.pages import Recorded, in_order, records, training, tuning
 from scantling.report.records import failures, mixed, of_each_arm
 from scantling.report.spec import PALETTE, Block, Figure, Report, Section, Table, Text
-from scantling.study import ablation_report, law_report
-from scantling.study.ablation_report import AblationReport
-from scantling.study.arms import StudyRuns, mean_of, rows
-from scantling.study.figures import draw_arms, draw_gains, draw_grid, draw_law
-from scantling.study.law_report import LawReport
-from scantling.study.lengths import FILES as LENGTHS
 
 
 def arms_page(found: AblationReport, study: StudyRuns, recorded: Recorded) -> Report:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from scantling.run_directory import RunDirectory, replace_text
+from scantling.runs.directory import RunDirectory, replace_text
 
 ENDED = ("done", "finished before", "done elsewhere", "failed", "failed elsewhere")
 FAILED = ("failed", "failed elsewhere")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig, open_dict
 
-from scantling.accounting import exact
-from scantling.composition import build_decoder
+from scantling.config.composition import build_decoder
+from scantling.model.accounting import exact
 from scantling.model.decoder import Decoder
 
 QUANTITIES: dict[str, Callable[[Decoder], float]] = {

@@ -17,12 +17,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from scantling import assembly, identity
-from scantling.command_line import Mistake, check_values, mistakes, one_line
-from scantling.run_directory import RunDirectory
+from scantling.config import identity
+from scantling.config.command_line import Mistake, check_values, mistakes, one_line
+from scantling.model import hardware
+from scantling.runs.directory import RunDirectory
 from scantling.sweep.devices import Devices
 from scantling.sweep.matching import Matching
-from scantling.training import hardware
+from scantling.training import assembly, resume
 from scantling.training.strategies import devices_per_node
 
 ASSUMED_MFU = 0.1
@@ -148,7 +149,7 @@ def looked_at(
         config.trainer.devices = 1  # a job of a sweep sees the GPUs that it is given
     plan = assembly.plan_of(config, decoder, device, precision)
     if config.dry_run:  # with the tokenizer's own vocabulary
-        config, directory = identity.located(config)
+        config, directory = resume.located(config)
         plan = assembly.assemble(config, directory).plan
     shared = Outlook(
         overrides=overrides,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scantling.command_line import ROOT, Failed, Mistake
+from scantling.config.command_line import ROOT, Failed, Mistake
 
 PR_SET_PDEATHSIG = 1
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scantling.command_line import ROOT, Mistake
-from scantling.run_directory import replace_text
+from scantling.config.command_line import ROOT, Mistake
+from scantling.runs.directory import replace_text
 from scantling.sweep.jobs import ENDED, Job
 from scantling.sweep.leases import Lease
 from scantling.sweep.processes import run_afresh, write_to

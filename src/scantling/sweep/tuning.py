@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scantling.command_line import Mistake
-from scantling.run_directory import RunDirectory
+from scantling.config.command_line import Mistake
+from scantling.runs.directory import RunDirectory
 
 FOLDER = "tuning"
 """Of the search's runs, inside the study's."""

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scantling.plan import short
-from scantling.run_directory import MetricsFile
+from scantling.report.numbers import short
+from scantling.runs.directory import MetricsFile
 from scantling.training.checkpoints import Checkpoints
 from scantling.training.guard import BadStep, Guard
 from scantling.training.loggers import Wandb

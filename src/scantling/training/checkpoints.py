@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from scantling.run_directory import RunDirectory
+from scantling.runs.directory import RunDirectory
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -11,8 +11,8 @@ from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
 
-from scantling.run_directory import Row
-from scantling.wandb_file import records
+from scantling.runs.directory import Row
+from scantling.runs.wandb_file import records
 
 
 class Wandb(WandbLogger):

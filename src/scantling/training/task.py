@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import lightning.pytorch as L
@@ -15,36 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
-from scantling.model.cross_entropy import IGNORED
+from scantling.inference.text_loss import TextLoss
 from scantling.model.decoder import Decoder
 from scantling.model.scores import RECOMPILATIONS
 from scantling.training.optim import follow_width
-
-
-class TextLoss:
-    """Loss in nats per token and bits per byte over any number of batches.
-
-    Bits per byte = nats / ln 2 / bytes of UTF-8 text the targets stand for; end-of-text stands for none, so that a
-    model pays for document boundaries too. It compares models whatever their tokenizers.
-    """
-
-    def __init__(self, token_bytes: np.ndarray):
-        self.token_bytes = torch.as_tensor(token_bytes, dtype=torch.float64)
-        self.nats = self.n_tokens = self.n_bytes = 0.0
-
-    def add(self, nats: Tensor, targets_BT: Tensor) -> None:
-        valid = targets_BT[targets_BT != IGNORED].cpu()
-        self.nats += nats.item()
-        self.n_tokens += valid.numel()
-        self.n_bytes += self.token_bytes[valid].sum().item()
-
-    def results(self) -> dict[str, float]:
-        loss = self.nats / self.n_tokens
-        return {
-            "loss": loss,
-            "bpb": self.nats / math.log(2) / self.n_bytes,
-            "perplexity": math.exp(min(loss, 700.0)),
-        }
 
 
 class LanguageModelTask(L.LightningModule):

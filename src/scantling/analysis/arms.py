@@ -1,0 +1,207 @@
+"""The finished runs of a study, sorted: which arm, which scale, which seed; and whether they make a law or a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from scantling.runs.overrides import arms_changes, joined, settings_of, varied_keys, varied_within
+from scantling.runs.table import load_runs
+
+SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
+LAW_SPAN = 2.0
+"""Runs that differ in shape alone make a law when the compute of the largest is above so many times the smallest's."""
+
+FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
+"""Settings that a study of sizes changes with them."""
+
+TUNED = ("lr", "batch_size")
+"""Of these, what changes the loss: where a size has several, most of its runs are not the best that it can do."""
+
+MOST_ARMS = 40
+"""Of a figure or a chart: curves of more cannot be told apart, and those with the lowest losses are drawn."""
+
+LISTED = 10
+"""Names of runs that a line gives."""
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the settings of its size.
+
+    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size and length alone, by much, and in what
+    follows these. `cautions`: what was left out, or makes the study doubtful.
+    """
+
+    name: str
+    runs: pd.DataFrame
+    recorded: pd.DataFrame
+    is_law: bool
+    cautions: tuple[str, ...]
+
+    @property
+    def scales(self) -> list[str]:
+        """From little compute to much."""
+        flops = {
+            scale: mean_of(rows(self.runs, scale=scale), "flops")
+            for scale in dict.fromkeys(self.runs["scale"])
+        }
+        return sorted(flops, key=lambda scale: flops[scale])
+
+
+def rows(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
+    """Those whose columns hold these values."""
+    chosen = np.ones(len(frame), dtype=bool)
+    for column, value in equal.items():
+        chosen &= (frame[column] == value).to_numpy(dtype=bool)
+    return frame.iloc[np.flatnonzero(chosen)]
+
+
+def mean_of(frame: pd.DataFrame, column: str) -> float:
+    return float(frame[column].to_numpy(dtype=float).mean())
+
+
+def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")) -> StudyRuns:
+    """Raises ValueError where there is nothing finished, and for runs on different text, naming them."""
+    frame, cautions = recorded_runs(directory)
+    runs = rows(frame, status="finished")
+    if not len(runs):
+        raise ValueError(
+            f"{directory} holds no finished run: the same python src/train.py -m command goes on"
+        )
+    for name in same:
+        values = [str(value) for value in runs[name]]
+        most = max(set(values), key=values.count)
+        wrong = [str(run) for run, value in zip(runs["run"], values, strict=True) if value != most]
+        if wrong:
+            raise ValueError(
+                f"runs of {directory.name} differ in their {name}, and losses on different {name} are not comparable: "
+                f"{listed(wrong)} against the others"
+            )
+    if "constant" in set(runs["choice.schedule"]):
+        cautions.append(
+            "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to their length"
+        )
+    return StudyRuns(directory.name, runs.copy(), frame, differ_in_size_alone(runs), tuple(cautions))
+
+
+def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Every run, as `StudyRuns` has them, and what to say of those that are not finished. Raises ValueError where there
+    is none."""
+    frame = load_runs(directory)
+    cautions = [f"left out: {name}, {why}" for name, why in frame.attrs["left_out"].items()]
+    if not len(frame):
+        raise ValueError(f"{directory} holds no run")
+    frame = frame.set_index("run", drop=False)
+    for status, words in {"failed": "left out, failed", "unfinished": "left out, not finished"}.items():
+        names = rows(frame, status=status)["run"]
+        if len(names):
+            cautions.append(f"{words}: {listed(list(names))}")
+    return arms_and_scales(frame), cautions
+
+
+def listed(names: Sequence[str]) -> str:
+    """Of many the first."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{', '.join(names[:LISTED])}{more}"
+
+
+def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
+    """With `scale`, the settings of a run's size, and `arm`, where it has no name the other settings. Of all runs, finished
+    or not: one that goes on with a setting of its own is no run of a finished arm."""
+    settings = [settings_of(text) for text in frame["overrides"]]
+    varied = varied_keys(settings)
+    scale_keys = [key for key in varied if is_size(key)]
+    if differ_in_size_alone(rows(frame, status="finished")):
+        return frame.assign(scale=[joined(setting, scale_keys) for setting in settings])
+    changes = arms_changes(settings)
+    scale_keys = [key for key in scale_keys if key not in changes]
+    rest = [key for key in varied if key not in scale_keys]
+    arms = [
+        name if "arm" in setting else joined(setting, rest) or "default"
+        for name, setting in zip(frame["arm"], settings, strict=True)
+    ]
+    return frame.assign(scale=[joined(setting, scale_keys) for setting in settings], arm=arms)
+
+
+def differ_in_size_alone(runs: pd.DataFrame) -> bool:
+    """Whether runs make a law: settings of size, and what follows it, one of a size, are all that varies, and compute varies
+    by much."""
+    settings = [settings_of(text) for text in runs["overrides"]]
+    varied = varied_keys(settings)
+    size_keys = [key for key in varied if is_size(key)]
+    if not size_keys or not all(key in size_keys or key in FOLLOWS_SIZE for key in varied):
+        return False
+    if not varied_within([joined(setting, size_keys) for setting in settings], settings).isdisjoint(TUNED):
+        return False
+    size = runs["params"].to_numpy(dtype=float) * runs["tokens"].to_numpy(dtype=float)
+    return bool(size.max() > LAW_SPAN * size.min())
+
+
+def pairable_runs(study: StudyRuns, baseline: str) -> tuple[pd.DataFrame, list[str]]:
+    """The finished runs without what lost its partner because a run failed or goes on, and what to say of it.
+
+    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm lacks its arm:
+    the baseline's first, as an arm has lost nothing by a seed that is out already.
+    """
+    runs, cautions = study.runs, []
+    lost = study.recorded.iloc[np.flatnonzero(study.recorded["status"] != "finished")]
+    lost = lost.iloc[np.argsort(lost["arm"] != baseline, kind="stable")]
+    for _, run in lost.iterrows():
+        scale, arm, seed = run["scale"], run["arm"], run["seed"]
+        partners = rows(runs, scale=scale, seed=seed)
+        partners = partners.iloc[np.flatnonzero(partners["arm"] != arm)]
+        leaves = partners if arm == baseline else rows(runs, scale=scale, arm=arm)
+        if not len(leaves) or not len(partners) or len(rows(runs, scale=scale, arm=arm, seed=seed)):
+            continue
+        what = f"seed {seed}" if arm == baseline else f"arm {arm}"
+        why = f"the run of {baseline}" if arm == baseline else f"its seed {seed}"
+        where = f" at {scale}" if scale else ""
+        state = "failed" if run["status"] == "failed" else "is not finished"
+        cautions.append(f"{what} is not compared{where}: {why} {state}")
+        runs = runs.drop(leaves.index)
+    return runs, cautions
+
+
+def is_size(key: str) -> bool:
+    """Whether a setting makes a run larger or longer."""
+    group, _, name = key.partition(".")
+    return group == "budget" or key == "model" or (group == "model" and name in SHAPE)
+
+
+def told_apart(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of runs that are not compared: with what those of an arm and scale differ in, beside their seeds, as part of the scale,
+    so that no curve is the mean of different models."""
+    settings = [settings_of(text) for text in frame["overrides"]]
+    groups = list(zip(frame["arm"], frame["scale"], strict=True))
+    within = varied_within(groups, settings)
+    keys = [key for key in varied_keys(settings) if key in within]
+    return frame.assign(
+        scale=[f"{scale} {joined(s, keys)}".strip() for (_, scale), s in zip(groups, settings, strict=True)]
+    )
+
+
+def first_arm(sweep: dict | None, arms: Sequence[str]) -> str:
+    """The baseline where none is named: of a yaml of `sweeps/` its first arm, else the one whose values stand first.
+
+    Raises ValueError where that cannot be told.
+    """
+    sweeper = ((sweep or {}).get("hydra") or {}).get("sweeper") or {}
+    named = list(sweeper.get("arms") or {})
+    if named and named[0] in arms:
+        return named[0]
+    values = {key: str(value).split(",")[0].strip() for key, value in (sweeper.get("params") or {}).items()}
+    first = [
+        arm
+        for arm in arms
+        if arm.split() and all(values.get(s.partition("=")[0]) == s.partition("=")[2] for s in arm.split())
+    ]
+    if len(first) == 1:
+        return first[0]
+    raise ValueError(
+        f"name the arm that others are compared with: baseline= one of {', '.join(sorted(arms))}"
+    )

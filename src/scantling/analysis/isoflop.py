@@ -1,0 +1,256 @@
+"""Compute-optimal sizes without a form for the loss: approach 2, the best size of each budget, and approach 1, the
+envelope of training curves (Hoffmann et al. 2022, sections 3.1 and 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.interpolate import Akima1DInterpolator
+
+from scantling.analysis.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, SAME_BUDGET, grouped
+from scantling.analysis.huber import Array
+from scantling.analysis.observations import some
+from scantling.analysis.resampling import expanded_percentiles
+from scantling.analysis.scaling import Interval, refit_hoffmann
+
+KNOWN = 10**6
+"""Degrees of freedom of a noise that was not estimated from these runs."""
+
+Minimum = Literal["parabola", "akima"]
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """N_opt = coefficient·C^exponent, through the best size of each budget; intervals by resampling runs or noise."""
+
+    exponent: float
+    coefficient: float
+    exponent_interval: Interval
+    budgets: Array
+    optima: Array
+    exponents_S: Array
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Valley:
+    """Runs of one budget, and the parabola through them, log of loss against log N."""
+
+    compute: float
+    rows: Array
+    """Which runs."""
+    sizes: Array
+    """N along the parabola, and `losses` its loss."""
+    losses: Array
+    lowest: tuple[float, float]
+    """N and loss where it is lowest."""
+
+
+def valleys(N: Array, compute: Array, loss: Array) -> list[Valley]:
+    found = []
+    for rows in grouped(np.log(compute)):
+        log_n, log_loss = np.log(N[rows]), np.log(loss[rows])
+        fine = np.linspace(log_n.min(), log_n.max(), 40)
+        low = parabola_minimum(log_n, log_loss[None])
+        losses, (least,) = (np.exp(parabola(log_n, log_loss, at)) for at in (fine, low))
+        lowest = (float(np.exp(low[0])), float(least))
+        found.append(Valley(compute[rows].mean(), rows, np.exp(fine), losses, lowest))
+    return found
+
+
+def parabola(log_n: Array, log_loss: Array, at: Array) -> Array:
+    """The one through the points, by least squares, at other sizes."""
+    centre = log_n.mean()
+    return np.polyval(np.polyfit(log_n - centre, log_loss, 2), at - centre)
+
+
+def fit_isoflop(
+    N: ArrayLike,
+    compute: ArrayLike,
+    loss: ArrayLike,
+    *,
+    minimum: Minimum = "parabola",
+    resamples: int = 1000,
+    noise: float | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    tolerance: float = SAME_BUDGET,
+) -> PowerLaw:
+    """Approach 2: the size with the lowest loss in each budget, and a line through them in logarithms.
+
+    `minimum`: of a parabola in log N (Hoffmann et al. 2022), or of Akima's spline (Porian et al. 2024, section 3.1), which
+    forces no shape. Runs belong to one budget when their FLOPs differ by at most `tolerance`. The bootstrap keeps the
+    grid and draws noise of log loss around each budget's parabola: of standard deviation `noise` if that is known (from
+    seeds), else that of what the parabolas leave in all budgets.
+
+    Raises ValueError for fewer than two budgets, and for a budget of fewer than four sizes.
+    """
+    n, c, y = (np.log(np.asarray(x, dtype=float)) for x in (N, compute, loss))
+    groups = grouped(c, tolerance)
+    if len(groups) < 2:
+        raise ValueError(
+            "one budget only: no exponent of compute can be seen; two are the least, five are usual"
+        )
+    for group in groups:
+        if len(np.unique(n[group])) < 4:
+            raise ValueError(
+                f"the budget of {np.exp(c[group[0]]):.3g} FLOPs has {len(np.unique(n[group]))} sizes: four are the least"
+            )
+    budgets = np.array([c[group].mean() for group in groups])
+    smooth = np.empty_like(y)
+    for g in groups:
+        smooth[g] = parabola(n[g], y[g], n[g])
+    degrees_of_freedom = max(len(y) - 3 * len(groups), 1)
+    if noise is None:
+        noise = float(np.sqrt(((y - smooth) ** 2).sum() / degrees_of_freedom))
+    else:
+        degrees_of_freedom = KNOWN
+    optimum = parabola_minimum if minimum == "parabola" else akima_minimum
+    warnings = []
+    if len(groups) < 4:
+        warnings.append(
+            f"only {some(len(groups), 'budget')}: the exponent rests on {some(len(groups), 'point')}"
+        )
+    optima = best_sizes(n, y[None], groups, optimum)[0]
+    at_edge = [
+        float(np.exp(c[g[0]]))
+        for g, best in zip(groups, optima, strict=True)
+        if not n[g].min() < best < n[g].max()
+    ]
+    if at_edge:
+        named = ", ".join(f"{x:.3g}" for x in at_edge)
+        warnings.append(f"the minimum lies at the edge of the grid of sizes at {named} FLOPs")
+    exponent, intercept = np.polyfit(budgets, optima, 1)
+    draws = smooth + np.random.default_rng(seed).normal(0, noise, (resamples, len(y)))
+    drawn_optima, clean_optima = (best_sizes(n, losses, groups, optimum) for losses in (draws, smooth[None]))
+    # What noise adds to the estimator on smooth losses: on these losses, noisy already, it would count twice.
+    exponents_S = exponent + slopes(budgets, drawn_optima) - slopes(budgets, clean_optima)
+    low, high = expanded_percentiles(exponents_S, level=level, degrees_of_freedom=degrees_of_freedom)
+    if minimum == "parabola" and len(y) > 6:
+        bias, spread = parabola_bias(n, c, y, groups), float(exponents_S.std())
+        if abs(bias) > 0.25 * spread:
+            warnings.append(
+                f"parabola bias: on this grid parabolas through a noiseless law of alpha + beta terms miss its exponent "
+                f"by {bias:+z.3f}, and noise adds ±{spread:.3f}"
+            )
+    return PowerLaw(
+        exponent=float(exponent),
+        coefficient=float(np.exp(intercept)),
+        exponent_interval=(float(low), float(high)),
+        budgets=np.exp(budgets),
+        optima=np.exp(optima),
+        exponents_S=exponents_S,
+        warnings=tuple(warnings),
+    )
+
+
+def parabola_minimum(log_n: Array, log_loss_SN: Array) -> Array:
+    """(S,): where a parabola through the points is lowest; the lowest point where it opens downwards."""
+    centre = log_n.mean()
+    square, slope, _ = np.polyfit(log_n - centre, log_loss_SN.T, 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lowest = np.clip(centre - slope / (2 * square), log_n.min(), log_n.max())
+    return np.where(square > 0, lowest, log_n[log_loss_SN.argmin(axis=1)])
+
+
+def akima_minimum(log_n: Array, log_loss_SN: Array, points: int = 512) -> Array:
+    """(S,): where Akima's spline (1970, doi:10.1145/321607.321609) through the mean loss of each size is lowest."""
+    sizes, which = np.unique(log_n, return_inverse=True)
+    means = np.stack([log_loss_SN[:, which == i].mean(axis=1) for i in range(len(sizes))])
+    fine = np.linspace(sizes[0], sizes[-1], points)
+    return fine[Akima1DInterpolator(sizes, means)(fine).argmin(axis=0)]
+
+
+def best_sizes(
+    log_n: Array,
+    log_loss_SN: Array,
+    groups: Sequence[np.ndarray],
+    minimum: Callable[[Array, Array], Array] = parabola_minimum,
+) -> Array:
+    """(S, G): log of the size with the lowest loss in each budget."""
+    return np.stack([minimum(log_n[g], log_loss_SN[:, g]) for g in groups], axis=1)
+
+
+def slopes(x: Array, y_SN: Array) -> Array:
+    """(S,): of least-squares lines."""
+    centred = x - x.mean()
+    return y_SN @ centred / (centred @ centred)
+
+
+def parabola_bias(log_n: Array, log_c: Array, log_loss: Array, groups: Sequence[np.ndarray]) -> float:
+    """What the parabolas' exponent would be off by on this grid without noise, were Hoffmann's form fitted here the truth."""
+    n, d = np.exp(log_n), np.exp(log_c - log_n) / FLOPS_PER_PARAMETER_AND_TOKEN
+    law = refit_hoffmann(n, d, np.exp(log_loss))
+    clean = np.log(law.predict(N=n, D=d))
+    budgets = np.array([log_c[g].mean() for g in groups])
+    exponent = slopes(budgets, best_sizes(log_n, clean[None], groups))[0]
+    return float(exponent - law.beta / (law.alpha + law.beta))
+
+
+def fit_envelope(
+    run: ArrayLike,
+    N: ArrayLike,
+    D: ArrayLike,
+    loss: ArrayLike,
+    *,
+    k: float = FLOPS_PER_PARAMETER_AND_TOKEN,
+    points: int = 200,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> PowerLaw:
+    """Approach 1: which run of all has the lowest loss at each of many budgets, and a line through their sizes.
+
+    A row is one point of a training curve: `run` names the curve. Losses between logged points are interpolated in
+    logarithms; a budget counts while at least two curves cross it and the best size is neither the smallest nor the
+    largest of them. The bootstrap draws runs. Always warns: points before a run's end are taken at a learning rate that
+    has not decayed, which flatters long runs, and the minimum of noisy curves is biased.
+
+    Raises ValueError where no budget is crossed by runs of three sizes.
+    """
+    names, which = np.unique(np.asarray(run), return_inverse=True)
+    n, d, y = (np.log(np.asarray(x, dtype=float)) for x in (N, D, loss))
+    c = np.log(k) + n + d
+    grid = np.linspace(c.min(), c.max(), points)
+    curves, sizes = np.full((len(names), points), np.inf), np.empty(len(names))
+    for i in range(len(names)):
+        rows = np.flatnonzero(which == i)
+        rows = rows[np.argsort(c[rows])]
+        inside = (grid >= c[rows[0]]) & (grid <= c[rows[-1]])
+        curves[i, inside] = np.interp(grid[inside], c[rows], y[rows])
+        sizes[i] = n[rows[0]]
+
+    def exponent(chosen: Array) -> tuple[float, float, Array, Array]:
+        part, n_part = curves[chosen], sizes[chosen]
+        crossed = np.isfinite(part)
+        best = n_part[part.argmin(axis=0)]
+        smallest = np.where(crossed, n_part[:, None], np.inf).min(axis=0)
+        largest = np.where(crossed, n_part[:, None], -np.inf).max(axis=0)
+        kept = (smallest < best) & (best < largest)
+        if len(np.unique(best[kept])) < 2:
+            return np.nan, np.nan, grid[kept], best[kept]
+        slope, intercept = np.polyfit(grid[kept], best[kept], 1)
+        return slope, intercept, grid[kept], best[kept]
+
+    slope, intercept, budgets, optima = exponent(np.arange(len(names)))
+    if not np.isfinite(slope):
+        raise ValueError("no budget is crossed by training curves of at least three sizes")
+    rng = np.random.default_rng(seed)
+    exponents_S = np.array([exponent(rng.integers(len(names), size=len(names)))[0] for _ in range(resamples)])
+    low, high = expanded_percentiles(exponents_S, level=level, degrees_of_freedom=len(np.unique(sizes)) - 2)
+    return PowerLaw(
+        exponent=float(slope),
+        coefficient=float(np.exp(intercept)),
+        exponent_interval=(float(low), float(high)),
+        budgets=np.exp(budgets),
+        optima=np.exp(optima),
+        exponents_S=exponents_S,
+        warnings=(
+            "envelope: losses before the end of a schedule are higher than those of runs planned for that length, and the "
+            "lowest of noisy curves is biased",
+        ),
+    )

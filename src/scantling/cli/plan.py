@@ -1,0 +1,153 @@
+"""A run looked at before it exists: sizes, FLOPs, memory and time of any model, on any machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+from scantling.cli.plan_study import plan_study
+from scantling.cli.plan_tables import (
+    Training,
+    cache_table,
+    conventions_table,
+    memory_table,
+    parts_table,
+    training_table,
+)
+from scantling.config.command_line import mistakes
+from scantling.config.composition import PARTS, build_decoder, choices, tokenizer_entries, unknown_entries
+from scantling.data.loading import BatchSizes
+from scantling.model.accounting import active_parameters, convention
+from scantling.model.checks import check_positive, check_share, check_whole
+from scantling.model.decoder import Decoder
+from scantling.report.numbers import short
+from scantling.training.budget import steps_for
+from scantling.training.memory import (
+    ENGINES,
+    Choice,
+    Memory,
+    Sizes,
+    choices_of_memory,
+    number_of_bytes,
+    training_memory,
+)
+
+PRINTED_WIDTH = 120
+"""Of lines that go to a file or a pipe."""
+
+
+def plan(config: DictConfig) -> None:
+    """Print what the model is and takes, or plan a study of many. Reads no data and allocates no weights.
+
+    Raises Mistake for what the user can put right.
+    """
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
+    with mistakes():
+        check(config)
+        entries = tokenizer_entries(config)
+        if entries is not None:
+            config.model.vocab_size = entries
+        if config.isoflop.flops is not None or config.isoflop.device_hours is not None:
+            return plan_study(config, console, entries)
+        decoder = build_decoder(config, config.model.vocab_size, "meta")
+        context = config.context or decoder.seq_len
+        limit = None if config.memory is None else number_of_bytes(str(config.memory))
+        forecast = forecaster(config, decoder)
+        sequences = config.micro_batch_size or max(1, config.batch_size // config.devices)
+        chosen = None
+        if limit is not None:
+            fitting = (choice for choice in choices_of_memory(sequences) if forecast(choice).total <= limit)
+            chosen = next(fitting, None)
+            sequences = 1 if chosen is None else chosen.micro_batch_size
+        products = {"auto": "bf16"}.get(config.trainer.precision, config.trainer.precision)
+        about = (
+            f"of one of {config.devices} devices, {sequences} × {decoder.seq_len:,} tokens at once; "
+            f"{choices()['optim']}, products in {products}"
+        )
+        tables = [
+            parts_table(decoder, context),
+            conventions_table(decoder, context),
+            training_table(decoder, trainings(config, decoder), config.devices, config.peak, config.mfu),
+            memory_table(forecast, sequences, about, limit),
+            cache_table(decoder, sorted({context, *config.cache.contexts}), config.cache.precisions),
+        ]
+    options = choices()
+    parts = " ".join(f"{group}={options[group]}" for group in PARTS)
+    shape = config.model
+    console.print(f"[bold]{options['model']}[/bold]  {parts}")
+    console.print(
+        f"[dim]{shape.n_layers} layers of width {shape.d_model:,}, {shape.n_heads} heads, "
+        f"{shape.seq_len:,} tokens, {shape.vocab_size:,} entries[/dim]"
+    )
+    if entries is None:
+        console.print(f"[dim]{unknown_entries(config)}[/dim]", soft_wrap=True)
+    for table in tables:
+        console.print()
+        console.print(table)
+    if limit is not None:
+        console.print()
+        console.print(advice(chosen, forecast, limit, config.devices), soft_wrap=True)
+
+
+def forecaster(config: DictConfig, decoder: Decoder) -> Callable[[Choice], Memory]:
+    """The peak of one of `devices` devices."""
+    sizes = Sizes.of(decoder, instantiate(config.optim, _convert_="all"))
+    return lambda choice: training_memory(
+        sizes,
+        sequences=choice.micro_batch_size,
+        seq_len=decoder.seq_len,
+        half_precision=config.trainer.precision != "fp32",
+        checkpoint_activations=choice.checkpoint_activations,
+        engine=ENGINES[choice.engine],
+        devices=config.devices,
+        accumulates=choice.micro_batch_size * config.devices < config.batch_size,
+        averages=config.ema.decay is not None,
+        on_gpu=config.trainer.accelerator != "cpu",  # that of the machine that is planned for
+    )
+
+
+def advice(chosen: Choice | None, forecast: Callable[[Choice], Memory], limit: int, devices: int) -> str:
+    """The cheapest choice that fits into `limit`, as it is typed."""
+    if chosen is None:
+        return f"Nothing fits into {short(limit, 'B')}, with one sequence at once: more devices, or a shorter context"
+    return (
+        f"The cheapest that fits into {short(limit, 'B')}: trainer={chosen.engine} trainer.devices={devices} "
+        f"micro_batch_size={chosen.micro_batch_size}"
+        f"{' trainer.checkpoint_activations=true' if chosen.checkpoint_activations else ''}, "
+        f"at {short(forecast(chosen).total, 'B')}"
+    )
+
+
+def check(config: DictConfig) -> None:
+    for key in ("peak", "mfu"):
+        check_positive(key, config[key])
+    check_share("mfu", config.mfu)
+    contexts = {f"cache.contexts[{i}]": n for i, n in enumerate(config.cache.contexts)}
+    counts = {key: config[key] for key in ("devices", "batch_size", "micro_batch_size", "context")}
+    for key, value in (counts | contexts).items():
+        if value is not None:
+            check_whole(key, value)
+
+
+def trainings(config: DictConfig, decoder: Decoder) -> list[Training]:
+    """The budget, and twenty tokens for each active parameter."""
+    budget: dict[str, Any] = dict(config.budget)
+    name = "budget=" + choices()["budget"]
+    flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
+    n, active = sum(p.numel() for p in decoder.parameters()), active_parameters(decoder)
+    # In steps of one token, for a budget below one step of this batch is worth seeing too.
+    tokens = steps_for(
+        tokens_per_step=1,
+        n_params=n,
+        flops_per_token=flops_per_token,
+        **budget,
+    )
+    if "steps" in budget:
+        tokens = BatchSizes(config.batch_size, **config.batch_warmup).before(tokens) * decoder.seq_len
+    optimal = "20 tokens a parameter" if n == active else "20 an active parameter"
+    return [Training(name, tokens), Training(optimal, 20 * active)]

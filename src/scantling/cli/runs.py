@@ -1,0 +1,201 @@
+"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, brought from W&B, removed."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig, ListConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from scantling.config.command_line import mistakes, nearest
+from scantling.runs.directory import RunDirectory
+from scantling.runs.table import differences, find, load_curves, load_runs
+from scantling.runs.wandb_import import import_run, mirrored_runs
+
+PRINTED_WIDTH = 140
+"""Of lines that go to a file or a pipe."""
+
+OF_RUNS = ("show", "diff", "rm")
+"""Actions on runs that are named."""
+
+LISTED = ("run", "status", "arm", "seed", "params", "tokens", "flops", "loss", "bpb", "seconds")
+
+WORDS = ("run", "status", "arm")
+
+FIRST_TO_GO = ("seconds", "flops", "tokens", "params", "loss", "seed")
+"""Columns that a narrow terminal has no room for."""
+
+ARM_WIDTH = 24
+"""To which an arm is folded before another column goes."""
+
+
+def recorded(config: DictConfig) -> None:
+    """Raises Mistake for what the user can put right."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
+    actions: dict[str, Callable[[DictConfig, Console], None]] = {
+        "ls": ls,
+        "show": show,
+        "diff": diff,
+        "export": export,
+        "import": import_from_wandb,
+        "rm": rm,
+    }
+    with mistakes():
+        if config.action not in actions:
+            raise ValueError(f"action={config.action} is unknown: use {', '.join(actions)}")
+        if config.run and config.action not in OF_RUNS:
+            raise ValueError(f"run= is of action={', '.join(OF_RUNS)}: action={config.action} takes none")
+        actions[config.action](config, console)
+
+
+def ls(config: DictConfig, console: Console) -> None:
+    study = study_of(config)
+    frame = load_runs(study)
+    if not len(frame):
+        console.print(f"no runs in {study}")
+    else:
+        if config.sort not in frame:
+            raise ValueError(f"sort={config.sort} is no column: use one of {', '.join(frame.columns)}")
+        frame = frame.sort_values(config.sort)
+        cells = {name: [printed(name, value) for value in frame[name]] for name in LISTED}
+        shown, console.width = fitting(cells, console.width)
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for name in shown:
+            folds = name == "arm"
+            table.add_column(
+                name, justify="left" if name in WORDS else "right", no_wrap=not folds, overflow="fold"
+            )
+        for row in zip(*(cells[name] for name in shown), strict=True):
+            table.add_row(*row)
+        console.print(table)
+        if hidden := [name for name in LISTED if name not in shown]:
+            console.print(f"[dim]no room for: {', '.join(hidden)}[/dim]")
+    for name, why in frame.attrs["left_out"].items():
+        console.print(f"[dim]left out: {escape(name)}, {escape(why)}[/dim]")
+
+
+def study_of(config: DictConfig) -> Path:
+    """Its directory. Raises ValueError, which names those there are, where there is none."""
+    runs = Path(config.paths.runs)
+    study = runs / config.study
+    if not study.is_dir():
+        studies = [path.parent.parent.name for path in runs.glob("*/*/config.yaml")]
+        raise ValueError(f"{study} is no directory of a study{nearest(config.study, sorted(set(studies)))}")
+    return study
+
+
+def fitting(cells: dict[str, list[str]], width: int) -> tuple[list[str], int]:
+    """The columns that there is room for, two spaces apart, and the width that they take: whatever there is, that of names
+    of runs and their status.
+    """
+    widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
+    widths["arm"] = min(widths["arm"], ARM_WIDTH)
+    shown, spare = list(cells), list(FIRST_TO_GO)
+    needed = lambda: sum(widths[name] + 2 for name in shown) - 2  # noqa: E731
+    while spare and needed() > width:
+        shown.remove(spare.pop(0))
+    return shown, max(width, needed())
+
+
+def printed(name: str, value: object) -> str:
+    if pd.isna(value):  # type: ignore[arg-type]
+        return ""
+    if name in ("params", "tokens"):
+        return f"{int(value):,}"  # type: ignore[call-overload]
+    if isinstance(value, float):
+        return (
+            f"{value:.3g}"
+            if name == "flops"
+            else f"{value:.4f}"
+            if name in ("loss", "bpb")
+            else f"{value:.0f}"
+        )
+    return escape(str(value))
+
+
+def runs_of(config: DictConfig, least: int, most: int | None) -> list[RunDirectory]:
+    names = list(config.run) if isinstance(config.run, ListConfig) else [config.run]
+    if len(names) < least or (most is not None and len(names) > most):
+        wanted = "run=[ONE,OTHER]" if least == 2 else "run=NAME"
+        raise ValueError(f"action={config.action} wants {wanted}; {len(names)} are given")
+    return find(Path(config.paths.runs), names)
+
+
+def show(config: DictConfig, console: Console) -> None:
+    for run in runs_of(config, 1, None):
+        frame = load_runs(run.path.parent)
+        left_out = frame.attrs["left_out"]
+        if run.name in left_out:
+            raise ValueError(f"{run.path} cannot be read: {left_out[run.name]}")
+        row = frame.iloc[list(frame["run"]).index(run.name)]
+        table = Table.grid(padding=(0, 2))
+        for key, value in row.items():
+            if not pd.isna(value):
+                table.add_row(f"[bold]{key}[/bold]", escape(" ".join(str(value).splitlines())))
+        console.print(table)
+
+
+def diff(config: DictConfig, console: Console) -> None:
+    one, other = runs_of(config, 2, 2)
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("setting", one.name, other.name):
+        table.add_column(column, overflow="fold")
+    for key, here, there in differences(one, other):
+        table.add_row(key, escape(str(here)), escape(str(there)))
+    console.print(table)
+
+
+def export(config: DictConfig, console: Console) -> None:
+    writers: dict[str, Callable[[pd.DataFrame, Path], object]] = {
+        ".csv": lambda frame, path: frame.to_csv(path, index=False),
+        ".jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+        ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
+    }
+    path = Path(config.to or "")
+    if path.suffix not in writers:
+        raise ValueError(f"to={config.to}: name a file that ends in {', '.join(writers)}")
+    frame = (load_curves if config.curves else load_runs)(study_of(config))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writers[path.suffix](frame, path)
+    console.print(f"{len(frame):,} rows of {len(frame.columns)} columns: {path}")
+
+
+def import_from_wandb(config: DictConfig, console: Console) -> None:
+    """Raises ValueError where nothing could be imported."""
+    if config.source is None:
+        raise ValueError(
+            "action=import wants source=FILE.wandb, a directory with such files, or ENTITY/PROJECT"
+        )
+    imported = 0
+    readers = mirrored_runs(config.source)
+    for read in track(readers, "importing", console=console, transient=True, disable=not console.is_terminal):
+        try:
+            console.print(escape(import_run(read(), Path(config.paths.runs))), soft_wrap=True)
+            imported += 1
+        except ValueError as error:
+            console.print(f"[dim]left out: {escape(str(error))}[/dim]", soft_wrap=True)
+    if not imported:
+        raise ValueError(f"source={config.source} holds no run of this project")
+
+
+def rm(config: DictConfig, console: Console) -> None:
+    """Only directories of runs below paths.runs, and only with yes=true."""
+    runs = runs_of(config, 1, None)
+    root = Path(config.paths.runs).resolve()
+    for run in runs:
+        if run.path.is_symlink() or run.path.resolve().parent.parent != root:
+            raise ValueError(f"{run.path} is no run in a study of {config.paths.runs}/, and stays")
+        if list(run.path.glob("lease-*.json")):
+            raise ValueError(f"{run.path} is held by a launcher (lease-*.json), and stays")
+    if not config.yes:
+        raise ValueError(f"yes=true removes {', '.join(str(run.path) for run in runs)} for good")
+    for run in runs:
+        shutil.rmtree(run.path)
+        console.print(f"removed {run.path}")

@@ -1,0 +1,91 @@
+"""What sample.py does: text that continues prompts, by a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+from scantling.config.command_line import mistakes
+from scantling.inference.continuation import continuations
+from scantling.inference.generation import laid_out_for_decoding
+from scantling.inference.sampling import Settings
+from scantling.inference.stored_run import TrainedRun, place_of
+
+
+def sample(config: DictConfig) -> None:
+    """Print each prompt and its continuation: of the first that is not done as it comes, of others when it is done."""
+    with mistakes():
+        settings = Settings(
+            **{name: config[name] for name in SAMPLING},
+            stop=tuple(unescaped(stop) for stop in one_or_more(config.stop, config.stops, "stop")),
+            precision=config.cache,
+        )
+        prompts = one_or_more(config.prompt, lines_or_list(config.prompts), "prompt") or [""]
+        run = TrainedRun.load(place_of(config.run, config), config.checkpoint)
+        draft = None
+        if config.draft is not None:
+            draft = TrainedRun.load(place_of(config.draft, config), config.draft_checkpoint)
+        if draft is not None and draft.tokenizer.fingerprint != run.tokenizer.fingerprint:
+            raise ValueError(
+                f"draft={config.draft} has another tokenizer than {config.run}: use a run that shares it"
+            )
+        for each in (run, draft):
+            if each is not None:
+                laid_out_for_decoding(each.decoder, rows=len(prompts) * settings.beams)
+        pieces = continuations(
+            run.decoder,
+            run.tokenizer,
+            prompts,
+            settings=settings,
+            seed=config.seed,
+            draft=None if draft is None else draft.decoder,
+        )
+    show(prompts, pieces)
+
+
+SAMPLING = (
+    *("n_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "context"),
+    *("beams", "length_penalty", "draft_tokens"),
+)
+"""Settings of conf/sample.yaml that go to generation as they are."""
+
+
+def one_or_more(one: str | None, several: list[str] | None, name: str) -> list[str]:
+    if one and several is not None:
+        raise ValueError(f"{name} and {name}s are both set: put all into {name}s")
+    return several if several is not None else [one] if one else []
+
+
+def lines_or_list(prompts: ListConfig | str | None) -> list[str] | None:
+    """A list as it is, of a file its lines."""
+    if prompts is None:
+        return None
+    found = list(prompts) if isinstance(prompts, ListConfig) else Path(prompts).read_text().splitlines()
+    if not found:
+        raise ValueError(f"prompts={prompts} holds none: give a list, or a file with a prompt on each line")
+    return [str(prompt) for prompt in found]
+
+
+def unescaped(text: str) -> str:
+    r"""Line breaks and tabs may be typed as \n and \t."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
+
+
+def show(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
+    """Texts one below the other: what comes of a later one waits until those before it are done."""
+    waiting, done, shown = list(prompts), set(), 0
+    print(waiting[0], end="", flush=True)
+    for row, piece in pieces:
+        if piece is None:
+            done.add(row)
+        elif row == shown:
+            print(piece, end="", flush=True)
+        else:
+            waiting[row] += piece
+        while shown in done and shown + 1 < len(prompts):
+            shown += 1
+            print(f"\n\n{waiting[shown]}", end="", flush=True)
+    print()

@@ -1,0 +1,72 @@
+"""What train.py does: one run, from its configuration to its directory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from rich.console import Console
+
+from scantling.config.command_line import mistakes
+from scantling.model import hardware
+from scantling.runs.directory import RunDirectory
+from scantling.training.assembly import assemble, description
+from scantling.training.ranks import die_with_the_first
+from scantling.training.record import begin, last_screen
+from scantling.training.resume import already_finished, located
+from scantling.training.run import fit, is_full_disk
+from scantling.training.strategies import (
+    check_launch,
+    devices_per_node,
+)
+
+
+def train(config: DictConfig) -> RunDirectory:
+    """One run, from its configuration to its directory.
+
+    Raises Mistake, before anything is computed, for what the user can put right.
+    """
+    console = Console(
+        quiet=rank_zero_only.rank != 0, highlight=False, width=None if sys.stdout.isatty() else 120
+    )
+    hardware.keep_freed_memory()
+    die_with_the_first()
+    with mistakes():
+        if config.tune is not None and config.tuned is None:
+            raise ValueError("tune=lr chooses the learning rate of a sweep's arms: add -m, or leave it out")
+        config, directory = located(config)
+        if directory.is_finished:
+            console.print(already_finished(directory))
+            return directory
+        if not config.dry_run:
+            device = hardware.device_of(config.trainer.accelerator)
+            check_launch(devices_per_node(config.trainer.devices, device), config.trainer.nodes)
+        run = assemble(config, directory)
+        console.print(run.plan.table(description(run), len(run.corpus.train.tokens)))
+        if config.dry_run:
+            return directory
+        begin(run)
+    with out_of_disk(directory):
+        fit(run, console)
+    if rank_zero_only.rank == 0:
+        console.print(last_screen(run))
+    return directory
+
+
+@contextlib.contextmanager
+def out_of_disk(directory: RunDirectory) -> Iterator[None]:
+    """A full disk or quota ends the run with one line and exit code 1."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        print(
+            f"error: {error.filename or directory.path} cannot be written ({error.strerror}); finished checkpoints stand: "
+            "free some space, and the same command goes on from the last",
+            file=sys.stderr,
+        )
+        sys.exit(1)

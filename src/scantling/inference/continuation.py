@@ -1,0 +1,172 @@
+"""The text that follows a text, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from scantling.inference.generation import (
+    beam_search,
+    check_draft,
+    check_room,
+    generate,
+    largest_context,
+    speculate,
+)
+from scantling.inference.sampling import Ids, Settings
+from scantling.model.decoder import Decoder
+
+
+class Codec(Protocol):
+    """What generation needs of a tokenizer."""
+
+    end_of_text: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class Text:
+    """A continuation as it grows: a piece is held back while it may be part of a character or of a stop string."""
+
+    def __init__(self, codec: Codec, stop: Sequence[str]):
+        self.codec, self.stop = codec, stop
+        self.ids: Ids = []
+        self.shown = 0
+        self.is_done = False
+
+    def add(self, token: int) -> str:
+        """The piece of text that the token makes certain."""
+        if token == self.codec.end_of_text:
+            return self.finish()
+        self.ids.append(token)
+        text = self.codec.decode(self.ids)
+        ends = [at for stop in self.stop if (at := text.find(stop, self.shown)) >= 0]
+        if ends:
+            self.is_done = True
+            return self.upto(text, min(ends))
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        held = max((overlap(text[self.shown :], stop) for stop in self.stop), default=0)
+        return self.upto(text, len(text) - held)
+
+    def finish(self) -> str:
+        """What was still held back."""
+        if self.is_done:
+            return ""
+        self.is_done = True
+        text = self.codec.decode(self.ids)
+        return self.upto(text, len(text))
+
+    def upto(self, text: str, end: int) -> str:
+        piece = text[self.shown : end]
+        self.shown = max(self.shown, end)
+        return piece
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that a stop string begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def continuations(
+    decoder: Decoder,
+    codec: Codec,
+    prompts: Sequence[str],
+    *,
+    settings: Settings,
+    seed: int,
+    draft: Decoder | None = None,
+) -> Iterator[tuple[int, str | None]]:
+    """(prompt, piece of the text that follows it), until end-of-text, a stop string or `n_tokens`; None when done.
+
+    An empty prompt starts a new document. Raises ValueError, at once, for prompts that the model cannot take.
+    """
+    ids = [[codec.end_of_text, *codec.encode(prompt)] for prompt in prompts]
+    context = largest_context(decoder, settings.context)
+    longest = max(len(prompt) for prompt in ids)
+    if longest > context:
+        more = "" if decoder.pos.max_len is not None else f", or let it read on with context={longest}"
+        raise ValueError(f"the prompt has {longest} tokens and the model reads {context}: shorten it{more}")
+    if settings.beams > 1:
+        check_room(ids, settings.n_tokens, context)
+    if draft is not None:
+        if settings.beams > 1:
+            raise ValueError(f"beams={settings.beams} and a draft exclude each other: choose one")
+        check_draft(decoder, draft)
+    return pieces(decoder, codec, ids, settings=settings, seed=seed, draft=draft)
+
+
+def pieces(
+    decoder: Decoder,
+    codec: Codec,
+    prompts: Sequence[Ids],
+    *,
+    settings: Settings,
+    seed: int,
+    draft: Decoder | None,
+) -> Iterator[tuple[int, str | None]]:
+    models = [model for model in (decoder, draft) if model is not None]
+    was_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    texts = [Text(codec, settings.stop) for _ in prompts]
+    try:
+        for row, token in stream(decoder, codec, prompts, texts, settings=settings, seed=seed, draft=draft):
+            if texts[row].is_done:
+                continue
+            if piece := texts[row].add(token):
+                yield row, piece
+            if texts[row].is_done:
+                yield row, None
+    finally:
+        for model, training in zip(models, was_training, strict=True):
+            model.train(training)
+    for row, text in enumerate(texts):
+        if not text.is_done:
+            if rest := text.finish():
+                yield row, rest
+            yield row, None
+
+
+def stream(
+    decoder: Decoder,
+    codec: Codec,
+    prompts: Sequence[Ids],
+    texts: Sequence[Text],
+    *,
+    settings: Settings,
+    seed: int,
+    draft: Decoder | None,
+) -> Iterator[tuple[int, int]]:
+    """(prompt, next token), for texts that are not done."""
+    generator = torch.Generator().manual_seed(seed)
+    if settings.beams > 1:
+        for row, ids in enumerate(
+            beam_search(decoder, prompts, settings=settings, end_of_text=codec.end_of_text)
+        ):
+            yield from ((row, token) for token in ids)
+    elif draft is not None:
+        for row, prompt in enumerate(prompts):
+            for token in speculate(decoder, draft, prompt, settings=settings, generator=generator):
+                yield row, token
+                if texts[row].is_done:
+                    break
+    else:
+        done: set[int] = set()
+        for step in generate(decoder, prompts, settings=settings, generator=generator, done=done):
+            yield from step
+            done |= {row for row, text in enumerate(texts) if text.is_done}
+
+
+def continuation(decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings) -> Iterator[str]:
+    """The text that follows one prompt, piece by piece; of a prompt too long the end counts."""
+    plain = Settings(**settings)
+    ids = [codec.end_of_text, *codec.encode(prompt)][-largest_context(decoder, plain.context) :]
+    for _, piece in pieces(decoder, codec, [ids], settings=plain, seed=seed, draft=None):
+        if piece is not None:
+            yield piece

@@ -1,1 +1,0 @@
-"""From finished runs to answers; reads run directories, imports no PyTorch."""

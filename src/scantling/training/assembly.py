@@ -1,0 +1,272 @@
+"""A run built from its configuration and checked, before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.strategies import Strategy
+from omegaconf import DictConfig, OmegaConf
+
+from scantling.config.composition import PARTS, build_decoder, choices
+from scantling.data.loading import (
+    BatchSizes,
+    TrainBatches,
+    check_batch_size,
+    validation_batches,
+)
+from scantling.data.tokens import TokenizedCorpus, prepare
+from scantling.inference import sampling
+from scantling.model import hardware
+from scantling.model.accounting import convention, parameter_counts
+from scantling.model.checks import check_positive, check_whole
+from scantling.model.decoder import Decoder
+from scantling.report.numbers import short
+from scantling.runs.directory import RunDirectory
+from scantling.training import average, float8, noise
+from scantling.training.budget import steps_between_validations, steps_for
+from scantling.training.checkpoints import newest_whole
+from scantling.training.guard import GuardSettings
+from scantling.training.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
+from scantling.training.optim import follow_width
+from scantling.training.plan import Plan, memory_line
+from scantling.training.profiling import check_length
+from scantling.training.strategies import (
+    WholeCheckpoints,
+    devices_per_node,
+)
+
+
+@dataclass
+class Run:
+    """Everything that a fit needs, built and checked."""
+
+    config: DictConfig
+    directory: RunDirectory
+    corpus: TokenizedCorpus
+    plan: Plan
+    device: torch.device
+    precision: str
+    guard: GuardSettings
+    first_step: int
+    checkpoint: Path | None
+    """What the run goes on from; None: it starts."""
+    damaged: list[str]
+    """A line for each newer checkpoint that cannot serve."""
+
+    def new_strategy(self) -> Strategy | None:
+        """How several processes train together; None: Lightning's choice, which for one process is none."""
+        strategy = instantiate(self.config.trainer.strategy)
+        return None if strategy is None else strategy(self.device, self.precision)
+
+
+def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
+    """The device, the precision and, without memory, the model: what can be known before the text is read.
+
+    Raises ValueError for what cannot be built.
+    """
+    device = hardware.device_of(config.trainer.accelerator)
+    precision = hardware.resolved_precision(config.trainer.precision, device)
+    for key in ("batch_size", "micro_batch_size", "log_every", "checkpoint.keep"):
+        value = OmegaConf.select(config, key)
+        if value is not None:
+            check_whole(key, value)
+    steps_between_validations(config.val_every, steps=1)
+    sampling.Settings(**{name: value for name, value in config.sample.items() if name != "prompt"})
+    for key in ("checkpoint.every_minutes", "clip"):
+        check_positive(key, OmegaConf.select(config, key), or_null=True)
+    instantiate(config.schedule)(0, 1)
+    decoder = build_decoder(config, config.model.vocab_size, "meta")
+    float8.check(precision, device, decoder)
+    if config.z_loss is not None and not (decoder.head.takes_z_loss and config.z_loss >= 0):
+        raise ValueError(
+            f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"
+        )
+    if config.document_mask:
+        decoder.separate_documents(0)
+    optimizer = optimizer_of_one_matrix(config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    follow_width(optimizer, dict.fromkeys(parameters, decoder.param.hidden_rate))
+    return device, precision, decoder
+
+
+def optimizer_of_one_matrix(config: DictConfig) -> torch.optim.Optimizer:
+    """Of the chosen kind, to ask what it is."""
+    return instantiate(config.optim, _convert_="all")([("weight", torch.nn.Parameter(torch.zeros(2, 2)))])
+
+
+def assemble(config: DictConfig, directory: RunDirectory) -> Run:
+    device, precision, _ = checked(config)
+    corpus = prepare(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
+    decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
+    validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
+    plan = plan_of(config, decoder, device, precision)
+    guard = GuardSettings(**config.guard)
+    run = Run(
+        config,
+        directory,
+        corpus,
+        plan,
+        device,
+        precision,
+        guard,
+        first_step=0,
+        checkpoint=None,
+        damaged=[],
+    )
+    strategy = run.new_strategy()
+    guard.check(strategy, precision, plan.sizes)
+    average.check(config.ema.decay, strategy)
+    if config.noise_scale:
+        noise.check(strategy, precision, plan.micro_batches)
+    if config.trainer.checkpoint_activations and not ENGINES[config.trainer.engine].recomputes:
+        raise ValueError(
+            "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
+        )
+    if isinstance(strategy, WholeCheckpoints):
+        strategy.check(optimizer_of_one_matrix(config))
+    training_batches(run, rank=0)
+    run.checkpoint, run.damaged = newest_whole(directory)
+    if run.checkpoint is not None:
+        before = directory.environment["corpus"]["fingerprint"]
+        if before != corpus.fingerprint:
+            raise ValueError(
+                f"{directory.path} was trained on another text (fingerprint {before[:12]}, now "
+                f"{corpus.fingerprint[:12]}): bring that text back, or start anew with resume=never"
+            )
+        run.first_step = directory.step_of(run.checkpoint)
+    if config.profile:
+        check_length(plan.steps)
+    return run
+
+
+def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precision: str) -> Plan:
+    counts = parameter_counts(decoder)
+    budget: dict[str, Any] = dict(config.budget)
+    flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
+    nodes = config.trainer.nodes
+    check_whole("trainer.nodes", nodes)
+    world_size = devices_per_node(config.trainer.devices, device) * nodes
+    of_each, rest = divmod(config.batch_size, world_size)
+    micro_batch_size = config.micro_batch_size or (1 if rest else of_each)
+    sizes = BatchSizes(config.batch_size, **config.batch_warmup)
+    check_batch_size(sizes, micro_batch_size, world_size)
+    # As if all were as small as the first; their sizes are multiples of it.
+    steps = steps_for(
+        tokens_per_step=sizes.first * decoder.seq_len,
+        n_params=sum(counts.values()),
+        flops_per_token=flops_per_token,
+        **budget,
+    )
+    return Plan.of(
+        decoder,
+        counts=counts,
+        steps=steps if "steps" in budget else sizes.steps_within(steps * sizes.first),
+        sizes=sizes,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        memory=forecast(
+            config,
+            decoder,
+            device,
+            precision,
+            engine=ENGINES[config.trainer.engine],
+            devices=world_size,
+            micro_batch_size=micro_batch_size,
+            checkpoint_activations=config.trainer.checkpoint_activations,
+        ),
+    )
+
+
+def forecast(
+    config: DictConfig,
+    decoder: Decoder,
+    device: torch.device,
+    precision: str,
+    *,
+    engine: Engine,
+    devices: int,
+    micro_batch_size: int,
+    checkpoint_activations: bool,
+) -> Memory:
+    """Of one device at its peak, under the run's settings but for these."""
+    return training_memory(
+        Sizes.of(decoder, instantiate(config.optim, _convert_="all")),
+        sequences=micro_batch_size,
+        seq_len=decoder.seq_len,
+        half_precision=precision != "fp32",
+        checkpoint_activations=checkpoint_activations,
+        engine=engine,
+        devices=devices,
+        accumulates=micro_batch_size * devices < config.batch_size,
+        averages=config.ema.decay is not None,
+        on_gpu=device.type == "cuda",
+    )
+
+
+def training_batches(run: Run, rank: int) -> TrainBatches:
+    """Raises ValueError when the text is shorter than the context."""
+    return TrainBatches(
+        tokens=run.corpus.train.tokens,
+        seq_len=run.plan.seq_len,
+        sizes=run.plan.sizes,
+        micro_batch_size=run.plan.micro_batch_size,
+        rank=rank,
+        world_size=run.plan.world_size,
+        seed=run.config.seed,
+        first_step=run.first_step,
+        left_out=left_out(run),
+        pin=run.device.type == "cuda",
+    )
+
+
+def description(run: Run) -> dict[str, str]:
+    """Lines above the plan's numbers."""
+    chosen, corpus = choices(), run.corpus
+    return {
+        "model": f"{chosen['model']}: {', '.join(f'{group}={chosen[group]}' for group in PARTS)}",
+        "data": f"{corpus.description}; {chosen['tokenizer']} tokenizer, {corpus.tokenizer.vocab_size:,} entries; "
+        f"{len(corpus.train.tokens):,} tokens to train, {len(corpus.val.tokens):,} held out",
+        "device": f"{hardware.describe(run.device)}, {run.precision}",
+        "directory": str(run.directory.path),
+    }
+
+
+def left_out(run: Run) -> set[int]:
+    """The places in the order of data that rollbacks passed over."""
+    ranges = [row["samples"] for row in run.directory.guarded() if row["action"] == "rollback"]
+    full = run.plan.sizes.full  # which every step is, where something is left out
+    return {place for a, b in ranges for place in range(a // full, b // full)}
+
+
+def what_would_fit(run: Run) -> str:
+    """Out of memory: what was forecast, and the cheapest settings that are forecast to take half of it at most."""
+    config, plan = run.config, run.plan
+    decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "meta")
+    text = f"out of memory: the forecast was {memory_line(plan.memory)}"
+    for choice in choices_of_memory(plan.micro_batch_size):
+        if choice.engine != config.trainer.engine and plan.world_size == 1:
+            continue
+        memory = forecast(
+            config,
+            decoder,
+            run.device,
+            run.precision,
+            engine=ENGINES[choice.engine],
+            devices=plan.world_size,
+            micro_batch_size=choice.micro_batch_size,
+            checkpoint_activations=choice.checkpoint_activations,
+        )
+        if 2 * memory.total <= plan.memory.total:
+            changed = [] if choice.engine == config.trainer.engine else [f"trainer={choice.engine}"]
+            if choice.micro_batch_size != plan.micro_batch_size:
+                changed.append(f"micro_batch_size={choice.micro_batch_size}")
+            if choice.checkpoint_activations and not config.trainer.checkpoint_activations:
+                changed.append("trainer.checkpoint_activations=true")
+            return f"{text}; {' '.join(changed)} would take about {short(memory.total, 'B')}"
+    return (
+        f"{text}; no setting of memory takes half of it: more devices with trainer=fsdp, or a smaller model"
+    )

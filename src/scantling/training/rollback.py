@@ -1,0 +1,82 @@
+"""Steps that the guard does not let pass: recorded, and training stopped or taken back behind them."""
+
+from __future__ import annotations
+
+import filecmp
+import sys
+
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
+
+from scantling.data.loading import (
+    place_in_order,
+)
+from scantling.runs.directory import RunDirectory
+from scantling.training.assembly import Run, left_out
+from scantling.training.checkpoints import newest_whole
+from scantling.training.guard import BadStep
+
+
+def guarded(run: Run, step: int) -> int:
+    """How often training was rolled back, or a step up to this one skipped."""
+    rows = run.directory.guarded()
+    return sum(
+        row["action"] == "rollback" or (row["action"] == "skip" and row["step"] <= step) for row in rows
+    )
+
+
+def samples_of(run: Run, first: int, last: int) -> list[int]:
+    """The half-open range of samples of these steps, counted from 1."""
+    places = left_out(run)
+    begin, end = (place_in_order(step - 1, places) for step in (max(1, first), last))
+    return [run.plan.sizes.before(begin), run.plan.sizes.before(end + 1)]
+
+
+@rank_zero_only
+def record(run: Run, bad: BadStep, action: str) -> None:
+    first = bad.step - run.guard.batches + 1 if action == "rollback" else bad.step
+    samples = samples_of(run, first, bad.step)
+    run.directory.guard({"step": bad.step, "reason": str(bad), "action": action, "samples": samples})
+
+
+def stop(run: Run, bad: BadStep) -> None:
+    record(run, bad, "stop")
+    if rank_zero_only.rank == 0:
+        first, end = samples_of(run, bad.step, bad.step)
+        before = guarded(run, bad.step)
+        print(
+            f"error: {bad}{f', after {before} others' if before else ''}: a lower lr, more warm-up, a smaller clip or "
+            f"guard.action=skip or rollback may help; its samples {first} to {end - 1} are noted in {run.directory.guards}",
+            file=sys.stderr,
+        )
+    sys.exit(1)
+
+
+def roll_back(run: Run, bad: BadStep) -> None:
+    """Back to the newest checkpoint before the batches that are to be left out, or to the start."""
+    if rank_zero_only.rank == 0:
+        # First these, then the record: whenever the process dies, what is left fits together.
+        remove_after(run.directory, bad.step - run.guard.batches)
+        record(run, bad, "rollback")
+    if dist.is_initialized():
+        # Also waits for the first. With resume=never another process, which started later, may have found its directory and
+        # taken the next for its own.
+        place = [run.directory.path]
+        dist.broadcast_object_list(place, src=0)
+        run.directory = RunDirectory(place[0])
+    run.checkpoint, run.damaged = newest_whole(run.directory)
+    run.first_step = 0 if run.checkpoint is None else run.directory.step_of(run.checkpoint)
+
+
+def remove_after(directory: RunDirectory, step: int) -> None:
+    """Remove checkpoints of later steps, by all their names."""
+    checkpoints = directory.step_checkpoints()
+    void = [path for path in checkpoints if directory.step_of(path) > step]
+    # `last` alone, without a checkpoint of its own, would be taken for a run of an older version.
+    if len(void) == len(checkpoints):
+        directory.last.unlink(missing_ok=True)
+    # `best` is one file with its checkpoint, or a copy where there are no links.
+    if directory.best.exists() and any(filecmp.cmp(directory.best, path) for path in void):
+        directory.best.unlink()
+    for path in void:
+        path.unlink()
