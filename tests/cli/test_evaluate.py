@@ -10,9 +10,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from scantling.cli import sample
 from scantling.data.context_windows import ContextWindows
 from scantling.data.tokenizers import Byte, Char
-from scantling.inference import stored_run as trained
 from scantling.inference.stored_run import TrainedRun
 from scantling.runs.directory import RunDirectory
 
@@ -209,7 +209,7 @@ def test_a_draft_and_a_low_cache_write_and_a_stop_string_ends(command, stored):
 
 
 def test_escapes_in_stop_strings():
-    assert trained.unescaped(r"a\n\tb\\n\x é") == "a\n\tb\\n\\x é"
+    assert sample.unescaped(r"a\n\tb\\n\x é") == "a\n\tb\\n\\x é"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from shop import assert_same_training
 
 from scantling.config.command_line import CONF, OR_NULL, one_line
 from scantling.data.loading import BatchSizes, TrainBatches
-from scantling.inference import stored_run as trained
+from scantling.inference import stored_run
 from scantling.runs.directory import RunDirectory
 from scantling.training.optim import adamw
 from scantling.training.schedule import linear
@@ -47,9 +47,9 @@ def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
     assert code == 0
     assert [row["step"] for row in rows] == list(range(1, 13))
 
-    run = trained.TrainedRun.load(str(directory.path), "last")
+    run = stored_run.TrainedRun.load(str(directory.path), "last")
     torch.manual_seed(0)
-    decoder = trained.instantiate(run.config.decoder, vocab_size=257)
+    decoder = stored_run.instantiate(run.config.decoder, vocab_size=257)
     decoder.initialise(0)
     corpus = run.corpus(None, tmp_path / "cache")
     optimizer = adamw(decoder.named_parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

@@ -16,18 +16,18 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from scantling.cli import evaluate, sample
 from scantling.cli.hub import hub
 from scantling.config.command_line import CONF, Mistake
 from scantling.data.tokenizers import BPE, Byte, Char, Unigram, WordPiece
 from scantling.hub.files import INDEX
 from scantling.hub.runs import composed
-from scantling.inference import stored_run as trained
 from scantling.inference.stored_run import TrainedRun
 from scantling.runs.directory import RunDirectory
 
 TOKENS = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
 TEXT = 'def größe(x):\n\treturn "<|endoftext|>" + x  # naïve ☃ 🙂\n'
-ENTRIES = {"hub": hub, "sample": trained.sample, "evaluate": trained.evaluate}
+ENTRIES = {"hub": hub, "sample": sample.sample, "evaluate": evaluate.evaluate}
 
 
 @pytest.fixture

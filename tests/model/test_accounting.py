@@ -20,7 +20,7 @@ from scantling.model.accounting import (
 )
 from scantling.training.budget import steps_for
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 EVERY = [f"{group}={path.stem}" for group in PARTS for path in sorted((CONF / group).glob("*.yaml"))]
 ATTENTIONS = [option for option in EVERY if option.startswith("attn=")]
 
