@@ -24,9 +24,11 @@ from scantling.analysis.allocation import (
     optimal_parameters,
     optimum_table,
 )
+from scantling.analysis.findings import Finding
 from scantling.analysis.forms import KAPLAN, OVERTRAINING, Form, KaplanSum, saturating
 from scantling.analysis.isoflop import PowerLaw, fit_envelope, fit_isoflop
 from scantling.analysis.scaling import fit, profile_interval, refit_hoffmann
+from scantling.report.sentences import sentence
 
 LAW = {"E": 1.8172, "A": 477.8, "B": 2143.0, "alpha": 0.3473, "beta": 0.3672}
 UNEVEN = {"E": 2.14, "A": 213.0, "B": 4.97e6, "alpha": 0.293, "beta": 0.713}
@@ -58,10 +60,10 @@ def inside(truth: float, interval: tuple[float, float] | None) -> bool:
     return interval[0] <= truth <= interval[1]
 
 
-def warned(warnings: tuple[str, ...]) -> Held:
+def warned(warnings: tuple[Finding, ...]) -> Held:
     """What the code itself says, up to its first colon."""
-    for text in warnings:
-        yield WARNED + text.partition(":")[0].partition(" = ")[0], True
+    for warning in warnings:
+        yield WARNED + sentence(warning).partition(":")[0].partition(" = ")[0], True
 
 
 def isoflop_grid(

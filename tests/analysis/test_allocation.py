@@ -14,10 +14,12 @@ from scantling.analysis.allocation import (
 )
 from scantling.analysis.forms import HOFFMANN, KaplanSum
 from scantling.analysis.isoflop import fit_envelope, fit_isoflop, parabola_bias
-from scantling.analysis.law_report import LawReport, answer, report_law, tables
+from scantling.analysis.law import ScalingLaw, find_law
 from scantling.analysis.observations import observe
 from scantling.analysis.scaling import fit
 from scantling.report.law_charts import law_charts
+from scantling.report.law_words import answer, gate_verdict, tables
+from scantling.report.sentences import sentence
 
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
 EXPONENT = LAW["beta"] / (LAW["alpha"] + LAW["beta"])
@@ -112,7 +114,7 @@ def test_the_gate_passes_a_law_and_fails_one_that_bends():
     fails = held_out_gate(n, d, bent, **gate)
     assert not fails.passed
     assert fails.bias == pytest.approx(1 / 1.05 - 1, abs=1e-3)
-    assert "held-out gate FAILED" in fails.verdict
+    assert "held-out gate FAILED" in gate_verdict(fails)
 
 
 def test_a_gate_needs_larger_budgets():
@@ -153,16 +155,19 @@ def test_a_grid_that_drifts_off_the_optimum_biases_parabolas_and_warns():
     assert abs(off) > 0.005
     groups = np.split(np.arange(36), 4)
     assert parabola_bias(np.log(n), np.log(c), np.log(loss), groups) == pytest.approx(off, abs=1e-3)
-    assert biased.warnings[0].startswith("parabola bias")
-    assert f"miss its exponent by {off:+.3f}" in biased.warnings[0]
+    assert sentence(biased.warnings[0]).startswith("parabola bias")
+    assert f"miss its exponent by {off:+.3f}" in sentence(biased.warnings[0])
     splined = fit_isoflop(n, c, loss, minimum="akima", resamples=100, noise=0.002)
     assert splined.exponent == pytest.approx(exponent, abs=abs(off) / 3)
 
 
 def test_minima_at_the_edge_and_few_budgets_are_said():
     law = fit_isoflop(*grid(budgets=(1e18, 1e19, 1e20), off=1.2), resamples=100)
-    assert any("only 3 budgets" in text for text in law.warnings)
-    assert any("edge of the grid of sizes at 1e+18, 1e+19, 1e+20 FLOPs" in text for text in law.warnings)
+    assert any("only 3 budgets" in sentence(warning) for warning in law.warnings)
+    assert any(
+        "edge of the grid of sizes at 1e+18, 1e+19, 1e+20 FLOPs" in sentence(warning)
+        for warning in law.warnings
+    )
 
 
 def test_isoflop_refuses_what_it_cannot_see():
@@ -179,16 +184,16 @@ def test_the_envelope_of_ideal_curves_has_the_planted_exponent():
     d = np.tile(np.geomspace(1e8, 1e12, 80), 25)
     law = fit_envelope(n, n, d, loss_of(n, d), resamples=50)
     assert law.exponent == pytest.approx(EXPONENT, abs=0.01)
-    assert "not decayed" in law.warnings[0] or "before the end of a schedule" in law.warnings[0]
+    assert "before the end of a schedule" in sentence(law.warnings[0])
 
 
-def reported(n, d, c, loss, *, noise=1e-4, **changed) -> LawReport:
+def reported(n, d, c, loss, *, noise=1e-4, **changed) -> ScalingLaw:
     loss = loss * np.exp(noise * np.random.default_rng(0).standard_normal(len(loss)))
     table = pd.DataFrame({"N": n, "D": d, "C": c, "loss": loss}, index=range(1, len(n) + 1))
     columns = {"n": "N", "d": "D", "c": "C", "loss": "loss", "run": None, "unique": None, "same": ()}
     settings = {"source": "runs", "resamples": 100, "level": 0.95, "seed": 0, "held_out": 0.0}
     settings |= {"tolerance": 0.01, "budgets": None}
-    return report_law(observe(table, **columns, drop_highest=0, irreducible=None), **settings | changed)
+    return find_law(observe(table, **columns, drop_highest=0, irreducible=None), **settings | changed)
 
 
 def test_measured_flops_are_divided_as_they_were_measured():

@@ -22,6 +22,7 @@ from scantling.analysis.forms import (
 from scantling.analysis.huber import huber, minimise
 from scantling.analysis.resampling import drawn_residuals, expanded_percentiles
 from scantling.analysis.scaling import fit, fit_hoffmann, objective_scale, profile_interval, refit_hoffmann
+from scantling.report.sentences import sentence
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
@@ -248,7 +249,7 @@ def test_intervals_hold_the_truth_where_the_floor_is_lost(without_a_floor, resam
     """With E = 0 the loss does not depend on log E, and a descent from the best fit stays there."""
     fitted = refit_hoffmann(*without_a_floor, resamples=200, resampling=resampling)
     assert fitted.E < 1e-6
-    assert fitted.warnings[0].startswith("E = ")
+    assert sentence(fitted.warnings[0]).startswith("E = ")
     for name in ("E", "A", "alpha"):
         low, high = fitted.intervals[name]
         assert low < LAW[name] < high, name

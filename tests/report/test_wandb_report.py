@@ -17,7 +17,7 @@ from planted import arms
 
 from scantling.analysis.arms import study_runs
 from scantling.report.published import as_wandb, grouping, own_entity, publish, sync
-from scantling.report.spec import Axis, Chart, Code, Link, Maps, Report, Samples, Section, Table, Text
+from scantling.report.spec import Axis, Chart, Code, Link, Maps, Paragraph, Report, Samples, Section, Table
 from scantling.runs.directory import RunDirectory
 
 SCHEMA = """
@@ -129,7 +129,7 @@ REPORT = Report(
         Section(
             "Words",
             (
-                Text("a text"),
+                Paragraph("a text"),
                 Code("python src/train.py"),
                 Table("Runs", pd.DataFrame({"run": [Link("r", "../r")], "loss": [1.5]})),
                 Samples((("rmsnorm, seed 0", "def f():"),)),

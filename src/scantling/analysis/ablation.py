@@ -197,9 +197,16 @@ class Gain:
     interval: Interval
     samples_S: Array
 
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.multiplier:.3g} × compute, {low:.3g} to {high:.3g}"
+
+class Unreachable(ValueError):
+    """A loss that no compute reaches, by a law that ends above it, at E."""
+
+    def __init__(self, loss: float, floor: float) -> None:
+        super().__init__(
+            f"the law's loss with the difference, {loss:.4g}, is below E = {floor:.4g}: by the baseline's law no "
+            "compute reaches it"
+        )
+        self.loss, self.floor = loss, floor
 
 
 def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, seed: int = 0) -> Gain:
@@ -210,7 +217,7 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
     difference: it starts from the law's loss, which is the baseline's own only where that lies on the law. The interval
     combines draws of the mean difference, from Student's t, with the law's resamples.
 
-    Raises ValueError for a loss that the law says no compute reaches: one at or below E.
+    Raises Unreachable, a ValueError, for a loss that the law says no compute reaches: one at or below E.
     """
     d = np.asarray(difference, dtype=float)
     if law.form.inputs != ("C",) or law.form.parameters != ("E", "B", "beta"):
@@ -227,10 +234,7 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
 
     m = float(multiplier(law.B, law.beta, d.mean()))
     if not np.isfinite(m):
-        raise ValueError(
-            f"the law's loss with the difference, {law.predict(C=compute)[0] + d.mean():.4g}, is below E = {law.E:.4g}: by "
-            "the baseline's law no compute reaches it"
-        )
+        raise Unreachable(float(law.predict(C=compute)[0] + d.mean()), law.E)
     published, rng = law.form.published(law.resamples()), np.random.default_rng(seed)
     scale = d.std(ddof=1) / np.sqrt(len(d))
     shifts = d.mean() + scale * rng.standard_t(len(d) - 1, size=len(published["B"]))

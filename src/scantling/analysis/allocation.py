@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike
 from scantling.analysis.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, larger
 from scantling.analysis.forms import HOFFMANN, saturating
 from scantling.analysis.huber import Array
-from scantling.analysis.observations import some
 from scantling.analysis.scaling import Fit, Interval, estimate, refit_hoffmann
 
 
@@ -103,7 +102,6 @@ def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
         spread_degrees=fit.spread_degrees,
         level=fit.level,
         warnings=fit.warnings,
-        verdict=fit.verdict,
     )
 
 
@@ -128,8 +126,8 @@ class Gate:
     """A fit of the runs up to `cutoff` FLOPs, put to the test on those above.
 
     `held_out`: a row each of these, with C, loss, predicted and, where an interval was computed, low and high.
-    `error`: mean of |predicted/observed − 1| over the held-out runs; `bias`: the mean with its sign; `inside`: the share of
-    them in the prediction interval, where one was computed.
+    `error`: mean of |predicted/observed − 1| over the held-out runs; `bias`: the mean with its sign; `inside`: the
+    share of them in the prediction interval, where one was computed.
     """
 
     cutoff: float
@@ -144,17 +142,6 @@ class Gate:
     @property
     def passed(self) -> bool:
         return self.error <= self.tolerance
-
-    @property
-    def verdict(self) -> str:
-        word = "passed" if self.passed else "FAILED"
-        inside = "" if self.inside is None else f", {self.inside:.0%} inside the prediction interval"
-        return (
-            f"held-out gate {word}: fitted to {self.n_fitted} runs up to {self.cutoff:.3g} FLOPs, with "
-            f"{some(self.n_held_out, 'larger run')} predicted within {self.error:.2%} on average (bias "
-            f"{self.bias:+z.2%}{inside}); "
-            f"{self.tolerance:.2%} is allowed"
-        )
 
 
 def held_out_gate(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
-from rich.console import Console
 from rich.table import Table
 
 from scantling.config.command_line import mistakes
@@ -15,12 +14,13 @@ from scantling.data.tokens import TokenizedCorpus
 from scantling.inference.stored_run import TrainedRun, place_of
 from scantling.model.hardware import keep_freed_memory
 from scantling.report.lengths import FILES, write_lengths
+from scantling.report.terminal import open_console
 
 
 def evaluate(config: DictConfig) -> None:
     """Print a table of losses, one row a run, or with `lengths` one row for each length of context of each."""
     keep_freed_memory()
-    console = Console(highlight=False)
+    console = open_console()
     given = config.run if isinstance(config.run, ListConfig) else [config.run]
     with mistakes():
         if config.split not in ("train", "val"):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from scantling.analysis.allocation import floor_is_near, hoffmann_loss, optimum_table
-from scantling.analysis.arms import MOST_ARMS, rows
+from scantling.analysis.arms import MOST_ARMS, rows_where
 from scantling.analysis.budgets import drawn_budgets, repeated
 from scantling.analysis.huber import Array
 from scantling.analysis.isoflop import valleys
@@ -80,26 +80,12 @@ def draw_law(
     cutoff: float | None,
     caution: str | None,
 ) -> None:
-    """Left: loss against compute, the runs and the law of compute-optimal training under C = kND with its band, far beyond
-    the largest. Right: observed over predicted loss. Runs above `cutoff`, which the held-out gate predicted, are ringed."""
+    """Left: loss against compute, the runs and the law of compute-optimal training under C = kND with its band, far
+    beyond the largest. Right: observed over predicted loss. Runs above `cutoff`, which the held-out gate predicted, are
+    ringed."""
     figure, (law, left) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
     if fit.alpha > 0 and fit.beta > 0:
-        budgets = drawn_budgets(compute, 60)
-        optimum = optimum_table(fit, budgets.tolist(), k=k)
-        law.plot(budgets, optimum["loss"], color=VALIDATION, lw=1.5, label="compute-optimal by the fit")
-        law.fill_between(
-            budgets,
-            optimum["loss_low"],
-            optimum["loss_high"],
-            color=VALIDATION,
-            alpha=0.2,
-            lw=0,
-            label=f"{fit.level:.0%} of its bootstrap",
-        )
-        if floor_is_near(fit, optimum):
-            law.axhline(fit.E, color=TRAIN, ls=":", lw=1)
-            # At the end where no band is near.
-            law.annotate(f"E = {fit.E:.4g}", (budgets[0], fit.E), va="bottom", color="0.4")
+        draw_frontier(law, fit, drawn_budgets(compute, 60), k)
     norm = LogNorm(fit.sizes["N"].min(), fit.sizes["N"].max())
     points = law.scatter(compute, fit.loss, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
     figure.colorbar(points, ax=law, label="parameters", pad=0.01)
@@ -131,6 +117,25 @@ def draw_law(
     if caution is not None:
         figure.suptitle(caution, color="#b91c1c", fontsize=8)
     save(figure, path)
+
+
+def draw_frontier(axes: Axes, fit: Fit, budgets: Array, k: float) -> None:
+    """The loss of compute-optimal training with its band, and E where that is near."""
+    optimum = optimum_table(fit, budgets.tolist(), k=k)
+    axes.plot(budgets, optimum["loss"], color=VALIDATION, lw=1.5, label="compute-optimal by the fit")
+    axes.fill_between(
+        budgets,
+        optimum["loss_low"],
+        optimum["loss_high"],
+        color=VALIDATION,
+        alpha=0.2,
+        lw=0,
+        label=f"{fit.level:.0%} of its bootstrap",
+    )
+    if floor_is_near(fit, optimum):
+        axes.axhline(fit.E, color=TRAIN, ls=":", lw=1)
+        # At the end where no band is near.
+        axes.annotate(f"E = {fit.E:.4g}", (budgets[0], fit.E), va="bottom", color="0.4")
 
 
 def draw_grid(fit: Fit, compute: Array, path: Path, *, title: str) -> None:
@@ -173,8 +178,8 @@ def shades(n: int) -> Array:
 
 
 def label_apart(axes: Axes, written: Callable[[float, float], str] | EngFormatter) -> None:
-    """So few labels of a logarithmic x axis that none lies upon another: 1, 2 and 5 of each decade, of many decades powers of
-    ten, within one decade round numbers."""
+    """So few labels of a logarithmic x axis that none lies upon another: 1, 2 and 5 of each decade, of many decades powers
+    of ten, within one decade round numbers."""
     low, high = axes.get_xlim()
     decades = np.log10(high / low)
     few = MaxNLocator(4) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
@@ -258,7 +263,7 @@ def draw_arms(
     bottom, top = [], []
     for arm in shown:
         colour = colours[arm]
-        names = rows(runs, arm=arm, scale=largest)["run"]
+        names = rows_where(runs, arm=arm, scale=largest)["run"]
         by_step = validated.iloc[np.flatnonzero(validated["run"].isin(names))].groupby("step")
         mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean() / 1e6
         error = by_step[f"val/{metric}"].sem().fillna(0)
@@ -300,7 +305,7 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mappi
     inside = known[["gain", "low", "high"]].to_numpy(dtype=float)
     inside = inside[np.isfinite(inside) & (inside > 0)]
     for i, arm in enumerate(arms):
-        here = rows(known, arm=arm).sort_values("FLOPs")
+        here = rows_where(known, arm=arm).sort_values("FLOPs")
         beside = 1.06 ** (i - (len(arms) - 1) / 2)  # so that intervals do not hide each other
         at, gain = here["FLOPs"] * beside, here["gain"]
         axes.plot(at, gain, "o-", color=colours[arm], ms=5, lw=1.2, label=arm)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from scantling.report.numbers import cell_text
 from scantling.report.spec import (
     PALETTE,
     Axis,
@@ -22,12 +23,11 @@ from scantling.report.spec import (
     Figure,
     Link,
     Maps,
+    Paragraph,
     Report,
     Samples,
     Series,
     Table,
-    Text,
-    figures_of,
 )
 
 STATES = ("better", "worse", "undecided", "finished", "unfinished", "failed")
@@ -78,7 +78,7 @@ def page(report: Report, *, command: str, reload_seconds: float | None = None) -
 
 
 def in_html(block: Block) -> str:
-    if isinstance(block, Text):
+    if isinstance(block, Paragraph):
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Code):
         return f"<pre>{escape(block.text)}</pre>"
@@ -131,7 +131,7 @@ def is_words(column: Sequence[Any]) -> bool:
 def cell(value: object, word: bool) -> str:
     if isinstance(value, Link):
         return f'<td class="word"><a href="{escape(value.target)}">{escape(value.text)}</a></td>'
-    text = figures_of(value)
+    text = cell_text(value)
     classes = [name for name, has in (("word", word), ("long", len(text) > LONG_CELL)) if has]
     classes += [text] if text in STATES else []
     return f'<td class="{" ".join(classes)}">{escape(text)}</td>' if classes else f"<td>{escape(text)}</td>"
@@ -222,7 +222,7 @@ def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
     return [
         untagged(v)
         if isinstance(v, str)
-        else short(float(v))
+        else rounded(float(v))
         if isinstance(v, (float, np.floating))
         else v.item()
         if isinstance(v, np.generic)
@@ -236,7 +236,7 @@ def untagged(text: str) -> str:
     return escape(text, quote=False)
 
 
-def short(value: float) -> float | int | None:
+def rounded(value: float) -> float | int | None:
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.6g}")

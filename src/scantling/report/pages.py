@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from scantling.analysis.arms import rows
-from scantling.analysis.observations import some
+from scantling.analysis.arms import rows_where
 from scantling.report.curve_charts import curves_chart, others_chart, with_others
+from scantling.report.numbers import some
 from scantling.report.records import (
     COMPARED,
     SAMPLES,
@@ -151,9 +151,9 @@ def tuning(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
     colours = with_others(colours, tried["arm"])
     found = []
     for arm, scale in dict.fromkeys(zip(tried["arm"], tried["scale"], strict=True)):
-        here = rows(tried, arm=arm, scale=scale)
+        here = rows_where(tried, arm=arm, scale=scale)
         name, colour = ", ".join(filter(None, (str(arm), str(scale)))), colours[arm]
-        rings = rows(here, chosen=True)
+        rings = rows_where(here, chosen=True)
         found.append(Series(str(arm), tried_of(here), colour=colour, hover=name))
         found.append(Series(str(arm), tried_of(rings), style="rings", colour=colour, hover=f"{name}: chosen"))
     chart = Chart(

@@ -13,7 +13,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from scantling.analysis.arms import StudyRuns
-from scantling.report.spec import Block, Chart, Code, Report, Samples, Table, Text, in_markdown
+from scantling.report.spec import Block, Chart, Code, Paragraph, Report, Samples, Table, in_markdown
 from scantling.runs.directory import RunDirectory
 from scantling.runs.overrides import arms_changes, settings_of, varied_keys
 
@@ -126,7 +126,7 @@ def block_of(block: Block, entity: str, project: str, group: str, by: Sequence[s
     tables stand."""
     import wandb_workspaces.reports.v2.interface as wr
 
-    if isinstance(block, Text):
+    if isinstance(block, Paragraph):
         return [wr.P(text=block.text)]
     if isinstance(block, Code):
         return [wr.CodeBlock(code=block.text, language="markdown")]

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from scantling.analysis.observations import digits
+from scantling.report.numbers import cell_text
 from scantling.runs.directory import replace_text
 
 MARKDOWN_ROWS = 60
@@ -45,7 +45,9 @@ PALETTE = (
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
+    """Words."""
+
     text: str
 
 
@@ -153,7 +155,7 @@ class Maps:
     note: str = ""
 
 
-Block = Text | Code | Table | Figure | Samples | Chart | Maps
+Block = Paragraph | Code | Table | Figure | Samples | Chart | Maps
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def blocks(report: Report) -> list[Block]:
 
 
 def markdown(report: Report) -> str:
-    """Text, tables and figures; charts, maps and samples are of the page."""
+    """Paragraph, tables and figures; charts, maps and samples are of the page."""
     lines = [f"# {report.title}", "", *([report.question, ""] if report.question else [])]
     lines += [f"**{report.answer}**", "", *(f"- {caution}" for caution in report.cautions), ""]
     for section in report.sections:
@@ -239,7 +241,7 @@ def markdown(report: Report) -> str:
 
 def in_markdown(block: Block, *, links: bool = True) -> list[str]:
     """Without `links`, which lead to files beside the report, the words of each."""
-    if isinstance(block, Text):
+    if isinstance(block, Paragraph):
         return [block.text, ""]
     if isinstance(block, Code):
         return ["```", block.text, "```", ""]
@@ -257,16 +259,5 @@ def in_cell(value: object, *, links: bool) -> str:
     if isinstance(value, Link):
         text = f"[{value.text}]({value.target})" if links else value.text
     else:
-        text = figures_of(value)
+        text = cell_text(value)
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def figures_of(value: object) -> str:
-    """A cell: numbers with five digits, large ones in powers of ten, whole ones as they are."""
-    if not isinstance(value, float):
-        return str(value)
-    if np.isnan(value):
-        return ""
-    if abs(value) >= 1e5:
-        return f"{value:.3e}"
-    return f"{value:z.0f}" if value.is_integer() else digits(value, 5)

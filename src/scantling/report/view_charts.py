@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.report.curve_charts import thinned
-from scantling.report.spec import Axis, Block, Chart, Maps, Section, Series, Table, Text
+from scantling.report.spec import Axis, Block, Chart, Maps, Paragraph, Section, Series, Table
 
 COMPARED = 3
 """Checkpoints whose neighbours stand side by side."""
@@ -64,7 +64,7 @@ class Views:
 
 
 def view_section(views: Views) -> Section:
-    blocks: list[Block] = [Text(note) for note in views.notes]
+    blocks: list[Block] = [Paragraph(note) for note in views.notes]
     if views.neighbours is not None:
         blocks.append(neighbours_table(views.neighbours))
     if views.map is not None:

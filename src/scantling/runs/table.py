@@ -59,7 +59,7 @@ def load_runs(study: Path | str) -> pd.DataFrame:
     """A row for every run below `study`, sorted by name.
 
     `attrs["left_out"]` names the directories that are no whole run, each with the reason. Raises ValueError where
-    `study` is no directory.
+    `study` is not a directory.
     """
     frame, left_out = cached(Path(study), "runs.parquet", lambda directory: [run_row(directory)])
     if len(frame):
@@ -103,10 +103,10 @@ def rates_tried(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_row(directory: RunDirectory) -> dict[str, Any]:
-    """Raises ValueError or KeyError for what is no run, or not yet."""
+    """Raises ValueError or KeyError for what is not a run, or not yet."""
     config = yaml.load(directory.config.read_text(), Loader)
     if not isinstance(config, dict) or "choices" not in config:
-        raise ValueError("config.yaml is none of a run")
+        raise ValueError("config.yaml is not that of a run")
     environment = directory.environment
     last = directory.summary if directory.is_finished else last_validated(directory)
     best = last.get("best", {})
@@ -177,7 +177,7 @@ def cached(
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """Rows of all directories, those that stand as they did from the file, and what was left out, with the reason."""
     if not study.is_dir():
-        raise ValueError(f"{study} is no directory of a study")
+        raise ValueError(f"{study} is not a directory of a study")
     stamps = {entry.name: stamp(entry.path) for entry in os.scandir(study) if is_candidate(entry)}
     before = read_cache(study / name)
     known = dict(zip(before["run"], before["stamp"], strict=True)) if len(before) else {}
@@ -283,14 +283,14 @@ def repeats(key: str, found: dict[str, Any]) -> bool:
 
 
 def find(runs: Path, names: Sequence[str]) -> list[RunDirectory]:
-    """Runs by their directory, or by their name in any study below `runs`. Raises ValueError for what is none."""
+    """Runs by their directory, or by their name in any study below `runs`. Raises ValueError for others."""
     found = []
     for name in names:
         below = sorted(path.parent for path in runs.glob(f"*/{name}/config.yaml"))
         places = [Path(name)] if (Path(name) / "config.yaml").exists() else below
         if len(places) != 1:
             raise ValueError(
-                f"{name} is no run below {runs}/"
+                f"{name} is not a run below {runs}/"
                 if not places
                 else f"{name} is in several studies: {', '.join(map(str, places))}"
             )
