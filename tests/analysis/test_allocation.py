@@ -1,4 +1,5 @@
-"""Optima against SciPy's minimiser, gates against planted laws, approaches 1 and 2 against planted exponents."""
+"""Optima against SciPy's minimiser, gates against planted laws, approaches 1 and 2 against planted
+exponents."""
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from scantling.analysis.law import ScalingLaw, find_law
 from scantling.analysis.observations import observe
 from scantling.analysis.scaling import fit
 from scantling.report.law_charts import law_charts
-from scantling.report.law_words import answer, gate_verdict, tables
+from scantling.report.law_words import answer, gate_verdict, tables, without_table
 from scantling.report.sentences import sentence
 
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
@@ -32,7 +33,8 @@ def loss_of(n, d, law=LAW):
 
 
 def grid(budgets=(1e18, 1e19, 1e20, 1e21), sizes=9, width=0.6, off=0.0, law=LAW, k=6.0):
-    """N, C and noiseless loss of an IsoFLOP grid around each budget's optimum, or `off` decades beside it; C = kND."""
+    """N, C and noiseless loss of an IsoFLOP grid around each budget's optimum, or `off` decades beside it; C
+    = kND."""
     n, c = [], []
     for budget in budgets:
         optimum = minimise_by_scipy(budget, law, k)
@@ -70,8 +72,8 @@ def test_the_optimum_is_scipys():
 
 
 def test_chinchilla_at_gophers_budget():
-    """Hoffmann et al. 2022, table A3, approach 3: 40.2 billion parameters at 5.76e23 FLOPs, by their printed parameters
-    0.46 for the exponent."""
+    """Hoffmann et al. 2022, table A3, approach 3: 40.2 billion parameters at 5.76e23 FLOPs, by their printed
+    parameters 0.46 for the exponent."""
     n, c, loss = grid(law=HISTORIC)
     at = fit(HOFFMANN, {"N": n, "D": c / 6 / n}, loss, starts_SP=HOFFMANN.theta(HISTORIC)[None])
     assert allocation_exponent(at)[0] == pytest.approx(0.46, abs=0.01)
@@ -144,7 +146,8 @@ def test_isoflop_finds_the_planted_exponent(minimum):
 
 
 def test_a_grid_that_drifts_off_the_optimum_biases_parabolas_and_warns():
-    """Where alpha and beta differ, losses around an optimum are no parabola: noiseless, yet the exponent is off."""
+    """Where alpha and beta differ, losses around an optimum are no parabola: noiseless, yet the exponent is
+    off."""
     law = {"E": 2.1, "A": 210.0, "B": 5e6, "alpha": 0.3, "beta": 0.7}
     exponent = 0.7 / (0.3 + 0.7)
     drift = {1e18: -0.5, 1e19: -0.2, 1e20: 0.1, 1e21: 0.5}
@@ -197,7 +200,8 @@ def reported(n, d, c, loss, *, noise=1e-4, **changed) -> ScalingLaw:
 
 
 def test_measured_flops_are_divided_as_they_were_measured():
-    """Where a parameter and token take 9 FLOPs: the optimum of C = 9ND, which approach 2 has without any such number."""
+    """Where a parameter and token take 9 FLOPs: the optimum of C = 9ND, which approach 2 has without any such
+    number."""
     n, c, loss = grid(k=9)
     report = reported(n, c / 9 / n, c, loss)
     expected = minimise_by_scipy(1e21, k=9)
@@ -219,7 +223,7 @@ def test_a_small_table_is_fitted_without_the_budgets_that_it_can_spare():
     """Eight rows in budgets of 3, 3, 1 and 1: without one of three, five are left for five parameters."""
     n = np.array([1e8, 2e8, 4e8, 2e8, 4e8, 8e8, 8e8, 1.6e9])
     c = np.array([1e18] * 3 + [1e19] * 3 + [1e20, 1e21])
-    without = reported(n, c / 6 / n, c, loss_of(n, c / 6 / n)).without
+    without = without_table(reported(n, c / 6 / n, c, loss_of(n, c / 6 / n)))
     assert list(without["without the runs of"]) == ["1e+20 FLOPs", "1e+21 FLOPs"]
 
 

@@ -27,7 +27,14 @@ def test_short_has_three_digits_and_a_prefix(number, text):
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(13, "13.0"), (80_540, "80.5 k"), (13e6, "13.0 M"), (7e9, "7.00 B"), (1.5e13, "15.0 T"), (2e16, "2e+16")],
+    [
+        (13, "13.0"),
+        (80_540, "80.5 k"),
+        (13e6, "13.0 M"),
+        (7e9, "7.00 B"),
+        (1.5e13, "15.0 T"),
+        (2e16, "2e+16"),
+    ],
 )
 def test_counted_has_the_units_of_the_literature(number, text):
     assert counted(number) == text
@@ -78,8 +85,6 @@ def test_a_duration_has_its_largest_unit(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3723, "1:02:03"), (59.6, "1:00"), (0, "0:00"), (-5, "0:00")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(3723, "1:02:03"), (59.6, "1:00"), (0, "0:00"), (-5, "0:00")])
 def test_a_clock_counts_from_nothing(seconds, text):
     assert clock(seconds) == text

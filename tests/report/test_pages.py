@@ -1,4 +1,5 @@
-"""The page of a report: what is on it against what was planted, and what there is where no answer can be given."""
+"""The page of a report: what is on it against what was planted, and what there is where no answer can be
+given."""
 
 import json
 import re
@@ -237,7 +238,8 @@ def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page
 
 
 def test_runs_of_a_study_without_an_answer_are_averaged_over_seeds_alone(record, report, page):
-    """An arm of several sizes, or of several rates, has a curve for each; and says its size where it has come to one."""
+    """An arm of several sizes, or of several rates, has a curve for each; and says its size where it has come
+    to one."""
     for arm, layers, lr, seeds in (("x", 2, 1, 2), ("x", 4, 1, 2), ("x", 4, 3, 2), ("y", 2, 1, 1)):
         for seed in range(seeds):
             overrides = [

@@ -16,7 +16,10 @@ def test_every_finding_has_a_sentence():
     ("finding", "text"),
     [
         (f.FewBudgets(1), "only 1 budget: exponents of compute rest on 1 point"),
-        (f.OptimaAtEdge((1e18, 3e19)), "the minimum lies at the edge of the grid of sizes at 1e+18, 3e+19 FLOPs"),
+        (
+            f.OptimaAtEdge((1e18, 3e19)),
+            "the minimum lies at the edge of the grid of sizes at 1e+18, 3e+19 FLOPs",
+        ),
         (f.HighestDropped((5, 31)), "left out as asked, the 2 highest losses: rows 5, 31"),
         (f.Unreadable("half", "a JSON file is cut short"), "left out: half, a JSON file is cut short"),
         (

@@ -63,7 +63,9 @@ def test_a_study_is_read_once(record, report, monkeypatch, make):
     read = []
     for module, name in ((analysis.arms, "load_runs"), (cli.report_study, "load_curves")):
         load = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda study, load=load, name=name: read.append(name) or load(study))
+        monkeypatch.setattr(
+            module, name, lambda study, load=load, name=name: read.append(name) or load(study)
+        )
     report("study=parts", "baseline=llama", "gate.held_out=0")
     assert sorted(read) == ["load_curves", "load_runs"]
 
@@ -89,7 +91,8 @@ def test_a_terminal_cuts_no_number(record, width, scales):
 
 
 def test_a_planted_gain_comes_back_at_every_scale(record, report, tmp_path):
-    """An arm that does with D tokens what the baseline does with 1.3·D, by the law of another study of the baseline."""
+    """An arm that does with D tokens what the baseline does with 1.3·D, by the law of another study of the
+    baseline."""
     arms(record, shifts=(("llama", 0.0), ("better", 1.0)), scales=(1e7, 1e8, 1e9), gain=1.3)
     sizes(record)
     code, out, err = report("study=parts", "baseline=llama", "law=sizes")
@@ -100,7 +103,8 @@ def test_a_planted_gain_comes_back_at_every_scale(record, report, tmp_path):
 
 
 def test_noise_of_one_scale_does_not_cancel_that_of_another(record, report):
-    """The trend's interval by the delta method: log m = −shift/(beta·(L − E)) at each scale, a line through three."""
+    """The trend's interval by the delta method: log m = −shift/(beta·(L − E)) at each scale, a line through
+    three."""
     arms(record, shifts=(("llama", 0.0), ("alike", 0.0)), scales=(1e7, 1e8, 1e9))
     sizes(record, noise=1e-5)
     directory = record.runs / "parts"
@@ -339,7 +343,8 @@ def test_gains_far_beyond_the_runs_of_the_law_are_said(record):
 
 
 def test_gains_that_have_no_end_are_named(record):
-    """At 10⁹ tokens the law leaves 0.98 to gain: a difference of 1.2 is beyond it, one of 0.97 not surely within."""
+    """At 10⁹ tokens the law leaves 0.98 to gain: a difference of 1.2 is beyond it, one of 0.97 not surely
+    within."""
     scales = (1e7, 1e8, 1e9)
     shifts = (("llama", 0.0), ("far", -1.2), ("near", -0.97), ("gelu", 0.05), ("out", -6.0))
     arms(record, shifts=shifts, scales=scales)

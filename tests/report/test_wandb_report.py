@@ -1,4 +1,5 @@
-"""publish=wandb without an account: the serialised report, and a server on this machine that checks what it is sent."""
+"""publish=wandb without an account: the serialised report, and a server on this machine that checks what it
+is sent."""
 
 import gzip
 import json
@@ -45,12 +46,14 @@ type UpsertViewPayload { view: View, inserted: Boolean }
 type View { id: ID!, type: String!, name: String!, displayName: String, description: String, project: Project, spec: String!,
     updatedAt: String }
 """
-"""Of W&B's schema, which is not public, what saving a report asks for: written by hand from what its client sends."""
+"""Of W&B's schema, which is not public, what saving a report asks for: written by hand from what its client
+sends."""
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server that answers by `SCHEMA`; its `saved` are the variables of every `upsertView`, `refused` what broke it."""
+    """A server that answers by `SCHEMA`; its `saved` are the variables of every `upsertView`, `refused` what
+    broke it."""
     import wandb
 
     project = {"id": "P", "internalId": "1", "name": "scantling", "entityName": "me"}

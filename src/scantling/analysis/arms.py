@@ -1,4 +1,5 @@
-"""The finished runs of a study, sorted: which arm, which scale, which seed; and whether they make a law or a comparison."""
+"""The finished runs of a study, sorted: which arm, which scale, which seed; and whether they make a law or a
+comparison."""
 
 from __future__ import annotations
 
@@ -16,13 +17,15 @@ from scantling.runs.table import load_runs
 
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
 LAW_SPAN = 2.0
-"""Runs that differ in shape alone make a law when the compute of the largest is above so many times the smallest's."""
+"""Runs that differ in shape alone make a law when the compute of the largest is above so many times the
+smallest's."""
 
 FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
 """Settings that a study of sizes changes with them."""
 
 TUNED = ("lr", "batch_size")
-"""Of these, what changes the loss: where a size has several, most of its runs are not the best that it can do."""
+"""Of these, what changes the loss: where a size has several, most of its runs are not the best that it can
+do."""
 
 MOST_ARMS = 40
 """Of a figure or a chart: curves of more cannot be told apart, and those with the lowest losses are drawn."""
@@ -30,10 +33,11 @@ MOST_ARMS = 40
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the settings of its size.
+    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the settings of its
+    size.
 
-    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size and length alone, by much, and in
-    what follows these. `cautions`: what was left out, or makes the study doubtful.
+    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size and length alone, by
+    much, and in what follows these. `cautions`: what was left out, or makes the study doubtful.
     """
 
     name: str
@@ -76,8 +80,8 @@ def finished_runs(
     *,
     same: Sequence[str] = ("corpus", "tokenizer"),
 ) -> StudyRuns:
-    """Of `recorded_runs`. Raises ValueError where there is nothing finished, and for runs on different text, naming
-    them."""
+    """Of `recorded_runs`. Raises ValueError where there is nothing finished, and for runs on different text,
+    naming them."""
     runs = rows_where(frame, status="finished")
     if not len(runs):
         raise ValueError(
@@ -98,7 +102,8 @@ def finished_runs(
 
 
 def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[Finding]]:
-    """Every run, as `StudyRuns` has them, and those that are not finished. Raises ValueError where there is none."""
+    """Every run, as `StudyRuns` has them, and those that are not finished. Raises ValueError where there is
+    none."""
     frame = load_runs(directory)
     cautions: list[Finding] = [Unreadable(name, why) for name, why in frame.attrs["left_out"].items()]
     if not len(frame):
@@ -112,8 +117,8 @@ def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[Finding]]:
 
 
 def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
-    """With `scale`, the settings of a run's size, and `arm`, where it has no name the other settings. Of all runs,
-    finished or not: one that goes on with a setting of its own is not a run of a finished arm."""
+    """With `scale`, the settings of a run's size, and `arm`, where it has no name the other settings. Of all
+    runs, finished or not: one that goes on with a setting of its own is not a run of a finished arm."""
     settings = [settings_of(text) for text in frame["overrides"]]
     varied = varied_keys(settings)
     scale_keys = [key for key in varied if is_size(key)]
@@ -130,8 +135,8 @@ def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def differ_in_size_alone(runs: pd.DataFrame) -> bool:
-    """Whether runs make a law: settings of size, and what follows it, one of a size, are all that varies, and compute
-    varies by much."""
+    """Whether runs make a law: settings of size, and what follows it, one of a size, are all that varies, and
+    compute varies by much."""
     settings = [settings_of(text) for text in runs["overrides"]]
     varied = varied_keys(settings)
     size_keys = [key for key in varied if is_size(key)]
@@ -146,8 +151,8 @@ def differ_in_size_alone(runs: pd.DataFrame) -> bool:
 def pairable_runs(study: StudyRuns, baseline: str) -> tuple[pd.DataFrame, list[PartnerLost]]:
     """The finished runs without what lost its partner because a run failed or goes on, and what that was.
 
-    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm lacks its arm:
-    the baseline's first, as an arm has lost nothing by a seed that is out already.
+    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm
+    lacks its arm: the baseline's first, as an arm has lost nothing by a seed that is out already.
     """
     runs, lost_partners = study.runs, []
     lost = study.recorded.iloc[np.flatnonzero(study.recorded["status"] != "finished")]
@@ -171,8 +176,8 @@ def is_size(key: str) -> bool:
 
 
 def tell_models_apart(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of runs that are not compared: with what those of an arm and scale differ in, beside their seeds, as part of the
-    scale, so that no curve is the mean of different models."""
+    """Of runs that are not compared: with what those of an arm and scale differ in, beside their seeds, as
+    part of the scale, so that no curve is the mean of different models."""
     settings = [settings_of(text) for text in frame["overrides"]]
     groups = list(zip(frame["arm"], frame["scale"], strict=True))
     within = varied_within(groups, settings)
@@ -183,7 +188,8 @@ def tell_models_apart(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_arm(sweep: dict | None, arms: Sequence[str]) -> str:
-    """The baseline where none is named: of a yaml of `sweeps/` its first arm, else the one whose values stand first.
+    """The baseline where none is named: of a yaml of `sweeps/` its first arm, else the one whose values stand
+    first.
 
     Raises ValueError where that cannot be told.
     """

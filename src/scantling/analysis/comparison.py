@@ -1,4 +1,5 @@
-"""What a study of arms found: each against the baseline at every scale, and what its differences are worth in compute."""
+"""What a study of arms found: each against the baseline at every scale, and what its differences are worth in
+compute."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ FAR = 2
 
 @dataclass(frozen=True)
 class ArmGain:
-    """Of an arm at a scale, whose baseline takes `compute` FLOPs; `gain`: or why there is none. `largest`: FLOPs of the
-    largest run that the baseline's law was fitted to."""
+    """Of an arm at a scale, whose baseline takes `compute` FLOPs; `gain`: or why there is none. `largest`:
+    FLOPs of the largest run that the baseline's law was fitted to."""
 
     scale: str
     arm: str
@@ -59,7 +60,8 @@ class ArmGain:
 
     @property
     def beyond(self) -> float:
-        """Compute that the baseline would need, over that of its largest run: above 1 its law is extrapolated."""
+        """Compute that the baseline would need, over that of its largest run: above 1 its law is
+        extrapolated."""
         if isinstance(self.gain, Unreachable):
             return np.nan
         return self.compute * self.gain.multiplier / self.largest
@@ -67,8 +69,8 @@ class ArmGain:
 
 @dataclass(frozen=True)
 class ArmTrend:
-    """How an arm's gain changes with scale, p corrected over the `compared` arms that have a trend; None: no two of its
-    scales have a gain. `unreachable`: scales at which no compute reaches its loss."""
+    """How an arm's gain changes with scale, p corrected over the `compared` arms that have a trend; None: no
+    two of its scales have a gain. `unreachable`: scales at which no compute reaches its loss."""
 
     arm: str
     trend: Trend | None
@@ -78,8 +80,8 @@ class ArmTrend:
 
 @dataclass(frozen=True)
 class Ablation:
-    """`arms`: a row an arm and scale, the baseline first; `gains`: compute-equivalent gains where a law is at hand;
-    `trends`: of each arm's gain over scale."""
+    """`arms`: a row an arm and scale, the baseline first; `gains`: compute-equivalent gains where a law is at
+    hand; `trends`: of each arm's gain over scale."""
 
     study: str
     metric: str
@@ -97,8 +99,8 @@ class Ablation:
 
     @property
     def order(self) -> list[str]:
-        """The baseline, and the others from the lowest loss at the largest scale on; at the end those not compared
-        there."""
+        """The baseline, and the others from the lowest loss at the largest scale on; at the end those not
+        compared there."""
         scales = list(dict.fromkeys(self.arms["scale"]))[::-1]
         return list(
             dict.fromkeys(arm for scale in scales for arm in rows_where(self.arms, scale=scale)["arm"])
@@ -106,8 +108,8 @@ class Ablation:
 
     @property
     def gains_table(self) -> pd.DataFrame | None:
-        """A row each, with gain, low and high, NaN where no compute reaches the arm's loss, and how far beyond the
-        baseline's runs."""
+        """A row each, with gain, low and high, NaN where no compute reaches the arm's loss, and how far
+        beyond the baseline's runs."""
         return pd.DataFrame([gain_row(each) for each in self.gains]) if self.gains else None
 
 
@@ -130,8 +132,9 @@ def compare_arms(
     resamples: int,
     seed: int,
 ) -> Ablation:
-    """`metric`: loss or bpb. `precision`: the half-width that `seeds_for_precision` is asked for, in its unit. `law`: the
-    baseline's loss against compute; None: from the study itself, where that has enough scales.
+    """`metric`: loss or bpb. `precision`: the half-width that `seeds_for_precision` is asked for, in its
+    unit. `law`: the baseline's loss against compute; None: from the study itself, where that has enough
+    scales.
 
     Raises ValueError, naming runs, for what cannot be compared.
     """
@@ -179,8 +182,8 @@ def compare_arms(
 
 
 def own_law(runs: pd.DataFrame, settings: dict) -> tuple[Fit | None, NoBaselineLaw | None]:
-    """The baseline's loss against compute by its own runs, where these have enough scales; or why they give none.
-    `settings`: those of `fit`."""
+    """The baseline's loss against compute by its own runs, where these have enough scales; or why they give
+    none. `settings`: those of `fit`."""
     if len(set(runs["scale"])) < OWN_LAW:
         return None, None
     try:
@@ -286,8 +289,8 @@ def gain_row(each: ArmGain) -> dict[str, object]:
 
 
 def trends_of(gains: Sequence[ArmGain], level: float) -> list[ArmTrend]:
-    """Of each arm that has gains at two budgets, p corrected by Holm over these arms; then of each other arm at several
-    scales that has none because no compute reaches its loss."""
+    """Of each arm that has gains at two budgets, p corrected by Holm over these arms; then of each other arm
+    at several scales that has none because no compute reaches its loss."""
     known: dict[str, list[Gain]] = {}
     unreachable: dict[str, tuple[str, ...]] = {}
     for each in gains:

@@ -1,4 +1,5 @@
-"""What is known beside the numbers of a fit or a study: what was left out, what makes them doubtful. `report` words it."""
+"""What is known beside the numbers of a fit or a study: what was left out, what makes them doubtful. `report`
+words it."""
 
 from __future__ import annotations
 
@@ -178,7 +179,8 @@ class OffTheLaw:
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """Arms whose gains read the law far beyond its largest run, of `largest` FLOPs, and how many times as far."""
+    """Arms whose gains read the law far beyond its largest run, of `largest` FLOPs, and how many times as
+    far."""
 
     largest: float
     beyond: tuple[tuple[str, float], ...]

@@ -1,5 +1,5 @@
-"""Compute-optimal sizes without a form for the loss: approach 2, the best size of each budget, and approach 1, the
-envelope of training curves (Hoffmann et al. 2022, sections 3.1 and 3.2)."""
+"""Compute-optimal sizes without a form for the loss: approach 2, the best size of each budget, and approach
+1, the envelope of training curves (Hoffmann et al. 2022, sections 3.1 and 3.2)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ Minimum = Literal["parabola", "akima"]
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N_opt = coefficient·C^exponent, through the best size of each budget; intervals by resampling runs or noise."""
+    """N_opt = coefficient·C^exponent, through the best size of each budget; intervals by resampling runs or
+    noise."""
 
     exponent: float
     coefficient: float
@@ -88,10 +89,11 @@ def fit_isoflop(
 ) -> PowerLaw:
     """Approach 2: the size with the lowest loss in each budget, and a line through them in logarithms.
 
-    `minimum`: of a parabola in log N (Hoffmann et al. 2022), or of Akima's spline (Porian et al. 2024, section 3.1), which
-    forces no shape. Runs belong to one budget when their FLOPs differ by at most `tolerance`. The bootstrap keeps the
-    grid and draws noise of log loss around each budget's parabola: of standard deviation `noise` if that is known (from
-    seeds), else that of what the parabolas leave in all budgets.
+    `minimum`: of a parabola in log N (Hoffmann et al. 2022), or of Akima's spline (Porian et al. 2024,
+    section 3.1), which forces no shape. Runs belong to one budget when their FLOPs differ by at most
+    `tolerance`. The bootstrap keeps the grid and draws noise of log loss around each budget's parabola: of
+    standard deviation `noise` if that is known (from seeds), else that of what the parabolas leave in all
+    budgets.
 
     Raises ValueError for fewer than two budgets, and for a budget of fewer than four sizes.
     """
@@ -166,7 +168,8 @@ def parabola_minimum(log_n: Array, log_loss_SN: Array) -> Array:
 
 
 def akima_minimum(log_n: Array, log_loss_SN: Array, points: int = 512) -> Array:
-    """(S,): where Akima's spline (1970, doi:10.1145/321607.321609) through the mean loss of each size is lowest."""
+    """(S,): where Akima's spline (1970, doi:10.1145/321607.321609) through the mean loss of each size is
+    lowest."""
     sizes, which = np.unique(log_n, return_inverse=True)
     means = np.stack([log_loss_SN[:, which == i].mean(axis=1) for i in range(len(sizes))])
     fine = np.linspace(sizes[0], sizes[-1], points)
@@ -190,7 +193,8 @@ def slopes(x: Array, y_SN: Array) -> Array:
 
 
 def parabola_bias(log_n: Array, log_c: Array, log_loss: Array, groups: Sequence[np.ndarray]) -> float:
-    """What the parabolas' exponent would be off by on this grid without noise, were Hoffmann's form fitted here the truth."""
+    """What the parabolas' exponent would be off by on this grid without noise, were Hoffmann's form fitted
+    here the truth."""
     n, d = np.exp(log_n), np.exp(log_c - log_n) / FLOPS_PER_PARAMETER_AND_TOKEN
     law = refit_hoffmann(n, d, np.exp(log_loss))
     clean = np.log(law.predict(N=n, D=d))
@@ -211,12 +215,14 @@ def fit_envelope(
     level: float = 0.95,
     seed: int = 0,
 ) -> PowerLaw:
-    """Approach 1: which run of all has the lowest loss at each of many budgets, and a line through their sizes.
+    """Approach 1: which run of all has the lowest loss at each of many budgets, and a line through their
+    sizes.
 
-    A row is one point of a training curve: `run` names the curve. Losses between logged points are interpolated in
-    logarithms; a budget counts while at least two curves cross it and the best size is neither the smallest nor the
-    largest of them. The bootstrap draws runs. Always warns: points before a run's end are taken at a learning rate that
-    has not decayed, which flatters long runs, and the minimum of noisy curves is biased.
+    A row is one point of a training curve: `run` names the curve. Losses between logged points are
+    interpolated in logarithms; a budget counts while at least two curves cross it and the best size is
+    neither the smallest nor the largest of them. The bootstrap draws runs. Always warns: points before a
+    run's end are taken at a learning rate that has not decayed, which flatters long runs, and the minimum of
+    noisy curves is biased.
 
     Raises ValueError where no budget is crossed by runs of three sizes.
     """
@@ -255,8 +261,8 @@ def curve_on_grid(grid: Array, log_c: Array, log_loss: Array) -> Array:
 
 
 def envelope_line(grid: Array, curves: Array, sizes: Array) -> tuple[float, float, Array, Array]:
-    """Slope and intercept of log best size over log budget, and the points that the line is through; NaN where these
-    are of one size. `curves`: log loss [run, budget]; `sizes`: log of N, by run."""
+    """Slope and intercept of log best size over log budget, and the points that the line is through; NaN
+    where these are of one size. `curves`: log loss [run, budget]; `sizes`: log of N, by run."""
     crossed = np.isfinite(curves)
     best = sizes[curves.argmin(axis=0)]
     smallest = np.where(crossed, sizes[:, None], np.inf).min(axis=0)

@@ -1,4 +1,5 @@
-"""What a table of runs says by a fitted law: parameters, the optimum, exponents by every approach, what to distrust."""
+"""What a table of runs says by a fitted law: parameters, the optimum, exponents by every approach, what to
+distrust."""
 
 from __future__ import annotations
 
@@ -45,9 +46,10 @@ class Exponent:
 class ScalingLaw:
     """A fit of Hoffmann's form to `observations`, named `source`, and what follows from it.
 
-    `exponents`: by each approach that the runs allow; `conventions`: the exponent under each count of N; `without`: by
-    approach 3 without the runs of each budget. `isoflop`: approach 2 with parabolas, where budgets are planned.
-    `target`: the FLOPs that the answer is of. Optima are under C = kND, with the k of the observations.
+    `exponents`: by each approach that the runs allow; `conventions`: the exponent under each count of N;
+    `without`: by approach 3 without the runs of each budget. `isoflop`: approach 2 with parabolas, where
+    budgets are planned. `target`: the FLOPs that the answer is of. Optima are under C = kND, with the k of
+    the observations.
     """
 
     source: str
@@ -81,9 +83,9 @@ def find_law(
 ) -> ScalingLaw:
     """The law and its tables; every refit has the bootstrap of `observations`, and its level.
 
-    `held_out`: the share of runs, of the largest budgets, that the gate predicts; 0: no gate. `budgets`: FLOPs to give
-    the optimum of; None: the largest of the runs, 10 and 100 times as much. Raises ValueError for what cannot be
-    fitted."""
+    `held_out`: the share of runs, of the largest budgets, that the gate predicts; 0: no gate. `budgets`:
+    FLOPs to give the optimum of; None: the largest of the runs, 10 and 100 times as much. Raises ValueError
+    for what cannot be fitted."""
     runs = observations.runs
     n, d, c, loss = (runs[name].to_numpy() for name in ("N", "D", "C", "loss"))
     bootstrap = {"resamples": resamples, "level": level, "seed": seed}
@@ -144,8 +146,8 @@ def exponent_of(approach: Literal["parabola", "akima", "envelope"], law: PowerLa
 
 
 def without_each_budget(n: Array, d: Array, c: Array, loss: Array) -> pd.DataFrame | None:
-    """The exponent without the runs of one budget, its mean FLOPs in column C, for each without which the others can be
-    fitted; None where there are few budgets, or more than are planned."""
+    """The exponent without the runs of one budget, its mean FLOPs in column C, for each without which the
+    others can be fitted; None where there are few budgets, or more than are planned."""
     budgets = grouped(np.log(c))
     if len(budgets) not in PLANNED_BUDGETS:
         return None

@@ -1,4 +1,5 @@
-"""A table of finished runs, anyone's, read and checked: every row is used or named, none is dropped in silence."""
+"""A table of finished runs, anyone's, read and checked: every row is used or named, none is dropped in
+silence."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ FRESH = 1.01
 class Observations:
     """`runs`: a row each with N, D, C, loss and run, under the row's number in the file, which counts from 1.
 
-    `counts`: parameters under each convention, by the name of its column; the first is N. `left_out`: which rows the
-    user asked to leave out; `warnings`, what about the table makes its fits doubtful.
+    `counts`: parameters under each convention, by the name of its column; the first is N. `left_out`: which
+    rows the user asked to leave out; `warnings`, what about the table makes its fits doubtful.
     """
 
     runs: pd.DataFrame
@@ -51,7 +52,8 @@ class Observations:
 
     @property
     def bootstrap(self) -> dict[str, Any]:
-        """What the bootstrap draws, as settings of `fit`: runs, of a planned grid noise, for its budgets must all stay."""
+        """What the bootstrap draws, as settings of `fit`: runs, of a planned grid noise, for its budgets must
+        all stay."""
         is_grid = is_isoflop(self.runs)
         return {"runs": self.runs["run"].to_numpy(), "resampling": "noise" if is_grid else "runs"}
 
@@ -60,8 +62,8 @@ class Observations:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV, TSV or JSON-lines file, its rows numbered from 1. Raises FileNotFoundError, or ValueError for another
-    kind."""
+    """A CSV, TSV or JSON-lines file, its rows numbered from 1. Raises FileNotFoundError, or ValueError for
+    another kind."""
     if path.suffix not in READERS:
         raise ValueError(f"{path} is none of {', '.join(READERS)}")
     if not path.is_file():
@@ -89,10 +91,10 @@ def observe(
 ) -> Observations:
     """Pick the columns and check them.
 
-    `n`, `d`, `c`, `loss`: names of columns; several for `n` are conventions of counting. Without `d`, D = C/(6N); without
-    `c`, C = 6ND. `run` names the run of each row where a run has several. `unique`: fresh tokens of the run.
-    `same`: columns that, where there are such, must not mix values. `drop_highest`: so many of the highest losses are left
-    out. `irreducible`: known entropy, below which no loss can be.
+    `n`, `d`, `c`, `loss`: names of columns; several for `n` are conventions of counting. Without `d`, D =
+    C/(6N); without `c`, C = 6ND. `run` names the run of each row where a run has several. `unique`: fresh
+    tokens of the run. `same`: columns that, where there are such, must not mix values. `drop_highest`: so
+    many of the highest losses are left out. `irreducible`: known entropy, below which no loss can be.
 
     Raises ValueError naming the rows.
     """
@@ -142,8 +144,8 @@ def check_one_value(table: pd.DataFrame, name: str) -> None:
     if len(values) > 1:
         fewer = table.index[entries != values.index[0]]
         raise ValueError(
-            f"column {name} mixes {', '.join(map(str, values.index[:5]))}: losses on different {name} are not "
-            f"comparable; {values.index[0]} is in most rows, others in {numbered(fewer)}"
+            f"column {name} mixes {', '.join(map(str, values.index[:5]))}: losses on different {name} are "
+            f"not comparable; {values.index[0]} is in most rows, others in {numbered(fewer)}"
         )
 
 
@@ -164,8 +166,8 @@ def check_budgets(runs: pd.DataFrame) -> None:
     """Raise ValueError where all runs have one budget."""
     if len(grouped(np.log(runs["C"].to_numpy()))) == 1:
         raise ValueError(
-            f"one budget only: all {len(runs)} rows have about {runs['C'].mean():.3g} FLOPs, and how loss falls with "
-            "compute cannot be seen"
+            f"one budget only: all {len(runs)} rows have about {runs['C'].mean():.3g} FLOPs, and how loss "
+            "falls with compute cannot be seen"
         )
 
 
@@ -176,7 +178,8 @@ def numeric(table: pd.DataFrame, name: str) -> Array:
     if len(wrong):
         entries = dict.fromkeys(str(entry) for entry in table[name].iloc[wrong[:10]])
         raise ValueError(
-            f"column {name} must be positive and finite: {', '.join(entries)} in {numbered(table.index[wrong])}"
+            f"column {name} must be positive and finite: {', '.join(entries)} in "
+            f"{numbered(table.index[wrong])}"
         )
     return values
 
@@ -194,8 +197,8 @@ def listed(names: Iterable[object], most: int = 10) -> str:
 
 
 def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[Finding]:
-    """What about a table should make one careful. `unique`: fresh tokens of each row; `several`: rows of a run may be
-    several."""
+    """What about a table should make one careful. `unique`: fresh tokens of each row; `several`: rows of a
+    run may be several."""
     found: list[Finding] = []
     n, d, c = (runs[name].to_numpy() for name in ("N", "D", "C"))
     ratio = c / (FLOPS_PER_PARAMETER_AND_TOKEN * n * d)

@@ -47,10 +47,10 @@ EXPONENT_BOUND = 3.0
 class Fit:
     """A fitted law.
 
-    `parameters`: as published. `objective`: sum of Huber's function over runs. `found`: share of starts that ended
-    there. `resampled_SP`: θ of every resample, none without a bootstrap; `spread_degrees`: the degrees of freedom with
-    which their spread is known, None: those of the residuals. `warnings`: reasons to distrust it, which travel with the
-    fit to whatever prints it.
+    `parameters`: as published. `objective`: sum of Huber's function over runs. `found`: share of starts that
+    ended there. `resampled_SP`: θ of every resample, none without a bootstrap; `spread_degrees`: the degrees
+    of freedom with which their spread is known, None: those of the residuals. `warnings`: reasons to distrust
+    it, which travel with the fit to whatever prints it.
     """
 
     form: Form
@@ -117,7 +117,8 @@ class Fit:
         return np.exp(self.form.predictor(vectors(sizes))(self.theta_P[None])[0][0])
 
     def predict_interval(self, *, seed: int = 0, **sizes: ArrayLike) -> tuple[Array, Array]:
-        """Bounds (N,) that a new run's loss should fall between: the law's uncertainty and a run's own noise."""
+        """Bounds (N,) that a new run's loss should fall between: the law's uncertainty and a run's own
+        noise."""
         rng = np.random.default_rng(seed)
         logs_SN = self.form.predictor(vectors(sizes))(self.resamples())[0]
         noise_SN = drawn_residuals(self.residuals, len(self.theta_P), logs_SN.shape, rng)
@@ -144,13 +145,16 @@ def fit(
     level: float = 0.95,
     seed: int = 0,
 ) -> Fit:
-    """The form's parameters that minimise Σ huber(log predicted − log observed), over all of the form's starts.
+    """The form's parameters that minimise Σ huber(log predicted − log observed), over all of the form's
+    starts.
 
     `starts_SP`: where to begin instead, such as `PowerSum.projected_starts`, a hundred times fewer.
-    `resamples`: bootstrap estimates for intervals. `resampling`: "runs" draws runs, `runs` naming each row's (None:
-    every row is one); "noise" keeps the sizes and draws residuals, for a planned grid whose budgets must all stay.
+    `resamples`: bootstrap estimates for intervals. `resampling`: "runs" draws runs, `runs` naming each row's
+    (None: every row is one); "noise" keeps the sizes and draws residuals, for a planned grid whose budgets
+    must all stay.
 
-    Raises ValueError for values that are not positive and finite, and for too few rows for the parameters or intervals.
+    Raises ValueError for values that are not positive and finite, and for too few rows for the parameters or
+    intervals.
     """
     columns, losses = vectors(sizes), np.asarray(loss, dtype=float)
     check_sizes(form, columns, losses)
@@ -184,16 +188,18 @@ def fit(
 
 
 def fit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:
-    """E, A, B, alpha, beta of L = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3); settings: those of `fit`.
+    """E, A, B, alpha, beta of L = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3); settings:
+    those of `fit`.
 
-    4500 starts, as Besiroglu et al. 2024 (arXiv:2404.10102) used to find the optimum that Hoffmann et al. missed.
+    4500 starts, as Besiroglu et al. 2024 (arXiv:2404.10102) used to find the optimum that Hoffmann et al.
+    missed.
     """
     return fit(HOFFMANN, {"N": N, "D": D}, loss, **settings)
 
 
 def refit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:
-    """As `fit_hoffmann`, from 25 projected starts: for a gate, a table of conventions, a simulation, which fit
-    often."""
+    """As `fit_hoffmann`, from 25 projected starts: for a gate, a table of conventions, a simulation, which
+    fit often."""
     sizes, losses = vectors({"N": N, "D": D}), np.asarray(loss, dtype=float)
     check_sizes(HOFFMANN, sizes, losses)
     return fit(HOFFMANN, sizes, losses, starts_SP=HOFFMANN.projected_starts(sizes, losses), **settings)
@@ -213,7 +219,8 @@ def check_sizes(form: Form, sizes: Sizes, loss: Array) -> None:
     if len(loss) <= len(form.parameters):
         raise ValueError(
             f"{len(loss)} runs cannot determine the {len(form.parameters)} parameters of {form.formula}: "
-            f"at least {len(form.parameters) + 1} are needed, {len(form.parameters) + FEWEST_DEGREES} for intervals"
+            f"at least {len(form.parameters) + 1} are needed, {len(form.parameters) + FEWEST_DEGREES} for "
+            "intervals"
         )
 
 
@@ -238,8 +245,8 @@ def floor_is_lost(fit: Fit) -> bool:
 
 
 def refit_starts(fit: Fit) -> Array:
-    """(K, P): where fits of almost the same losses begin. θ alone, but where its floor is lost, from which no descent
-    leads back, projected starts too."""
+    """(K, P): where fits of almost the same losses begin. θ alone, but where its floor is lost, from which no
+    descent leads back, projected starts too."""
     own = fit.theta_P[None]
     if not isinstance(fit.form, PowerSum) or not floor_is_lost(fit):
         return own
@@ -253,7 +260,8 @@ def minimise_from_each(
     starts_KSP: Array,
     **settings,
 ) -> Optima:
-    """As `minimise`, each of S problems from K starts: where the lowest of its ends is, runaway exponents aside."""
+    """As `minimise`, each of S problems from K starts: where the lowest of its ends is, runaway exponents
+    aside."""
     ends = [minimise(log_loss, target, starts_SP, **settings) for starts_SP in starts_KSP]
     objective_KS = np.stack([np.where(is_tame(form, e.theta_SP), e.objective_S, np.inf) for e in ends])
     which = objective_KS.argmin(axis=0), np.arange(objective_KS.shape[1])
@@ -289,12 +297,13 @@ def compute_of(sizes: Sizes) -> Array | None:
 
 
 def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
-    """The values of a parameter whose best fit is not significantly worse than the best of all, at `fit.level`.
+    """The values of a parameter whose best fit is not significantly worse than the best of all, at
+    `fit.level`.
 
-    Robust likelihood ratio: the rise of the objective times 2·E[ψ']/E[ψ²] is χ² of one degree of freedom (Heritier &
-    Ronchetti 1994, doi:10.1080/01621459.1994.10476822), and F of one and n − p, as the scale is estimated from the
-    residuals. Follows the ridge along which A and alpha trade off, which a normal interval of A leaves. An end not
-    reached within a factor e^±64 comes back as infinite, or as 0.
+    Robust likelihood ratio: the rise of the objective times 2·E[ψ']/E[ψ²] is χ² of one degree of freedom
+    (Heritier & Ronchetti 1994, doi:10.1080/01621459.1994.10476822), and F of one and n − p, as the scale is
+    estimated from the residuals. Follows the ridge along which A and alpha trade off, which a normal interval
+    of A leaves. An end not reached within a factor e^±64 comes back as infinite, or as 0.
     """
     at = fit.form.parameters.index(parameter)
     free = fit.form.predictor(fit.sizes)
@@ -308,7 +317,8 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
     starts_KSP = np.repeat(refit_starts(fit)[:, None], points, axis=1)
 
     def first_above(offsets: Array) -> tuple[Array, Array] | None:
-        """The two offsets from θ between which the objective crosses what is allowed, and their objectives."""
+        """The two offsets from θ between which the objective crosses what is allowed, and their
+        objectives."""
         starts_KSP[:, :, at] = fit.theta_P[at] + offsets
         ends = minimise_from_each(fit.form, held, np.log(fit.loss), starts_KSP, delta=fit.delta)
         above = np.flatnonzero(ends.objective_S > allowed)
@@ -333,7 +343,8 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
 
 
 def objective_scale(fit: Fit) -> float:
-    """E[ψ²]/E[ψ'] with a correction for the parameters fitted; ψ' by a window wide enough to hold residuals."""
+    """E[ψ²]/E[ψ'] with a correction for the parameters fitted; ψ' by a window wide enough to hold
+    residuals."""
     residual, n = fit.residuals, len(fit.loss)
     spread = 1.4826 * np.median(np.abs(residual))
     window = max(fit.delta, 1.06 * spread * n**-0.2)

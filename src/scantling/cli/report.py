@@ -109,7 +109,8 @@ def report_run(config: DictConfig, console: Console) -> None:
 
 
 def views(config: DictConfig, run: RunDirectory) -> Views:
-    """Of its checkpoints. Raises ValueError for what was asked for and cannot be shown; else the page says why."""
+    """Of its checkpoints. Raises ValueError for what was asked for and cannot be shown; else the page says
+    why."""
     try:
         if not any(run.checkpoints.glob("*.ckpt")):
             raise ValueError(f"{os.path.relpath(run.checkpoints)} holds no checkpoint")
@@ -126,8 +127,8 @@ def views(config: DictConfig, run: RunDirectory) -> Views:
 
 
 def labels_of_studies(studies: list[Path]) -> dict[Path, str]:
-    """What stands before the names of their runs and arms, so that no two are alike: nothing where there is one
-    study."""
+    """What stands before the names of their runs and arms, so that no two are alike: nothing where there is
+    one study."""
     different = set(studies)
     if len(different) == 1:
         return dict.fromkeys(different, "")
@@ -147,8 +148,8 @@ def place_of(found: list[RunDirectory]) -> str:
 def rows_of(
     found: list[RunDirectory], labels: dict[Path, str], load: Callable[[Path], pd.DataFrame]
 ) -> pd.DataFrame:
-    """Of these runs, in their order and with their study's label, from the tables of their studies. Raises ValueError
-    naming one that cannot be read."""
+    """Of these runs, in their order and with their study's label, from the tables of their studies. Raises
+    ValueError naming one that cannot be read."""
     tables = {study: load(study) for study in labels}
     places = {study: table.groupby("run").indices if len(table) else {} for study, table in tables.items()}
     chosen = []

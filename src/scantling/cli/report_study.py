@@ -98,8 +98,8 @@ def law_of_runs(config: DictConfig, observations: Observations, named: str) -> S
 
 
 def report_study(config: DictConfig, console: Console) -> None:
-    """Its law or its arms compared. Where its runs give neither, raises ValueError after a page of what there is, which
-    takes no answer's place."""
+    """Its law or its arms compared. Where its runs give neither, raises ValueError after a page of what there
+    is, which takes no answer's place."""
     directory = Path(config.paths.runs) / config.study
     runs, cautions = recorded_runs(directory)
     recorded = recorded_study(config, directory, runs)
@@ -171,7 +171,8 @@ class WrongSetting(ValueError):
 
 
 def compare_study(config: DictConfig, study: StudyRuns, sweep: dict[str, Any] | None) -> Ablation:
-    """Raises ValueError for arms that cannot be compared, WrongSetting for a baseline that the study has not."""
+    """Raises ValueError for arms that cannot be compared, WrongSetting for a baseline that the study has
+    not."""
     arms = sorted(study.runs["arm"].unique())
     if config.baseline is not None and config.baseline not in set(study.recorded["arm"]):
         raise WrongSetting(f"no runs of the baseline {config.baseline}: arms are {', '.join(arms)}")
@@ -199,8 +200,8 @@ def observations_of(config: DictConfig, study: StudyRuns) -> Observations:
 
 
 def law_of(config: DictConfig, study: StudyRuns) -> Fit:
-    """Loss against compute by the runs of another study. Raises WrongSetting where these are not sizes of one model, or
-    are of other text."""
+    """Loss against compute by the runs of another study. Raises WrongSetting where these are not sizes of one
+    model, or are of other text."""
     sizes = study_runs(Path(config.paths.runs) / config.law)
     if not sizes.is_law:
         raise WrongSetting(f"law={config.law}: its runs differ in more than size, length and learning rate")

@@ -1,4 +1,5 @@
-"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, brought from W&B, removed."""
+"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, brought from W&B,
+removed."""
 
 from __future__ import annotations
 

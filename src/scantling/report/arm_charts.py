@@ -1,4 +1,5 @@
-"""Charts of a page about arms: differences with their intervals, gains in compute, loss by length of context."""
+"""Charts of a page about arms: differences with their intervals, gains in compute, loss by length of
+context."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ NAMED = 10
 
 
 def rows_by_arm(ablation: Ablation) -> dict[str, list[dict[str, Any]]]:
-    """Of the arms' table, without the baseline; those of the first arms, which have the lowest losses at the largest
-    scale."""
+    """Of the arms' table, without the baseline; those of the first arms, which have the lowest losses at the
+    largest scale."""
     others = [arm for arm in ablation.order if arm != ablation.baseline]
     return {arm: rows_where(ablation.arms, arm=arm).to_dict("records") for arm in others[:MOST_ARMS]}
 
@@ -35,8 +36,8 @@ def column(table: Sequence[dict[str, Any]], name: str) -> list[Any]:
 
 
 def forest_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart:
-    """Every arm's difference from the baseline with its paired t interval, at every scale: of several each has a
-    colour."""
+    """Every arm's difference from the baseline with its paired t interval, at every scale: of several each
+    has a colour."""
     scales = list(dict.fromkeys(ablation.arms["scale"]))
     shown = rows_by_arm(ablation)
     labels = {
@@ -79,16 +80,16 @@ def forest_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart:
         tuple(found),
         (Axis("difference", f"{UNITS[ablation.metric]}, left of zero is better", log=None),),
         (Axis("arm", "arm", words=True, order=tuple(labels.values())),),
-        note=f"{more}Points: mean over paired seeds. Bars: {ablation.level:.0%} paired t intervals, not corrected "
-        "for the number of arms; the verdicts are.",
+        note=f"{more}Points: mean over paired seeds. Bars: {ablation.level:.0%} paired t intervals, not "
+        "corrected for the number of arms; the verdicts are.",
         legend=len(scales) > 1,
         height=max(220, 120 + 34 * len(labels)),
     )
 
 
 def scale_chart(ablation: Ablation, compute: Mapping[str, float], colours: Mapping[str, int]) -> Chart | None:
-    """Differences against compute, where arms were compared at several scales; `compute`: FLOPs of the baseline by
-    scale."""
+    """Differences against compute, where arms were compared at several scales; `compute`: FLOPs of the
+    baseline by scale."""
     if len(compute) < 2:
         return None
     found = [
@@ -111,7 +112,8 @@ def scale_chart(ablation: Ablation, compute: Mapping[str, float], colours: Mappi
 
 
 def gain_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart | None:
-    """Compute-equivalent gains against compute, where a law is at hand; those without an end are named in its note."""
+    """Compute-equivalent gains against compute, where a law is at hand; those without an end are named in its
+    note."""
     known: dict[str, list[tuple[float, Gain]]] = {}
     for each in ablation.gains:
         if has_ends(each.gain):
@@ -128,8 +130,8 @@ def gain_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart | None:
         tuple(found),
         (Axis("C", "FLOPs", log=True),),
         (Axis("gain", "× compute", log=True),),
-        note="How many times the compute a difference as large takes on the baseline's law: above 1 is better."
-        + not_drawn([each for each in ablation.gains if not has_ends(each.gain)]),
+        note="How many times the compute a difference as large takes on the baseline's law: above 1 is "
+        "better." + not_drawn([each for each in ablation.gains if not has_ends(each.gain)]),
     )
 
 
@@ -151,8 +153,8 @@ def not_drawn(gains: Sequence[ArmGain]) -> str:
 def lengths_chart(
     records: Sequence[dict[str, Any]], arms: Mapping[str, str], colours: Mapping[str, int]
 ) -> Chart:
-    """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of training.
-    `arms`: of the study's runs, by their directory's name."""
+    """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of
+    training. `arms`: of the study's runs, by their directory's name."""
     frame = pd.DataFrame(records)
     frame["arm"] = [arms.get(record["directory"], arm_of(record["run"])) for record in records]
     colours = with_others(colours, frame["arm"])

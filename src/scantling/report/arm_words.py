@@ -60,14 +60,14 @@ def headline(ablation: Ablation) -> str:
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
     return (
         f"{ablation.study}: of {some(len(verdicts), 'comparison')} with {ablation.baseline}, {counts} at "
-        f"{ablation.level:.0%} (paired seeds, Holm over the arms of a scale; {ablation.metric}, noise {noise:.4f} "
-        "between seeds)"
+        f"{ablation.level:.0%} (paired seeds, Holm over the arms of a scale; {ablation.metric}, noise "
+        f"{noise:.4f} between seeds)"
     )
 
 
 def answer(ablation: Ablation) -> str:
-    """In one sentence, at the largest scale: which arms are better and worse than the baseline, by how much, and of which
-    that cannot be said."""
+    """In one sentence, at the largest scale: which arms are better and worse than the baseline, by how much,
+    and of which that cannot be said."""
     scale, baseline = ablation.largest, ablation.baseline
     here = [
         row for row in rows_where(ablation.arms, scale=scale).to_dict("records") if row["arm"] != baseline

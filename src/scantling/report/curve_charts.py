@@ -46,12 +46,12 @@ def curves_chart(
     colours: Mapping[str, int] = MappingProxyType({}),
     baseline: str | None = None,
 ) -> Chart | None:
-    """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean over seeds
-    with a band of ± two standard errors, and the runs themselves where they are few. Runs that are not finished are no
-    part of a mean with others that are.
+    """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean
+    over seeds with a band of ± two standard errors, and the runs themselves where they are few. Runs that are
+    not finished are no part of a mean with others that are.
 
-    `metric`: the one shown first. `by_size`: colours by parameters, from small to large; else `colours`, by arm.
-    `baseline`: an arm that is shown however many there are. None where nothing was recorded.
+    `metric`: the one shown first. `by_size`: colours by parameters, from small to large; else `colours`, by
+    arm. `baseline`: an arm that is shown however many there are. None where nothing was recorded.
     """
     if not len(curves) or not {*VALIDATED, TRAINED} & set(curves):
         return None
@@ -168,8 +168,8 @@ def with_others(colours: Mapping[str, int], arms: Iterable[str]) -> dict[str, in
 
 
 def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:
-    """The part of an axis from the lowest value to where most curves are after their first tenth; before it losses are
-    higher by far."""
+    """The part of an axis from the lowest value to where most curves are after their first tenth; before it
+    losses are higher by far."""
     values = [np.asarray(curve.values[key], dtype=float) for curve in curves if key in curve.values]
     finite = [v[np.isfinite(v)] for v in values]
     later = [v[len(v) // 10 :] for v in finite if len(v)]
@@ -188,7 +188,8 @@ def mean_curve(
     points: int,
     style: Style = "line",
 ) -> list[Series]:
-    """One series for what is validated and one for what is trained; steps that not all tables have are left out."""
+    """One series for what is validated and one for what is trained; steps that not all tables have are left
+    out."""
     found = []
     for columns in (list(VALIDATED), [TRAINED]):
         if not all(set(columns) <= set(table) for table in tables):

@@ -1,4 +1,5 @@
-"""Charts of a page about a law: valleys of equal FLOPs, the frontier, residuals, what was held out, exponents."""
+"""Charts of a page about a law: valleys of equal FLOPs, the frontier, residuals, what was held out,
+exponents."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def sizes_chart(law: ScalingLaw) -> Chart | None:
 
 
 def frontier_chart(law: ScalingLaw) -> Chart:
-    """Loss against compute: the runs, and the loss of compute-optimal training with its band, beyond the largest run."""
+    """Loss against compute: the runs, and the loss of compute-optimal training with its band, beyond the
+    largest run."""
     runs, fit = law.observations.runs, law.fit
     kept = thinned(np.arange(len(runs)), MOST_RUNS)
     c, n, d, loss = (runs[name].to_numpy()[kept] for name in ("C", "N", "D", "loss"))
@@ -177,7 +179,8 @@ def frontier_chart(law: ScalingLaw) -> Chart:
 
 
 def optimum_chart(law: ScalingLaw) -> Chart | None:
-    """The best size against compute: by the fitted law, by each budget's parabola, and all sizes that were run."""
+    """The best size against compute: by the fitted law, by each budget's parabola, and all sizes that were
+    run."""
     runs, fit = law.observations.runs, law.fit
     if fit.alpha <= 0 or fit.beta <= 0:
         return None
@@ -248,7 +251,8 @@ def held_out_chart(law: ScalingLaw) -> Chart | None:
     observed = held_out["loss"].tolist()
     ends = [min(observed), max(observed)]
     return Chart(
-        f"Held out: {some(gate.n_held_out, 'run')} above {gate.cutoff:.3g} FLOPs, predicted from {gate.n_fitted}",
+        f"Held out: {some(gate.n_held_out, 'run')} above {gate.cutoff:.3g} FLOPs, predicted from "
+        f"{gate.n_fitted}",
         (
             Series("as observed", {"loss": ends, "predicted": ends}, style="dashed"),
             Series(
@@ -299,6 +303,7 @@ def exponents_chart(law: ScalingLaw) -> Chart | None:
         tuple(found),
         (Axis("a", "a of N_opt ∝ C^a", log=None),),
         (Axis("name", "", words=True),),
-        note=f"Approach 3 says {a:.3f}. Hoffmann et al. 2022: 0.46 to 0.50 by approach; Kaplan et al. 2020: 0.73.",
+        note=f"Approach 3 says {a:.3f}. Hoffmann et al. 2022: 0.46 to 0.50 by approach; Kaplan et al. "
+        "2020: 0.73.",
         height=120 + 32 * points,
     )

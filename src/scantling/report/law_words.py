@@ -26,25 +26,25 @@ def headline(law: ScalingLaw) -> str:
     """What was fitted, to what, and how well it was found."""
     fit = law.fit
     return (
-        f"{fit.form.formula}, {len(fit.loss)} rows of {law.source}: Huber of log loss at {fit.delta:g}, objective "
-        f"{fit.objective:.6g}, found from {fit.found:.0%} of the starts"
+        f"{fit.form.formula}, {len(fit.loss)} rows of {law.source}: Huber of log loss at {fit.delta:g}, "
+        f"objective {fit.objective:.6g}, found from {fit.found:.0%} of the starts"
     )
 
 
 def answer(law: ScalingLaw) -> str:
-    """In one sentence, how to divide the largest budget asked for, where none is the runs' largest, or why that cannot
-    be said."""
+    """In one sentence, how to divide the largest budget asked for, where none is the runs' largest, or why
+    that cannot be said."""
     fit = law.fit
     if law.optimum is None:
         return (
-            f"These runs determine no optimum: alpha = {fit.alpha:.3g} and beta = {fit.beta:.3g} must both be "
-            "positive."
+            f"These runs determine no optimum: alpha = {fit.alpha:.3g} and beta = {fit.beta:.3g} must both "
+            "be positive."
         )
     a, ends = allocation_exponent(fit)
     at = optimum_as_read(rows_where(law.optimum, C=law.target)).iloc[0]
     return (
-        f"At {at['FLOPs']} FLOPs the least loss, {at['nats per token']} nats per token, takes {at['parameters']} "
-        f"parameters and {at['tokens']} tokens; the best size grows as C^{a:.3g}"
+        f"At {at['FLOPs']} FLOPs the least loss, {at['nats per token']} nats per token, takes "
+        f"{at['parameters']} parameters and {at['tokens']} tokens; the best size grows as C^{a:.3g}"
         + (f" ({interval(*ends, '.3g')}); {fit.level:.0%} intervals." if ends else ".")
     )
 
@@ -61,7 +61,8 @@ def gate_verdict(gate: Gate) -> str:
 
 
 def cautions(law: ScalingLaw) -> list[str]:
-    """Warnings and rows left out, and before them a gate that failed: what stands on every page beside the numbers."""
+    """Warnings and rows left out, and before them a gate that failed: what stands on every page beside the
+    numbers."""
     failed = [gate_verdict(law.gate)] if law.gate is not None and not law.gate.passed else []
     left_out = [] if law.observations.left_out is None else [law.observations.left_out]
     return [*failed, *map(sentence, (*law.fit.warnings, *left_out))]

@@ -35,7 +35,8 @@ def digits(number: float, n: int) -> str:
 
 
 def cell_text(value: object) -> str:
-    """Of a table: numbers with five digits, large ones in powers of ten, whole ones as they are; words as they are."""
+    """Of a table: numbers with five digits, large ones in powers of ten, whole ones as they are; words as
+    they are."""
     if not isinstance(value, float):
         return str(value)
     if math.isnan(value):

@@ -1,4 +1,5 @@
-"""The reports that runs alone make: of one, of any side by side, of a study that has no answer yet; and sections of others."""
+"""The reports that runs alone make: of one, of any side by side, of a study that has no answer yet; and
+sections of others."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ LISTED = 1500
 
 @dataclass(frozen=True)
 class Recorded:
-    """Runs and what was recorded beside them. `directory`: where the page will stand; `sweep`, `question`: their yaml of
-    `sweeps/` and its first comment; `command`: what writes the page."""
+    """Runs and what was recorded beside them. `directory`: where the page will stand; `sweep`, `question`:
+    their yaml of `sweeps/` and its first comment; `command`: what writes the page."""
 
     name: str
     runs: pd.DataFrame
@@ -80,7 +81,8 @@ def run_page(recorded: Recorded, views: Views) -> Report:
     reached = (
         "nothing was validated yet"
         if pd.isna(run["bpb"])
-        else f"{run['bpb']:.4f} bits per byte, {run['loss']:.4f} nats per token after {run['tokens']:,.0f} tokens"
+        else f"{run['bpb']:.4f} bits per byte, {run['loss']:.4f} nats per token after {run['tokens']:,.0f} "
+        "tokens"
     )
     others = others_chart(recorded.curves)
     sections = [
@@ -114,7 +116,8 @@ def runs_page(recorded: Recorded) -> Report:
     answer = (
         "None of these runs was validated yet."
         if pd.isna(best["bpb"])
-        else f"The lowest of {len(runs)}: {best['bpb']:.4f} bits per byte by {best['run']} ({best['arm']}, seed {best['seed']})."
+        else f"The lowest of {len(runs)}: {best['bpb']:.4f} bits per byte by {best['run']} "
+        f"({best['arm']}, seed {best['seed']})."
     )
     return Report(
         title=recorded.name,

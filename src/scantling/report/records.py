@@ -1,4 +1,5 @@
-"""What the records of runs say beside their losses: settings that differ, samples, where and with what they ran."""
+"""What the records of runs say beside their losses: settings that differ, samples, where and with what they
+ran."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from scantling.runs.overrides import NOTES, arms_changes, settings_of
 from scantling.runs.table import Loader, differing, leaves
 
 SHOWN = ("trainer", "guard")
-"""Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should see it."""
+"""Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should
+see it."""
 
 NO_SETTING = {"seed", *NOT_TRAINED} - {*SHOWN}
 """Of a configuration, what is no setting that runs of an arm have in common."""
@@ -53,8 +55,8 @@ def of_each_arm(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting that is not alike in all of `runs`, a column a run under its arm, or its name; what follows from another
-    setting, as the decoder's from the model's, is left out."""
+    """A row a setting that is not alike in all of `runs`, a column a run under its arm, or its name; what
+    follows from another setting, as the decoder's from the model's, is left out."""
     configurations = {}
     label = "arm" if runs["arm"].is_unique else "run"
     for run in runs.iloc[:COMPARED].to_dict("records"):
@@ -210,8 +212,8 @@ TYPED = 8
 
 
 def train_command(runs: pd.DataFrame, sweep: dict[str, Any] | None) -> str:
-    """What makes these runs again, from their overrides: a grid, or where none does each run's own command. `sweep`: their
-    yaml of `sweeps/`, whose own arms and parameters need not be typed."""
+    """What makes these runs again, from their overrides: a grid, or where none does each run's own command.
+    `sweep`: their yaml of `sweeps/`, whose own arms and parameters need not be typed."""
     settings = [settings_of(text) for text in runs["overrides"]]
     noted = {*NOTED, *(key for note, key in NOTES.items() if any(note in setting for setting in settings))}
     grid_settings = [{key: setting[key] for key in setting if key not in noted} for setting in settings]

@@ -37,8 +37,8 @@ def _(found: f.FewBudgets) -> str:
 @sentence.register
 def _(found: f.WideBootstrap) -> str:
     return (
-        "wide intervals: Huber's delta is below most residuals, which makes the fit much like a median, whose "
-        "bootstrap over runs held the truth in 94 to 99 % of simulated studies where 95 % was meant"
+        "wide intervals: Huber's delta is below most residuals, which makes the fit much like a median, "
+        "whose bootstrap over runs held the truth in 94 to 99 % of simulated studies where 95 % was meant"
     )
 
 
@@ -59,16 +59,16 @@ def _(found: f.OptimaAtEdge) -> str:
 @sentence.register
 def _(found: f.ParabolaBias) -> str:
     return (
-        "parabola bias: on this grid parabolas through a noiseless law of alpha + beta terms miss its exponent "
-        f"by {found.bias:+z.3f}, and noise adds ±{found.spread:.3f}"
+        "parabola bias: on this grid parabolas through a noiseless law of alpha + beta terms miss its "
+        f"exponent by {found.bias:+z.3f}, and noise adds ±{found.spread:.3f}"
     )
 
 
 @sentence.register
 def _(found: f.UndecayedCurves) -> str:
     return (
-        "envelope: losses before the end of a schedule are higher than those of runs planned for that length, "
-        "and the lowest of noisy curves is biased"
+        "envelope: losses before the end of a schedule are higher than those of runs planned for that "
+        "length, and the lowest of noisy curves is biased"
     )
 
 
@@ -84,8 +84,8 @@ def _(found: f.HighestDropped) -> str:
 @sentence.register
 def _(found: f.MixedConventions) -> str:
     return (
-        f"mixed conventions: C/(6ND) runs from {found.lowest:.2f} to {found.highest:.2f}, so FLOPs, parameters "
-        "and tokens are not counted in one way"
+        f"mixed conventions: C/(6ND) runs from {found.lowest:.2f} to {found.highest:.2f}, so FLOPs, "
+        "parameters and tokens are not counted in one way"
     )
 
 
@@ -93,16 +93,16 @@ def _(found: f.MixedConventions) -> str:
 def _(found: f.RepeatedEpochs) -> str:
     pass_their = "passes its" if found.rows == 1 else "pass their"
     return (
-        f"repeated epochs: {some(found.rows, 'row')} {pass_their} data up to {found.epochs:.1f} times, which this "
-        "form counts as fresh"
+        f"repeated epochs: {some(found.rows, 'row')} {pass_their} data up to {found.epochs:.1f} times, which "
+        "this form counts as fresh"
     )
 
 
 @sentence.register
 def _(found: f.UnfinishedRows) -> str:
     return (
-        "several rows of one run: those before its end are of a learning rate that has not decayed, unless the "
-        "schedule was matched to each length"
+        "several rows of one run: those before its end are of a learning rate that has not decayed, unless "
+        "the schedule was matched to each length"
     )
 
 
@@ -123,8 +123,8 @@ def _(found: f.NotFinished) -> str:
 @sentence.register
 def _(found: f.ConstantSchedule) -> str:
     return (
-        "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to their "
-        "length"
+        "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to "
+        "their length"
     )
 
 
@@ -159,8 +159,8 @@ def _(found: f.BaselineLawDoubt) -> str:
 def _(found: f.OtherLength) -> str:
     more = "more" if found.share > 0 else "fewer"
     return (
-        f"{at(found.scale)} {found.arm} trains on {abs(found.share):.1%} {more} tokens than {found.baseline}, "
-        "and its difference is of these too"
+        f"{at(found.scale)} {found.arm} trains on {abs(found.share):.1%} {more} tokens than "
+        f"{found.baseline}, and its difference is of these too"
     ).lstrip()
 
 
@@ -168,8 +168,8 @@ def _(found: f.OtherLength) -> str:
 def _(found: f.OffTheLaw) -> str:
     return (
         f"{at(found.scale)} the baseline comes to {found.loss:.4f} where the law says {found.predicted:.4f} "
-        f"({interval(found.low, found.high, '.4f')}): a gain is what a difference as large takes on the law, and "
-        "from the baseline's own loss on it may take more or less"
+        f"({interval(found.low, found.high, '.4f')}): a gain is what a difference as large takes on the law, "
+        "and from the baseline's own loss on it may take more or less"
     ).lstrip()
 
 
@@ -177,8 +177,8 @@ def _(found: f.OffTheLaw) -> str:
 def _(found: f.Extrapolated) -> str:
     arms = ", ".join(f"{arm} {beyond:.2g} times" for arm, beyond in found.beyond)
     return (
-        f"gains read the baseline's law beyond its largest run, of {found.largest:.2g} FLOPs ({arms} as far): "
-        "there it is a guess, and intervals hold only if it goes on as fitted"
+        f"gains read the baseline's law beyond its largest run, of {found.largest:.2g} FLOPs ({arms} as "
+        "far): there it is a guess, and intervals hold only if it goes on as fitted"
     )
 
 

@@ -1,5 +1,5 @@
-"""What a report says, whatever shows it: an answer, what to distrust, sections. It is written as one HTML page, as
-Markdown with its figures, and as CSV."""
+"""What a report says, whatever shows it: an answer, what to distrust, sections. It is written as one HTML
+page, as Markdown with its figures, and as CSV."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Axis:
-    """`key`: of the values of a series that it shows. `words`: it has names instead of numbers, the first at the top.
-    `log`: whether its scale is at first, None: it cannot be. `si`: ticks as 10k, 2M. `range`: what it shows at first,
-    None: all. `order`: of words, from the top, where series do not give it."""
+    """`key`: of the values of a series that it shows. `words`: it has names instead of numbers, the first at
+    the top. `log`: whether its scale is at first, None: it cannot be. `si`: ticks as 10k, 2M. `range`: what
+    it shows at first, None: all. `order`: of words, from the top, where series do not give it."""
 
     key: str
     title: str
@@ -110,8 +110,9 @@ class Axis:
 class Series:
     """Points or a line, by axis. `low` and `high` are a band around a line, bars at points.
 
-    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or None or NaN for grey; points
-    may have one each. `group`: what is shown and hidden together, and has one entry in the legend.
+    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or None or NaN
+    for grey; points may have one each. `group`: what is shown and hidden together, and has one entry in the
+    legend.
     """
 
     group: str
@@ -126,9 +127,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `frames`: what a slider goes through,
-    the last is shown first. `recorded`: the keys of its axes are columns of `metrics.jsonl`, which loggers have too. `scale`:
-    what the colours of points are by, and what stands for the smallest and the largest."""
+    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `frames`: what a
+    slider goes through, the last is shown first. `recorded`: the keys of its axes are columns of
+    `metrics.jsonl`, which loggers have too. `scale`: what the colours of points are by, and what stands for
+    the smallest and the largest."""
 
     title: str
     series: tuple[Series, ...]
@@ -144,8 +146,8 @@ class Chart:
 
 @dataclass(frozen=True)
 class Maps:
-    """Squares of a grid, a row a layer, a column a head, of which one at a time is shown large: `weights` [layer, head,
-    query, key] between the tokens `words`, nothing above the diagonal."""
+    """Squares of a grid, a row a layer, a column a head, of which one at a time is shown large: `weights`
+    [layer, head, query, key] between the tokens `words`, nothing above the diagonal."""
 
     title: str
     words: tuple[str, ...]
@@ -166,8 +168,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """`question`: what was asked, `answer`: what is known now, with its interval. `cautions`: what to distrust.
-    `data`: tables for other programs, by the name of their CSV file."""
+    """`question`: what was asked, `answer`: what is known now, with its interval. `cautions`: what to
+    distrust. `data`: tables for other programs, by the name of their CSV file."""
 
     title: str
     kind: str
@@ -193,7 +195,8 @@ def holds_answer(directory: Path) -> bool:
 
 
 def write(report: Report, directory: Path, *, page: str) -> list[Path]:
-    """`page`, the report as HTML, with the files beside it; they replace those of an earlier report, all of `BESIDE`."""
+    """`page`, the report as HTML, with the files beside it; they replace those of an earlier report, all of
+    `BESIDE`."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / PAGE, directory / "report.md"]
     if written[0].exists():

@@ -1,5 +1,5 @@
-"""The reports of a study that has an answer, arms or a law, and of anyone's table of runs. What they need takes seconds to
-import, and pages of runs alone do without it."""
+"""The reports of a study that has an answer, arms or a law, and of anyone's table of runs. What they need
+takes seconds to import, and pages of runs alone do without it."""
 
 from __future__ import annotations
 

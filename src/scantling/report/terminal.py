@@ -82,9 +82,9 @@ def fitted_table(
     names: Collection[str],
     whole: Collection[str],
 ) -> Table:
-    """In so many characters: titles of columns are stacked, then columns of `minor` left out, before a number is cut.
-    `names`: columns that are broken where nothing else makes room; `whole`: columns of words whose cells stay on one line,
-    as numbers do."""
+    """In so many characters: titles of columns are stacked, then columns of `minor` left out, before a number
+    is cut. `names`: columns that are broken where nothing else makes room; `whole`: columns of words whose
+    cells stay on one line, as numbers do."""
 
     def is_whole(name: str) -> bool:
         return name in whole or (name not in names and not any(" " in cell for cell in columns[name]))

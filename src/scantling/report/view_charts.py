@@ -1,4 +1,5 @@
-"""What the checkpoints of a run show, as blocks of its page: neighbours of tokens, a map of embeddings, maps of attention."""
+"""What the checkpoints of a run show, as blocks of its page: neighbours of tokens, a map of embeddings, maps
+of attention."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Of `words`, at each of `steps`: the tokens of the most similar embeddings, with the cosine of the angle between."""
+    """Of `words`, at each of `steps`: the tokens of the most similar embeddings, with the cosine of the angle
+    between."""
 
     steps: tuple[int, ...]
     words: tuple[str, ...]
@@ -30,7 +32,8 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """`places` [step, word, 2] on two axes through the embeddings of the last step; `shares` [step, 2] of the variance."""
+    """`places` [step, word, 2] on two axes through the embeddings of the last step; `shares` [step, 2] of the
+    variance."""
 
     steps: tuple[int, ...]
     words: tuple[str, ...]
@@ -112,8 +115,8 @@ def embedding_chart(found: EmbeddingMap) -> Chart:
         for i, key in enumerate(("first", "second"))
     ]
     several = len(found.steps) > 1
-    note = f"Principal components of these embeddings {last}: two axes of many, so that tokens which lie together here "
-    note += "need not be near, and the table above says which are. "
+    note = f"Principal components of these embeddings {last}: two axes of many, so that tokens which lie "
+    note += "together here need not be near, and the table above says which are. "
     note += f"Earlier embeddings are put on the axes of {last.removeprefix('at ')}. " if several else ""
     return Chart(
         f"Where {len(found.words):,} token embeddings lie",
