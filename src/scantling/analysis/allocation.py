@@ -147,6 +147,7 @@ class Gate:
 
     @property
     def passed(self) -> bool:
+        """Whether the mean error is within the tolerance."""
         return self.error <= self.tolerance
 
 

@@ -65,6 +65,7 @@ def rows_where(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
 
 
 def mean_of(frame: pd.DataFrame, column: str) -> float:
+    """Of a column, as a float."""
     return float(frame[column].to_numpy(dtype=float).mean())
 
 

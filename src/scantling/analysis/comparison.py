@@ -279,6 +279,7 @@ def extrapolated(gains: Sequence[ArmGain]) -> list[Finding]:
 
 
 def gain_row(each: ArmGain) -> dict[str, object]:
+    """Of the table of gains."""
     row: dict[str, object] = {"scale": each.scale, "arm": each.arm, "FLOPs": each.compute}
     if isinstance(each.gain, Unreachable):
         row |= {"gain": np.nan, "low": np.nan, "high": np.nan}

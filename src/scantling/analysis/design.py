@@ -41,6 +41,7 @@ class Grid:
 
     @property
     def runs(self) -> int:
+        """How many there are."""
         return self.budgets * self.sizes * self.seeds
 
     def budgets_of(self, flops: float) -> list[float]:

@@ -58,6 +58,7 @@ class Valley:
 
 
 def valleys(N: Array, compute: Array, loss: Array) -> list[Valley]:
+    """One for each budget, from little compute to much."""
     found = []
     for rows in grouped(np.log(compute)):
         log_n, log_loss = np.log(N[rows]), np.log(loss[rows])

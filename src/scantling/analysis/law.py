@@ -142,6 +142,7 @@ def isoflop_laws(
 
 
 def exponent_of(approach: Literal["parabola", "akima", "envelope"], law: PowerLaw) -> Exponent:
+    """Of approach 1 or 2."""
     return Exponent(approach, law.exponent, law.exponent_interval, law.warnings)
 
 

@@ -58,6 +58,7 @@ class Observations:
         return {"runs": self.runs["run"].to_numpy(), "resampling": "noise" if is_grid else "runs"}
 
     def with_warnings(self, *warnings: Finding) -> Observations:
+        """The same, doubtful for more reasons."""
         return replace(self, warnings=(*self.warnings, *warnings))
 
 

@@ -78,6 +78,7 @@ class Fit:
 
     @property
     def degrees_of_freedom(self) -> int:
+        """Runs less parameters."""
         return len(self.loss) - len(self.theta_P)
 
     @property
@@ -98,6 +99,7 @@ class Fit:
         return {name: float(x.std(ddof=1)) for name, x in self.form.published(self.resamples()).items()}
 
     def resamples(self) -> Array:
+        """θ of every resample, (S, P); raises ValueError where no bootstrap was asked for."""
         if self.resampled_SP is None:
             raise ValueError("this fit has no intervals: fit with resamples=N, 4000 is usual")
         return self.resampled_SP
@@ -125,10 +127,12 @@ class Fit:
         return self.bounds(np.exp(logs_SN + noise_SN))
 
     def with_warnings(self, *warnings: Finding) -> Fit:
+        """The same, doubtful for more reasons."""
         return replace(self, warnings=(*self.warnings, *warnings))
 
 
 def vectors(sizes: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    """Each letter's values as an array of floats, (N,)."""
     return {letter: np.atleast_1d(np.asarray(x, dtype=float)) for letter, x in sizes.items()}
 
 

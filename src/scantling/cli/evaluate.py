@@ -56,6 +56,7 @@ def evaluate(config: DictConfig) -> None:
 
 
 def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]) -> Table:
+    """A row a run."""
     table = Table("run", "bits/byte", "nats/token", "perplexity", "tokens", box=None)
     for name, run, corpus in zip(names(runs), runs, corpora, strict=True):
         loss = run.loss(corpus, split=config.split, n_windows=config.n_windows, batch_size=config.batch_size)
@@ -108,6 +109,7 @@ def context_windows(
 def rows_by_length(
     config: DictConfig, name: str, run: TrainedRun, corpus: TokenizedCorpus, windows: ContextWindows
 ) -> list[dict[str, Any]]:
+    """Of one run: a row a length of context, side by side and, with a stride, sliding."""
     found = {
         (length, stride): loss
         for length, stride, loss in run.loss_by_length(corpus, windows, batch_size=config.batch_size)
@@ -131,6 +133,7 @@ def rows_by_length(
 
 
 def table_by_length(rows: list[dict[str, Any]]) -> Table:
+    """Of all runs' rows."""
     table = Table(box=None, caption="* length of training; no stride: side by side", caption_justify="left")
     for heading in ("run", "context", "stride", "bits/byte", "nats/token", "perplexity"):
         table.add_column(heading, no_wrap=heading != "run", overflow="fold")

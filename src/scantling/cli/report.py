@@ -40,6 +40,7 @@ def report(config: DictConfig) -> None:
 
 
 def task_of(source: str) -> Callable[[DictConfig, Console], None]:
+    """What makes a report of this source."""
     if source in ("run", "runs"):
         return report_run
     from scantling.cli.report_study import (  # here, as SciPy and Matplotlib take two seconds

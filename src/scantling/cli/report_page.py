@@ -29,4 +29,5 @@ def write_page(config: DictConfig, made: Report, directory: Path) -> list[Path]:
 
 
 def warn(console: Console, caution: str) -> None:
+    """Print a caution in yellow."""
     console.print(f"warning: {caution}", style="yellow")

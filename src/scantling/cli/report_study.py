@@ -67,6 +67,7 @@ OWN_COLUMNS = {
 
 
 def report_table(config: DictConfig, console: Console) -> None:
+    """The law of anyone's table of runs."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     path = Path(config.fit).expanduser()
     table = read_table(path)
@@ -78,10 +79,12 @@ def report_table(config: DictConfig, console: Console) -> None:
 
 
 def observe_table(config: DictConfig, table: pd.DataFrame, columns: dict[str, Any]) -> Observations:
+    """Its columns, checked, with what the command line says of them."""
     return observe(table, **columns, drop_highest=config.drop_highest, irreducible=config.irreducible)
 
 
 def law_of_runs(config: DictConfig, observations: Observations, named: str) -> ScalingLaw:
+    """By the settings of the command line."""
     return find_law(
         observations,
         source=named,
@@ -216,6 +219,7 @@ def law_of(config: DictConfig, study: StudyRuns) -> Fit:
 
 
 def recorded_study(config: DictConfig, directory: Path, runs: pd.DataFrame) -> Recorded:
+    """Its runs with their curves, and the yaml of `sweeps/` that made them."""
     path = sweep_of(directory)
     return Recorded(
         name=directory.name,
@@ -252,6 +256,7 @@ def question_of(sweep: Path) -> str:
 
 
 def print_law(console: Console, law: ScalingLaw, files: list[Path]) -> None:
+    """What was fitted, what to distrust, tables, files."""
     console.print(law_words.headline(law))
     if law.gate is not None and law.passed:
         console.print(law_words.gate_verdict(law.gate))
@@ -261,6 +266,7 @@ def print_law(console: Console, law: ScalingLaw, files: list[Path]) -> None:
 
 
 def print_arms(console: Console, ablation: Ablation, files: list[Path]) -> None:
+    """What is decided, what to distrust, trends, tables, files."""
     console.print(arm_words.headline(ablation), style="bold")
     for caution in ablation.cautions:
         warn(console, sentence(caution))

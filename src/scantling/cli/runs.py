@@ -64,6 +64,7 @@ def manage_runs(config: DictConfig) -> None:
 
 
 def ls(config: DictConfig, console: Console) -> None:
+    """A line a run, and what was left out."""
     study = study_of(config)
     frame = load_runs(study)
     if not len(frame):
@@ -111,6 +112,7 @@ def cell_of(name: str, value: Any) -> str:
 
 
 def runs_of(config: DictConfig, least: int, most: int | None) -> list[RunDirectory]:
+    """Those that `run=` names. Raises ValueError for fewer or more than the action takes."""
     names = list(config.run) if isinstance(config.run, ListConfig) else [config.run]
     if len(names) < least or (most is not None and len(names) > most):
         wanted = "run=[ONE,OTHER]" if least == 2 else "run=NAME"
@@ -119,6 +121,7 @@ def runs_of(config: DictConfig, least: int, most: int | None) -> list[RunDirecto
 
 
 def show(config: DictConfig, console: Console) -> None:
+    """Everything that is known of each run."""
     runs = runs_of(config, 1, None)
     frames = {study: load_runs(study) for study in dict.fromkeys(run.path.parent for run in runs)}
     for run in runs:
@@ -135,6 +138,7 @@ def show(config: DictConfig, console: Console) -> None:
 
 
 def diff(config: DictConfig, console: Console) -> None:
+    """Settings in which two runs differ."""
     one, other = runs_of(config, 2, 2)
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("setting", one.name, other.name):
@@ -145,6 +149,7 @@ def diff(config: DictConfig, console: Console) -> None:
 
 
 def export(config: DictConfig, console: Console) -> None:
+    """Write the table of runs, or of their curves, to a file. Raises ValueError for another kind of file."""
     writers: dict[str, Callable[[pd.DataFrame, Path], object]] = {
         ".csv": lambda frame, path: frame.to_csv(path, index=False),
         ".jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),

@@ -32,6 +32,7 @@ def rows_by_arm(ablation: Ablation) -> dict[str, list[dict[str, Any]]]:
 
 
 def column(table: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    """Of rows that are dictionaries."""
     return [row[name] for row in table]
 
 

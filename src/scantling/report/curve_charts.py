@@ -125,6 +125,7 @@ def lowest_groups(groups: Sequence[Group], baseline: str | None) -> list[Group]:
 
 
 def note_of_hidden(n_groups: int, baseline: str | None) -> str:
+    """Which of so many curves are shown."""
     also = "" if baseline is None else f" and those of {baseline}"
     return f"{MOST_ARMS} of {n_groups} curves are shown, those with the lowest losses{also}."
 

@@ -78,6 +78,7 @@ def page(report: Report, *, command: str, reload_seconds: float | None = None) -
 
 
 def in_html(block: Block) -> str:
+    """What stands on the page."""
     if isinstance(block, Paragraph):
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Code):
@@ -105,6 +106,7 @@ def printable(text: str) -> str:
 
 
 def table(block: Table) -> str:
+    """With its title above, or as one that opens when asked to."""
     frame = block.frame
     rows = list(frame.itertuples(index=False, name=None))
     words = [is_words(column) for column in zip(*rows, strict=True)] or [True] * len(frame.columns)
@@ -129,6 +131,7 @@ def is_words(column: Sequence[Any]) -> bool:
 
 
 def cell(value: object, word: bool) -> str:
+    """`word`: it reads from the left."""
     if isinstance(value, Link):
         return f'<td class="word"><a href="{escape(value.target)}">{escape(value.text)}</a></td>'
     text = cell_text(value)
@@ -141,6 +144,7 @@ def cell(value: object, word: bool) -> str:
 
 
 def chart(block: Chart) -> str:
+    """What page.js makes a plot of."""
     spec = {
         "x": [axis(a) for a in block.x],
         "y": [axis(a) for a in block.y],
@@ -204,6 +208,7 @@ def axis(a: Axis) -> dict[str, Any]:
 
 
 def series(s: Series) -> dict[str, Any]:
+    """As page.js reads it."""
     hover = s.hover or s.group
     return {
         "group": s.group,
@@ -237,6 +242,7 @@ def untagged(text: str) -> str:
 
 
 def rounded(value: float) -> float | int | None:
+    """To six digits; None for what is not finite."""
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.6g}")
@@ -244,6 +250,7 @@ def rounded(value: float) -> float | int | None:
 
 
 def colour(of: int | float | Sequence[float] | None) -> Any:
+    """As page.js reads it: c and a place in the palette, s and a place on the scale."""
     if of is None or (isinstance(of, float) and not math.isfinite(of)):
         return None
     if isinstance(of, int):

@@ -222,6 +222,7 @@ def optimum_chart(law: ScalingLaw) -> Chart | None:
 
 
 def residuals_chart(law: ScalingLaw) -> Chart:
+    """What the fit leaves, against compute, parameters and tokens."""
     runs, fit = law.observations.runs, law.fit
     kept = thinned(np.arange(len(runs)), MOST_RUNS)
     n = runs["N"].to_numpy()[kept]

@@ -171,6 +171,7 @@ def tuning(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
 
 
 def tried_of(rates: pd.DataFrame) -> dict[str, list[float]]:
+    """Learning rates and the bits per byte of each."""
     return {key: rates[key].tolist() for key in ("lr", "bpb")}
 
 
@@ -194,6 +195,7 @@ def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
 
 
 def provenance_of(recorded: Recorded) -> Section:
+    """With what and by which commands the runs and the page were made."""
     commands = [recorded.command]
     if recorded.study is not None or len(recorded.runs) == 1:
         commands.insert(0, train_command(recorded.runs, recorded.sweep))

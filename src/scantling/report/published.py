@@ -87,6 +87,7 @@ def own_entity() -> str:
 
 
 def refusal(error: Exception | str) -> str:
+    """One line for whatever W&B's service raises."""
     return f"W&B does not take the report: {' '.join(str(error).split())}"
 
 

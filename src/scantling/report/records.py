@@ -83,6 +83,7 @@ def is_setting(key: str) -> bool:
 
 
 def setting_text(value: Any) -> str:
+    """As it is typed."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -255,6 +256,7 @@ def is_product(settings: list[dict[str, str]]) -> bool:
 
 
 def in_number(value: str) -> tuple[float, str]:
+    """A key that sorts numbers by size, and words behind them."""
     try:
         return float(value), value
     except ValueError:
@@ -262,6 +264,7 @@ def in_number(value: str) -> tuple[float, str]:
 
 
 def typed(command: str, settings: dict[str, str]) -> str:
+    """A command with its settings, quoted for a shell."""
     taken_away = {key for key in settings if key.startswith("~") and settings[key] in ("", "null")}
     words = [key if key in taken_away else f"{key}={value}" for key, value in settings.items()]
     return " ".join([command, *map(shlex.quote, words)])

@@ -162,6 +162,8 @@ Block = Paragraph | Code | Table | Figure | Samples | Chart | Maps
 
 @dataclass(frozen=True)
 class Section:
+    """Blocks under a title."""
+
     title: str
     blocks: tuple[Block, ...]
 
@@ -229,6 +231,7 @@ def slug(title: str) -> str:
 
 
 def blocks(report: Report) -> list[Block]:
+    """Of all sections."""
     return [block for section in report.sections for block in section.blocks]
 
 
@@ -259,6 +262,7 @@ def in_markdown(block: Block, *, links: bool = True) -> list[str]:
 
 
 def in_cell(value: object, *, links: bool) -> str:
+    """Of a table in Markdown."""
     if isinstance(value, Link):
         text = f"[{value.text}]({value.target})" if links else value.text
     else:

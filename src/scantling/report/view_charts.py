@@ -67,6 +67,7 @@ class Views:
 
 
 def view_section(views: Views) -> Section:
+    """All that its checkpoints show."""
     blocks: list[Block] = [Paragraph(note) for note in views.notes]
     if views.neighbours is not None:
         blocks.append(neighbours_table(views.neighbours))
@@ -78,6 +79,7 @@ def view_section(views: Views) -> Section:
 
 
 def neighbours_table(found: Neighbours) -> Table:
+    """A column for each of some checkpoints, a row a token."""
     table: dict[str, list[str]] = {"token": list(found.words)}
     for i in thinned(np.arange(len(found.steps)), COMPARED):
         lists = found.nearest[i]
@@ -91,6 +93,7 @@ def neighbours_table(found: Neighbours) -> Table:
 
 
 def embedding_chart(found: EmbeddingMap) -> Chart:
+    """Places of token embeddings on two axes, a frame a checkpoint."""
     last = f"at step {found.steps[-1]:,}"
     kinds = list(dict.fromkeys(found.kinds))
     series = []
@@ -134,6 +137,7 @@ def embedding_chart(found: EmbeddingMap) -> Chart:
 
 
 def attention_maps(found: Attention) -> Maps:
+    """A map for each layer and head."""
     note = "A row is a token that attends, a column a token that it attends to; a row sums to one. "
     note += "Shades grow with the square root of the weight. Choose a map to see it large."
     return Maps(

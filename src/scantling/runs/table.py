@@ -166,6 +166,7 @@ def last_validated(directory: RunDirectory) -> dict[str, Any]:
 
 
 def curve_rows(directory: RunDirectory) -> list[dict[str, Any]]:
+    """A row for each step of `metrics.jsonl`. Raises ValueError for what is not a run."""
     if not directory.config.exists():
         raise ValueError("it has no config.yaml")
     rows = read_rows(directory.path / "metrics.jsonl")
@@ -204,6 +205,7 @@ def cached(
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sorted by run, and by step where there are steps."""
     if not len(frame):
         return frame
     by = ["run", "step"] if "step" in frame else ["run"]
@@ -211,6 +213,7 @@ def in_order(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_candidate(entry: os.DirEntry) -> bool:
+    """Whether an entry of a study's directory may be a run."""
     return entry.is_dir() and entry.name not in NOT_RUNS and not entry.name.startswith(".")
 
 
@@ -236,6 +239,7 @@ def read_cache(path: Path) -> pd.DataFrame:
 
 
 def write_cache(frame: pd.DataFrame, path: Path) -> None:
+    """Whole or not at all, for others may read it now."""
     frame.attrs["format"] = FORMAT
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     frame.to_parquet(partial, index=False)
@@ -243,6 +247,7 @@ def write_cache(frame: pd.DataFrame, path: Path) -> None:
 
 
 def reason(error: Exception) -> str:
+    """Why a directory is not a whole run, in words."""
     if isinstance(error, FileNotFoundError):
         return f"it has no {Path(str(error.filename)).name}"
     if isinstance(error, json.JSONDecodeError):
