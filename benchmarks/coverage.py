@@ -1,8 +1,8 @@
 """How often 95 % intervals hold the truth, over simulated studies of laws with planted parameters.
 
-`python benchmarks/coverage.py --draws 200` writes results/coverage.md; with `--study "approach 2"` only the rows of
-studies that begin so. Each draw makes new noise, and for scattered runs new sizes; the truth is known, so the share of
-intervals that hold it should be 95 %, and over 200 draws between 92 and 98.
+`python benchmarks/coverage.py --draws 200` writes results/coverage.md; with `--study "approach 2"` only the
+rows of studies that begin so. Each draw makes new noise, and for scattered runs new sizes; the truth is
+known, so the share of intervals that hold it should be 95 %, and over 200 draws between 92 and 98.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from scantling.analysis.allocation import (
     optimal_parameters,
     optimum_table,
 )
+from scantling.analysis.findings import Finding
 from scantling.analysis.forms import KAPLAN, OVERTRAINING, Form, KaplanSum, saturating
 from scantling.analysis.isoflop import PowerLaw, fit_envelope, fit_isoflop
 from scantling.analysis.scaling import fit, profile_interval, refit_hoffmann
+from scantling.report.sentences import sentence
 
 LAW = {"E": 1.8172, "A": 477.8, "B": 2143.0, "alpha": 0.3473, "beta": 0.3672}
 UNEVEN = {"E": 2.14, "A": 213.0, "B": 4.97e6, "alpha": 0.293, "beta": 0.713}
@@ -36,7 +38,8 @@ NOISE = 0.003
 """Standard deviation of log loss between seeds."""
 
 Held = Iterator[tuple[str, bool]]
-"""Names of quantities, and whether their interval held the truth; and the warnings that a fit gave, marked by WARNED."""
+"""Names of quantities, and whether their interval held the truth; and the warnings that a fit gave, marked by
+WARNED."""
 
 WARNED = "warning: "
 
@@ -58,10 +61,10 @@ def inside(truth: float, interval: tuple[float, float] | None) -> bool:
     return interval[0] <= truth <= interval[1]
 
 
-def warned(warnings: tuple[str, ...]) -> Held:
+def warned(warnings: tuple[Finding, ...]) -> Held:
     """What the code itself says, up to its first colon."""
-    for text in warnings:
-        yield WARNED + text.partition(":")[0].partition(" = ")[0], True
+    for warning in warnings:
+        yield WARNED + sentence(warning).partition(":")[0].partition(" = ")[0], True
 
 
 def isoflop_grid(
@@ -131,7 +134,8 @@ def approach_2(law, grid, minimum, resamples) -> Callable[[np.random.Generator, 
 
 
 def approach_1(law, resamples) -> Callable[[np.random.Generator, int], Held]:
-    """Curves whose every point is as good as a run of that length, moved as a whole by the noise of their run."""
+    """Curves whose every point is as good as a run of that length, moved as a whole by the noise of their
+    run."""
 
     def draw(rng: np.random.Generator, seed: int) -> Held:
         sizes = np.geomspace(2e7, 5e9, 20)
@@ -203,9 +207,10 @@ def main() -> None:
     lines = [
         "# Coverage of 95 % intervals",
         "",
-        f"`python benchmarks/coverage.py --draws {arguments.draws} --resamples {arguments.resamples}`: simulated studies, "
-        f"noise of {NOISE} in log loss, percent of intervals that hold the truth. Over 200 draws an honest interval's row "
-        "lies between 92 and 98 in 19 cases of 20. Last: what the fits themselves warn of, and in what share of the draws.",
+        f"`python benchmarks/coverage.py --draws {arguments.draws} --resamples {arguments.resamples}`: "
+        f"simulated studies, noise of {NOISE} in log loss, percent of intervals that hold the truth. Over "
+        "200 draws an honest interval's row lies between 92 and 98 in 19 cases of 20. Last: what the fits "
+        "themselves warn of, and in what share of the draws.",
         "",
         "| study | quantity | held the truth, % | warning |",
         "|---|---|---|---|",

@@ -1,8 +1,8 @@
-"""How long a page of many runs takes, and how much memory: `python benchmarks/report.py` writes 1000 synthetic runs, as
-train.py leaves them, and reports on them as arms and as single runs side by side.
+"""How long a page of many runs takes, and how much memory: `python benchmarks/report.py` writes 1000
+synthetic runs, as train.py leaves them, and reports on them as arms and as single runs side by side.
 
-Each measurement is a process of its own, from its start to its end; the first of a study also reads its records, the second
-finds them in the study's tables.
+Each measurement is a process of its own, from its start to its end; the first of a study also reads its
+records, the second finds them in the study's tables.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
-    from scantling.cli.runs import recorded  # here, so that a mistyped option need not wait for pandas
+    from scantling.cli.runs import manage_runs  # here, so that a mistyped option need not wait for pandas
 
-    recorded(config)
+    manage_runs(config)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def test_holm_by_hand():
 
 
 def test_identical_arms_are_rarely_called_better():
-    """Two arms under one truth, 200 studies of five seeds: at most 5 % are called better, and at most 5 % + 2 s.e. differ."""
+    """Two arms under one truth, 200 studies of five seeds: at most 5 % are called better, and at most 5 % + 2
+    s.e. differ."""
     rng = np.random.default_rng(1)
     verdicts = [compare(study(rng, {"one": 0, "two": 0}), "one", resamples=50)[0].verdict for _ in range(200)]
     assert verdicts.count("better") <= 10

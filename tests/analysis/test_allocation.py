@@ -1,4 +1,5 @@
-"""Optima against SciPy's minimiser, gates against planted laws, approaches 1 and 2 against planted exponents."""
+"""Optima against SciPy's minimiser, gates against planted laws, approaches 1 and 2 against planted
+exponents."""
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,12 @@ from scantling.analysis.allocation import (
 )
 from scantling.analysis.forms import HOFFMANN, KaplanSum
 from scantling.analysis.isoflop import fit_envelope, fit_isoflop, parabola_bias
-from scantling.analysis.law_report import LawReport, answer, report_law, tables
+from scantling.analysis.law import ScalingLaw, find_law
 from scantling.analysis.observations import observe
 from scantling.analysis.scaling import fit
 from scantling.report.law_charts import law_charts
+from scantling.report.law_words import answer, gate_verdict, tables, without_table
+from scantling.report.sentences import sentence
 
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
 EXPONENT = LAW["beta"] / (LAW["alpha"] + LAW["beta"])
@@ -30,7 +33,8 @@ def loss_of(n, d, law=LAW):
 
 
 def grid(budgets=(1e18, 1e19, 1e20, 1e21), sizes=9, width=0.6, off=0.0, law=LAW, k=6.0):
-    """N, C and noiseless loss of an IsoFLOP grid around each budget's optimum, or `off` decades beside it; C = kND."""
+    """N, C and noiseless loss of an IsoFLOP grid around each budget's optimum, or `off` decades beside it; C
+    = kND."""
     n, c = [], []
     for budget in budgets:
         optimum = minimise_by_scipy(budget, law, k)
@@ -68,8 +72,8 @@ def test_the_optimum_is_scipys():
 
 
 def test_chinchilla_at_gophers_budget():
-    """Hoffmann et al. 2022, table A3, approach 3: 40.2 billion parameters at 5.76e23 FLOPs, by their printed parameters
-    0.46 for the exponent."""
+    """Hoffmann et al. 2022, table A3, approach 3: 40.2 billion parameters at 5.76e23 FLOPs, by their printed
+    parameters 0.46 for the exponent."""
     n, c, loss = grid(law=HISTORIC)
     at = fit(HOFFMANN, {"N": n, "D": c / 6 / n}, loss, starts_SP=HOFFMANN.theta(HISTORIC)[None])
     assert allocation_exponent(at)[0] == pytest.approx(0.46, abs=0.01)
@@ -112,7 +116,7 @@ def test_the_gate_passes_a_law_and_fails_one_that_bends():
     fails = held_out_gate(n, d, bent, **gate)
     assert not fails.passed
     assert fails.bias == pytest.approx(1 / 1.05 - 1, abs=1e-3)
-    assert "held-out gate FAILED" in fails.verdict
+    assert "held-out gate FAILED" in gate_verdict(fails)
 
 
 def test_a_gate_needs_larger_budgets():
@@ -142,7 +146,8 @@ def test_isoflop_finds_the_planted_exponent(minimum):
 
 
 def test_a_grid_that_drifts_off_the_optimum_biases_parabolas_and_warns():
-    """Where alpha and beta differ, losses around an optimum are no parabola: noiseless, yet the exponent is off."""
+    """Where alpha and beta differ, losses around an optimum are no parabola: noiseless, yet the exponent is
+    off."""
     law = {"E": 2.1, "A": 210.0, "B": 5e6, "alpha": 0.3, "beta": 0.7}
     exponent = 0.7 / (0.3 + 0.7)
     drift = {1e18: -0.5, 1e19: -0.2, 1e20: 0.1, 1e21: 0.5}
@@ -153,16 +158,19 @@ def test_a_grid_that_drifts_off_the_optimum_biases_parabolas_and_warns():
     assert abs(off) > 0.005
     groups = np.split(np.arange(36), 4)
     assert parabola_bias(np.log(n), np.log(c), np.log(loss), groups) == pytest.approx(off, abs=1e-3)
-    assert biased.warnings[0].startswith("parabola bias")
-    assert f"miss its exponent by {off:+.3f}" in biased.warnings[0]
+    assert sentence(biased.warnings[0]).startswith("parabola bias")
+    assert f"miss its exponent by {off:+.3f}" in sentence(biased.warnings[0])
     splined = fit_isoflop(n, c, loss, minimum="akima", resamples=100, noise=0.002)
     assert splined.exponent == pytest.approx(exponent, abs=abs(off) / 3)
 
 
 def test_minima_at_the_edge_and_few_budgets_are_said():
     law = fit_isoflop(*grid(budgets=(1e18, 1e19, 1e20), off=1.2), resamples=100)
-    assert any("only 3 budgets" in text for text in law.warnings)
-    assert any("edge of the grid of sizes at 1e+18, 1e+19, 1e+20 FLOPs" in text for text in law.warnings)
+    assert any("only 3 budgets" in sentence(warning) for warning in law.warnings)
+    assert any(
+        "edge of the grid of sizes at 1e+18, 1e+19, 1e+20 FLOPs" in sentence(warning)
+        for warning in law.warnings
+    )
 
 
 def test_isoflop_refuses_what_it_cannot_see():
@@ -179,20 +187,21 @@ def test_the_envelope_of_ideal_curves_has_the_planted_exponent():
     d = np.tile(np.geomspace(1e8, 1e12, 80), 25)
     law = fit_envelope(n, n, d, loss_of(n, d), resamples=50)
     assert law.exponent == pytest.approx(EXPONENT, abs=0.01)
-    assert "not decayed" in law.warnings[0] or "before the end of a schedule" in law.warnings[0]
+    assert "before the end of a schedule" in sentence(law.warnings[0])
 
 
-def reported(n, d, c, loss, *, noise=1e-4, **changed) -> LawReport:
+def reported(n, d, c, loss, *, noise=1e-4, **changed) -> ScalingLaw:
     loss = loss * np.exp(noise * np.random.default_rng(0).standard_normal(len(loss)))
     table = pd.DataFrame({"N": n, "D": d, "C": c, "loss": loss}, index=range(1, len(n) + 1))
     columns = {"n": "N", "d": "D", "c": "C", "loss": "loss", "run": None, "unique": None, "same": ()}
     settings = {"source": "runs", "resamples": 100, "level": 0.95, "seed": 0, "held_out": 0.0}
     settings |= {"tolerance": 0.01, "budgets": None}
-    return report_law(observe(table, **columns, drop_highest=0, irreducible=None), **settings | changed)
+    return find_law(observe(table, **columns, drop_highest=0, irreducible=None), **settings | changed)
 
 
 def test_measured_flops_are_divided_as_they_were_measured():
-    """Where a parameter and token take 9 FLOPs: the optimum of C = 9ND, which approach 2 has without any such number."""
+    """Where a parameter and token take 9 FLOPs: the optimum of C = 9ND, which approach 2 has without any such
+    number."""
     n, c, loss = grid(k=9)
     report = reported(n, c / 9 / n, c, loss)
     expected = minimise_by_scipy(1e21, k=9)
@@ -214,7 +223,7 @@ def test_a_small_table_is_fitted_without_the_budgets_that_it_can_spare():
     """Eight rows in budgets of 3, 3, 1 and 1: without one of three, five are left for five parameters."""
     n = np.array([1e8, 2e8, 4e8, 2e8, 4e8, 8e8, 8e8, 1.6e9])
     c = np.array([1e18] * 3 + [1e19] * 3 + [1e20, 1e21])
-    without = reported(n, c / 6 / n, c, loss_of(n, c / 6 / n)).without
+    without = without_table(reported(n, c / 6 / n, c, loss_of(n, c / 6 / n)))
     assert list(without["without the runs of"]) == ["1e+20 FLOPs", "1e+21 FLOPs"]
 
 

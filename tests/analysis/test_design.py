@@ -33,7 +33,8 @@ def test_the_runs_of_a_grid_take_the_whole_budget_and_lie_around_the_optimum():
 
 
 def test_the_forecast_widths_are_those_that_fits_then_report():
-    """Thirty simulated studies, fitted as report.py would: their mean half-width, and the scatter of their estimates."""
+    """Thirty simulated studies, fitted as report.py would: their mean half-width, and the scatter of their
+    estimates."""
     n, d, c = GRID.ideal(LAW, 1e20)
     expected = forecast(LAW, n, d, c, noise=0.004, target=1e21, draws=400, level=0.95, seed=0)
     assert expected.a == pytest.approx(0.3672 / 0.7145)

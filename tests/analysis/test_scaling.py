@@ -22,6 +22,7 @@ from scantling.analysis.forms import (
 from scantling.analysis.huber import huber, minimise
 from scantling.analysis.resampling import drawn_residuals, expanded_percentiles
 from scantling.analysis.scaling import fit, fit_hoffmann, objective_scale, profile_interval, refit_hoffmann
+from scantling.report.sentences import sentence
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
@@ -74,7 +75,8 @@ def test_besiroglus_standard_errors(besiroglu):
 
 
 def test_the_objective_at_besiroglus_published_point(chinchilla):
-    """With the digits of the authors' notebook; those that the paper prints, A 482.01 and so on, give 0.00101883."""
+    """With the digits of the authors' notebook; those that the paper prints, A 482.01 and so on, give
+    0.00101883."""
     n, d, loss = (column[:240] for column in chinchilla)
     logarithms = {"E": 0.5971119597824348, "A": 6.177955975826981, "B": 7.6427323622433505}
     exponents = {"alpha": 0.34781302903942635, "beta": 0.3658541172951044}
@@ -248,7 +250,7 @@ def test_intervals_hold_the_truth_where_the_floor_is_lost(without_a_floor, resam
     """With E = 0 the loss does not depend on log E, and a descent from the best fit stays there."""
     fitted = refit_hoffmann(*without_a_floor, resamples=200, resampling=resampling)
     assert fitted.E < 1e-6
-    assert fitted.warnings[0].startswith("E = ")
+    assert sentence(fitted.warnings[0]).startswith("E = ")
     for name in ("E", "A", "alpha"):
         low, high = fitted.intervals[name]
         assert low < LAW[name] < high, name
@@ -267,7 +269,8 @@ def test_intervals_of_a_learning_curve_hold_the_truth_where_the_floor_is_lost():
 
 @pytest.mark.parametrize("parameter", ["E", "A"])
 def test_profile_intervals_hold_the_truth_where_the_floor_is_lost(without_a_floor, parameter):
-    """The lower end of E is none; the upper is where the constrained minimum, of all of the form's starts, is allowed."""
+    """The lower end of E is none; the upper is where the constrained minimum, of all of the form's starts, is
+    allowed."""
     fitted = refit_hoffmann(*without_a_floor)
     low, high = profile_interval(fitted, parameter)
     assert low < LAW[parameter] < high

@@ -219,7 +219,7 @@ def test_escapes_in_stop_strings():
         ("top_p=1.2", "top_p=1.2 must be above 0 and at most 1"),
         ("cache=fp4", "cache=fp4 is unknown: use one of full, int8, fp8"),
         ("n_tokens=0", "n_tokens=0 must be a whole number"),
-        ("draft=nowhere", "nowhere is no run below runs/"),
+        ("draft=nowhere", "nowhere is not a run below runs/"),
         ("draft=chars", "has another tokenizer"),
         ("prompts=nowhere.txt", "nowhere.txt"),
         ("prompts=[]", "holds none"),

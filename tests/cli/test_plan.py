@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 from hydra.utils import instantiate
 
-from scantling.cli import parts_table, plan
+from scantling.cli import parts_table
 from scantling.cli.plan_tables import first_sentence
 from scantling.config.composition import build_decoder
 from scantling.model.accounting import CONVENTIONS, cache_bytes, parameter_counts
+from scantling.report import terminal
 from scantling.report.numbers import duration, short
 from scantling.report.terminal import bar
 from scantling.training.memory import ENGINES, Sizes, training_memory
@@ -142,7 +143,7 @@ def test_a_giant_is_planned_at_once_and_leaves_nothing_behind(command, tmp_path)
 @pytest.mark.parametrize("width", [100, 120])
 def test_lines_keep_to_the_terminal(command, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr(plan, "PRINTED_WIDTH", width)
+    monkeypatch.setattr(terminal, "PRINTED_WIDTH", width)
     _, out, _ = command("model=deepseek_v3", "model.n_layers=4")
     assert max(map(len, out.splitlines())) <= width
 

@@ -8,7 +8,8 @@ import yaml
 
 @pytest.fixture
 def record(tmp_path):
-    """`record("study", "name", overrides, loss=…)` leaves what a finished run leaves, as far as a report reads it."""
+    """`record("study", "name", overrides, loss=…)` leaves what a finished run leaves, as far as a report
+    reads it."""
 
     def record(
         study,

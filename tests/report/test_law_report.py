@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scantling.analysis.law_report import optimum_as_read
 from scantling.analysis.scaling import fit_hoffmann
-from scantling.report.spec import figures_of
+from scantling.report.law_words import optimum_as_read
+from scantling.report.numbers import cell_text
 
 LAW = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
 
@@ -170,6 +170,6 @@ def test_digits_that_count_are_kept():
     assert list(read["tokens"]) == ["200 M", "204 M"]
     assert list(read["tokens per parameter"]) == ["13.0", "132"]
     assert list(read["nats per token"]) == ["3.100", "3.127"]
-    assert [figures_of(x) for x in (0.3688, 0.36296, 2202.04, 3.0, -0.0, 1e6)] == (
+    assert [cell_text(x) for x in (0.3688, 0.36296, 2202.04, 3.0, -0.0, 1e6)] == (
         ["0.36880", "0.36296", "2202.0", "3", "0", "1.000e+06"]
     )

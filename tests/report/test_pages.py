@@ -1,4 +1,5 @@
-"""The page of a report: what is on it against what was planted, and what there is where no answer can be given."""
+"""The page of a report: what is on it against what was planted, and what there is where no answer can be
+given."""
 
 import json
 import re
@@ -237,7 +238,8 @@ def test_without_an_answer_there_is_a_page_of_what_there_is(record, report, page
 
 
 def test_runs_of_a_study_without_an_answer_are_averaged_over_seeds_alone(record, report, page):
-    """An arm of several sizes, or of several rates, has a curve for each; and says its size where it has come to one."""
+    """An arm of several sizes, or of several rates, has a curve for each; and says its size where it has come
+    to one."""
     for arm, layers, lr, seeds in (("x", 2, 1, 2), ("x", 4, 1, 2), ("x", 4, 3, 2), ("y", 2, 1, 1)):
         for seed in range(seeds):
             overrides = [
@@ -272,7 +274,7 @@ def test_a_mistyped_baseline_leaves_the_page_alone(record, report, page):
     ("prepare", "overrides", "message"),
     [
         (lambda record: None, (), "name the arm that others are compared with"),
-        (lambda record: None, ("baseline=llama", "law=nothing"), "nothing is no directory of a study"),
+        (lambda record: None, ("baseline=llama", "law=nothing"), "nothing is not a directory of a study"),
         (
             lambda record: record("parts", "alone", ["seed=7", "arm=llama"], loss=3.0, seed=7, arm="llama"),
             ("baseline=llama",),
@@ -425,7 +427,7 @@ def test_one_run_and_any_runs(record, report, page, tmp_path, monkeypatch):
         for run in ("parts/llama-0-1e+07", "sizes/0-0-0")
     )
     assert f"The lowest of 2: {lowest:.4f} bits per byte" in out
-    assert report("run=nothing")[2] == "error: nothing is no run below runs/\n"
+    assert report("run=nothing")[2] == "error: nothing is not a run below runs/\n"
     assert "must be a list" in report("runs=llama-0-1e+07")[2]
     assert "give one of fit=FILE" in report("study=parts", "run=llama-0-1e+07")[2]
     assert report("run=[llama-0-1e+07,0-0-0]")[2] == (

@@ -39,7 +39,8 @@ OFFLINE = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroug
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """`opened("parts", 390)` is the browser with that study's page, so many pixels wide; at the end it had no errors."""
+    """`opened("parts", 390)` is the browser with that study's page, so many pixels wide; at the end it had no
+    errors."""
 
     def opened(name, width=1200, theme="light"):
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}

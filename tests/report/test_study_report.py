@@ -13,20 +13,26 @@ from planted import LAW, arms, loss_of, sizes
 from rich.console import Console
 from scipy.stats import t, ttest_rel
 
+from scantling import analysis, cli
 from scantling.analysis.ablation import holm
-from scantling.analysis.ablation_report import arms_table, headline, report_arms, tables
 from scantling.analysis.allocation import frontier
-from scantling.analysis.arms import first_arm, pairable_runs, recorded_runs, rows, study_runs
+from scantling.analysis.arms import first_arm, pairable_runs, recorded_runs, rows_where, study_runs
+from scantling.analysis.comparison import compare_arms
 from scantling.analysis.forms import saturating
-from scantling.analysis.law_report import report_law
+from scantling.analysis.law import find_law
 from scantling.analysis.observations import doubts
 from scantling.analysis.scaling import fit
-from scantling.cli.report_study import WIDE, law_of, of_study, show
-from scantling.report.arm_charts import compared as compared_rows
-from scantling.report.arm_charts import gain_chart
+from scantling.cli.report_study import WIDE, law_of, observations_of, print_tables
+from scantling.report.arm_charts import gain_chart, rows_by_arm
+from scantling.report.arm_words import arms_table, headline, tables, trend_line
 from scantling.report.curve_charts import curves_chart
 from scantling.report.published import grouping
+from scantling.report.sentences import sentence
 from scantling.runs.table import load_curves
+
+
+def unfinished(record):
+    record("parts", "late", ["seed=0", "arm=llama"], loss=3.0, arm="llama", finished=False)
 
 
 def test_arms_are_compared_over_seeds(record, report, tmp_path):
@@ -50,6 +56,20 @@ def test_arms_are_compared_over_seeds(record, report, tmp_path):
     assert (tmp_path / "runs/reports/parts/arms.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("make", [arms, lambda record: sizes(record, "parts"), unfinished])
+def test_a_study_is_read_once(record, report, monkeypatch, make):
+    """Its runs and its curves, whether it is arms, a law, or gives no answer."""
+    make(record)
+    read = []
+    for module, name in ((analysis.arms, "load_runs"), (cli.report_study, "load_curves")):
+        load = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda study, load=load, name=name: read.append(name) or load(study)
+        )
+    report("study=parts", "baseline=llama", "gate.held_out=0")
+    assert sorted(read) == ["load_curves", "load_runs"]
+
+
 @pytest.mark.parametrize("scales", [(None,), (1e7, 1e8)])
 @pytest.mark.parametrize("width", [80, 100, 120, 160])
 def test_a_terminal_cuts_no_number(record, width, scales):
@@ -57,7 +77,7 @@ def test_a_terminal_cuts_no_number(record, width, scales):
     arms(record, shifts=(("ffn=gelu", 0.0), ("ffn=swiglu", 0.02), ("ffn=relu2", -0.05)), scales=scales)
     found = compared(record, baseline="ffn=gelu", law=None)
     out = io.StringIO()
-    show(Console(file=out, width=width, markup=False), tables(found), [])
+    print_tables(Console(file=out, width=width, markup=False), tables(found), [])
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in out.getvalue()
@@ -71,7 +91,8 @@ def test_a_terminal_cuts_no_number(record, width, scales):
 
 
 def test_a_planted_gain_comes_back_at_every_scale(record, report, tmp_path):
-    """An arm that does with D tokens what the baseline does with 1.3·D, by the law of another study of the baseline."""
+    """An arm that does with D tokens what the baseline does with 1.3·D, by the law of another study of the
+    baseline."""
     arms(record, shifts=(("llama", 0.0), ("better", 1.0)), scales=(1e7, 1e8, 1e9), gain=1.3)
     sizes(record)
     code, out, err = report("study=parts", "baseline=llama", "law=sizes")
@@ -82,7 +103,8 @@ def test_a_planted_gain_comes_back_at_every_scale(record, report, tmp_path):
 
 
 def test_noise_of_one_scale_does_not_cancel_that_of_another(record, report):
-    """The trend's interval by the delta method: log m = −shift/(beta·(L − E)) at each scale, a line through three."""
+    """The trend's interval by the delta method: log m = −shift/(beta·(L − E)) at each scale, a line through
+    three."""
     arms(record, shifts=(("llama", 0.0), ("alike", 0.0)), scales=(1e7, 1e8, 1e9))
     sizes(record, noise=1e-5)
     directory = record.runs / "parts"
@@ -130,8 +152,8 @@ def test_a_law_has_one_interval_wherever_it_is_asked_for(record):
     config = SimpleNamespace(paths=SimpleNamespace(runs=record.runs), law="grid", study="grid", **settings)
     config.drop_highest, config.irreducible = 0, None
     study = study_runs(record.runs / "grid")
-    own = report_law(
-        of_study(config, study), source="grid", held_out=0, tolerance=0.01, budgets=None, **settings
+    own = find_law(
+        observations_of(config, study), source="grid", held_out=0, tolerance=0.01, budgets=None, **settings
     )
     assert law_of(config, study).intervals == frontier(own.fit).intervals
 
@@ -154,8 +176,8 @@ def test_one_is_singular_and_nothing_is_not_negative(record):
     assert "of 1 comparison with llama" in headline(found)
     assert list(arms_table(found)["difference"]) == ["", "+0.0000"]
     runs = pd.DataFrame({"N": [1e6, 1e6], "D": [1e8, 3e8], "C": [6e14, 1.8e15], "run": ["a", "b"]})
-    (said,) = doubts(runs, np.array([2e8, 2e8]), several=False)
-    assert said.startswith("repeated epochs: 1 row passes its data up to 1.5 times")
+    (doubt,) = doubts(runs, np.array([2e8, 2e8]), several=False)
+    assert sentence(doubt).startswith("repeated epochs: 1 row passes its data up to 1.5 times")
 
 
 def test_what_is_not_finished_is_named(record, report):
@@ -234,7 +256,7 @@ def test_a_seed_that_the_baseline_lacks_costs_no_other_arm_its_place(record, nam
     assert {(arm, seed) for arm, seed in zip(runs["arm"], runs["seed"], strict=True)} == {
         (arm, seed) for arm in ("llama", "alibi", "gelu") for seed in (0, 1)
     }
-    assert cautions == ["seed 2 is not compared: the run of llama is not finished"]
+    assert list(map(sentence, cautions)) == ["seed 2 is not compared: the run of llama is not finished"]
 
 
 def test_a_run_that_goes_on_with_another_setting_is_another_arm(record):
@@ -280,7 +302,7 @@ def compared(record, *, study="parts", shift=0.0, **changed):
     loss *= np.exp(0.002 * np.random.default_rng(0).standard_normal(20))
     law = fit(saturating("C"), {"C": c}, loss, resamples=200)
     settings = {"baseline": "llama", "metric": "loss", "precision": 0.002, "level": 0.95, "resamples": 200}
-    return report_arms(study_runs(record.runs / study), seed=0, **settings | {"law": law} | changed)
+    return compare_arms(study_runs(record.runs / study), seed=0, **settings | {"law": law} | changed)
 
 
 def test_an_arm_of_more_tokens_is_said(record):
@@ -291,8 +313,8 @@ def test_an_arm_of_more_tokens_is_said(record):
             tokens, loss = batch * 1e5, 3 - batch / 640 + 0.01 * seed + 1e-4 * seed * batch
             record("batches", f"{arm}-{seed}", overrides, loss=loss, tokens=tokens, seed=seed, arm=arm)
     found = compared(record, study="batches", law=None)
-    assert list(rows(found.arms, arm="large")["flops_off"]) == [1]
-    (said,) = found.cautions
+    assert list(rows_where(found.arms, arm="large")["flops_off"]) == [1]
+    (said,) = map(sentence, found.cautions)
     assert said == "large trains on 100.0% more tokens than llama, and its difference is of these too"
 
 
@@ -300,7 +322,7 @@ def test_an_arm_of_more_tokens_is_said(record):
 def test_a_baseline_that_is_not_on_the_law_is_said(record, shift, is_off):
     arms(record, scales=(1e7, 1e9))
     found = compared(record, shift=shift)
-    said = [text for text in found.cautions if "the law says" in text]
+    said = [text for text in map(sentence, found.cautions) if "the law says" in text]
     assert len(said) == (2 if is_off else 0)
     if is_off:
         own = found.arms[found.arms["arm"] == "llama"]["loss"].iloc[-1]
@@ -311,16 +333,18 @@ def test_gains_far_beyond_the_runs_of_the_law_are_said(record):
     """Its largest run took 10¹⁷ FLOPs."""
     arms(record, shifts=(("llama", 0.0), ("far", -0.9), ("gelu", 0.05)), scales=(1e7, 1e9))
     found = compared(record)
-    largest = found.gains[found.gains["scale"] == "budget.tokens=1e+09"].set_index("arm")
+    gains = found.gains_table
+    largest = gains[gains["scale"] == "budget.tokens=1e+09"].set_index("arm")
     needed = largest["FLOPs"] * largest["gain"] / 1e17
-    assert list(found.gains["beyond"].tail(2)) == pytest.approx(list(needed))
+    assert list(gains["beyond"].tail(2)) == pytest.approx(list(needed))
     assert needed["far"] > 2
-    (said,) = (text for text in found.cautions if "largest run" in text)
+    (said,) = (text for text in map(sentence, found.cautions) if "largest run" in text)
     assert f"of 1e+17 FLOPs (far {needed['far']:.2g} times as far)" in said
 
 
 def test_gains_that_have_no_end_are_named(record):
-    """At 10⁹ tokens the law leaves 0.98 to gain: a difference of 1.2 is beyond it, one of 0.97 not surely within."""
+    """At 10⁹ tokens the law leaves 0.98 to gain: a difference of 1.2 is beyond it, one of 0.97 not surely
+    within."""
     scales = (1e7, 1e8, 1e9)
     shifts = (("llama", 0.0), ("far", -1.2), ("near", -0.97), ("gelu", 0.05), ("out", -6.0))
     arms(record, shifts=shifts, scales=scales)
@@ -330,7 +354,7 @@ def test_gains_that_have_no_end_are_named(record):
     assert f"far at {at} (no compute reaches its loss)" in note
     assert f"near at {at} (its interval has no upper end)" in note
     assert "gelu" not in note
-    lines = {line.partition(":")[0]: line for line in found.trends}
+    lines = {line.partition(":")[0]: line for line in map(trend_line, found.trends)}
     assert lines["far"].endswith(f"; without {at}, where no compute reaches its loss")
     assert "without" not in lines["gelu"]
     assert lines["out"].endswith(f"no compute reaches its loss at {', '.join(found.arms['scale'].unique())}")
@@ -341,9 +365,10 @@ def test_trends_are_corrected_for_their_number(record):
     arms(record, shifts=shifts, scales=(1e7, 1e8))
     found = compared(record)
     alone = {
-        arm: float(re.search(r"p ([\d.e-]+)", compared_alone(record, arm).trends[0])[1]) for arm in "abc"
+        arm: float(re.search(r"p ([\d.e-]+)", trend_line(compared_alone(record, arm).trends[0]))[1])
+        for arm in "abc"
     }
-    for line, p in zip(sorted(found.trends), holm(list(alone.values())), strict=True):
+    for line, p in zip(sorted(map(trend_line, found.trends)), holm(list(alone.values())), strict=True):
         assert float(re.search(r"p ([\d.e-]+) by Holm over 3 arms", line)[1]) == pytest.approx(p, rel=0.02)
 
 
@@ -368,7 +393,7 @@ def test_the_largest_scale_speaks_for_the_study(record):
     found = compared(record)
     assert found.order == ["llama", "alibi", "gelu"]
     assert f"noise {np.std([0, 0.2, 0.4], ddof=1):.4f} between seeds" in headline(found)
-    assert list(compared_rows(found)) == ["alibi", "gelu"]
+    assert list(rows_by_arm(found)) == ["alibi", "gelu"]
 
 
 def unpaired(record):
@@ -399,7 +424,7 @@ def other_text(record):
         (lambda r: arms(r, seeds=1), ("baseline=llama",), "one seed only"),
         (arms, ("baseline=llama", "law=parts"), "law=parts: its runs differ in more than size"),
         (arms, ("fit=runs.csv",), "give one of fit=FILE"),
-        (arms, ("study=nothing",), "nothing is no directory of a study"),
+        (arms, ("study=nothing",), "nothing is not a directory of a study"),
         (arms, ("metric=accuracy",), "metric=accuracy is unknown: use loss or bpb"),
         (lambda r: sizes(r, "parts", n=1), (), "alpha|N"),
     ],

@@ -1,4 +1,5 @@
-"""publish=wandb without an account: the serialised report, and a server on this machine that checks what it is sent."""
+"""publish=wandb without an account: the serialised report, and a server on this machine that checks what it
+is sent."""
 
 import gzip
 import json
@@ -17,7 +18,7 @@ from planted import arms
 
 from scantling.analysis.arms import study_runs
 from scantling.report.published import as_wandb, grouping, own_entity, publish, sync
-from scantling.report.spec import Axis, Chart, Code, Link, Maps, Report, Samples, Section, Table, Text
+from scantling.report.spec import Axis, Chart, Code, Link, Maps, Paragraph, Report, Samples, Section, Table
 from scantling.runs.directory import RunDirectory
 
 SCHEMA = """
@@ -45,12 +46,14 @@ type UpsertViewPayload { view: View, inserted: Boolean }
 type View { id: ID!, type: String!, name: String!, displayName: String, description: String, project: Project, spec: String!,
     updatedAt: String }
 """
-"""Of W&B's schema, which is not public, what saving a report asks for: written by hand from what its client sends."""
+"""Of W&B's schema, which is not public, what saving a report asks for: written by hand from what its client
+sends."""
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server that answers by `SCHEMA`; its `saved` are the variables of every `upsertView`, `refused` what broke it."""
+    """A server that answers by `SCHEMA`; its `saved` are the variables of every `upsertView`, `refused` what
+    broke it."""
     import wandb
 
     project = {"id": "P", "internalId": "1", "name": "scantling", "entityName": "me"}
@@ -129,7 +132,7 @@ REPORT = Report(
         Section(
             "Words",
             (
-                Text("a text"),
+                Paragraph("a text"),
                 Code("python src/train.py"),
                 Table("Runs", pd.DataFrame({"run": [Link("r", "../r")], "loss": [1.5]})),
                 Samples((("rmsnorm, seed 0", "def f():"),)),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from scantling.cli import runs
+from scantling.report import terminal
 from scantling.runs import table
 from scantling.runs.directory import RunDirectory
 
@@ -73,7 +73,7 @@ def test_what_is_no_whole_run_is_named(study):
     going = frame[frame["run"] == "going"].iloc[0]
     assert (going["status"], going["steps"]) == ("unfinished", 12)
     assert going["loss"] == RunDirectory(one).summary["val/loss"]
-    with pytest.raises(ValueError, match="is no directory of a study"):
+    with pytest.raises(ValueError, match="is not a directory of a study"):
         table.load_runs(study / "nowhere")
 
 
@@ -135,7 +135,7 @@ def test_runs_are_listed_compared_exported_and_removed(study, entry, tmp_path):
 def test_a_narrow_list_keeps_names_whole(study, entry, monkeypatch, tmp_path):
     names = set(table.load_runs(study)["run"])
     for width in (80, 50, 30):
-        monkeypatch.setattr(runs, "PRINTED_WIDTH", width)
+        monkeypatch.setattr(terminal, "PRINTED_WIDTH", width)
         _, out, _ = entry("runs")
         assert {line.split()[0] for line in out.splitlines() if line.startswith("nano")} == names
         assert out.count("finished") == 2
@@ -198,18 +198,18 @@ def test_nothing_but_runs_is_removed(study, entry, tmp_path):
     for run in (str(elsewhere), "link"):
         code, _, err = entry("runs", "action=rm", f"run={run}", "yes=true")
         assert code == 2
-        assert "is no run in a study of runs/, and stays" in err
+        assert "is not a run in a study of runs/, and stays" in err
     assert (elsewhere / "config.yaml").exists()
-    assert "nothing is no run below runs/" in entry("runs", "action=show", "run=nothing")[2]
+    assert "nothing is not a run below runs/" in entry("runs", "action=show", "run=nothing")[2]
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (("action=list",), "action=list is unknown: use ls, show, diff, export, import, rm"),
-        (("sort=beauty",), "sort=beauty is no column"),
-        (("study=none",), "runs/none is no directory of a study: use one of default"),
-        (("study=defualt",), "is no directory of a study: did you mean default?"),
+        (("sort=beauty",), "sort=beauty is not a column"),
+        (("study=none",), "runs/none is not a directory of a study: use one of default"),
+        (("study=defualt",), "is not a directory of a study: did you mean default?"),
         (("action=diff", "run=a"), "action=diff wants run=[ONE,OTHER]; 1 are given"),
         (("action=export", "to=a.xls"), "name a file that ends in .csv, .jsonl, .parquet"),
     ],

@@ -6,9 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
+from scantling.report.numbers import clock
 from scantling.runs.directory import RunDirectory
 from scantling.sweep.jobs import Job
-from scantling.sweep.screen import Screen, clock_of
+from scantling.sweep.screen import Screen
 
 
 def record(path, step: int, *, planned: int) -> None:
@@ -41,4 +42,4 @@ def test_a_run_of_other_steps_than_forecast_is_counted_by_its_own(job):
 
 @pytest.mark.parametrize(("seconds", "said"), [(3723, "1:02:03"), (59.6, "1:00"), (0, "0:00"), (-5, "0:00")])
 def test_a_clock(seconds, said):
-    assert clock_of(seconds) == said
+    assert clock(seconds) == said

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from scantling.config.command_line import Failed, Mistake
+from scantling.report.terminal import open_console
 from scantling.runs.directory import RunDirectory, replace_text
 from scantling.sweep.devices import Devices, visible_gpus
 from scantling.sweep.forecast import forecast
@@ -52,7 +53,7 @@ class SweepLauncher(Launcher):
         os.environ.pop(
             "SLURM_NTASKS", None
         )  # inside of an allocation: srun did not start the jobs' processes
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        self.console = open_console()
         if self.starts_unasked() and initial_job_idx == 0:
             self.console.print(
                 f"sweeps={self.sweep} is a sweep, also without -m: {len(job_overrides)} jobs; hydra.mode=RUN makes a "

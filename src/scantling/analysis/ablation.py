@@ -1,4 +1,5 @@
-"""Arms compared over paired seeds: differences with intervals, seeds needed, and the compute that a gain is worth."""
+"""Arms compared over paired seeds: differences with intervals, seeds needed, and the compute that a gain is
+worth."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ COLUMNS = ("arm", "seed", "loss")
 class Comparison:
     """One arm against the baseline over paired seeds; a negative difference is a lower loss.
 
-    `noise`: standard deviation of the baseline's loss over seeds. `effect`: difference in units of it. `p`: two-sided
-    paired t test; `p_holm`: corrected for all arms compared. `bootstrap`: percentile interval of the mean difference.
+    `noise`: standard deviation of the baseline's loss over seeds. `effect`: difference in units of it. `p`:
+    two-sided paired t test; `p_holm`: corrected for all arms compared. `bootstrap`: percentile interval of
+    the mean difference.
     """
 
     arm: str
@@ -49,8 +51,8 @@ class Comparison:
 def paired_losses(runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Losses with a row a seed and a column an arm.
 
-    Raises ValueError naming rows for missing columns, losses that are not finite, runs that occur twice, and seeds that
-    are not in every arm; nothing is dropped.
+    Raises ValueError naming rows for missing columns, losses that are not finite, runs that occur twice, and
+    seeds that are not in every arm; nothing is dropped.
     """
     missing = [name for name in COLUMNS if name not in runs]
     if missing:
@@ -134,7 +136,8 @@ def bootstrap_interval(difference: Array, level: float, resamples: int, rng: np.
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values that may be compared with one level whatever their number (Holm 1979, Scand. J. Stat. 6:65)."""
+    """p values that may be compared with one level whatever their number (Holm 1979, Scand. J. Stat.
+    6:65)."""
     order = np.argsort(p_values)
     m = len(p_values)
     scaled = np.asarray(p_values)[order] * (m - np.arange(m))
@@ -148,8 +151,8 @@ def seeds_needed(
 ) -> int:
     """Pairs at which a paired t test finds a `difference` with probability `power`.
 
-    `spread`: standard deviation of the difference between paired runs; `arms`: comparisons that Holm corrects for, at its
-    strictest. Solved with the noncentral t distribution.
+    `spread`: standard deviation of the difference between paired runs; `arms`: comparisons that Holm corrects
+    for, at its strictest. Solved with the noncentral t distribution.
     """
     if spread <= 0 or difference == 0:
         raise ValueError("the seeds needed follow from a positive spread and a difference that is not zero")
@@ -178,7 +181,8 @@ def seeds_for_precision(spread: float, half_width: float, *, level: float = 0.95
 
 
 def first(holds: Callable[[int], bool], most: int) -> int | None:
-    """The least n from 2 to `most` for which `holds`, which does for all larger ones; None where it does for none."""
+    """The least n from 2 to `most` for which `holds`, which does for all larger ones; None where it does for
+    none."""
     low, high = 2, most
     if not holds(high):
         return None
@@ -190,27 +194,35 @@ def first(holds: Callable[[int], bool], most: int) -> int | None:
 
 @dataclass(frozen=True)
 class Gain:
-    """Compute-equivalent gain: on the baseline's law a difference as large takes `multiplier` times the compute."""
+    """Compute-equivalent gain: on the baseline's law a difference as large takes `multiplier` times the
+    compute."""
 
     compute: float
     multiplier: float
     interval: Interval
     samples_S: Array
 
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.multiplier:.3g} × compute, {low:.3g} to {high:.3g}"
+
+class Unreachable(ValueError):
+    """A loss that no compute reaches, by a law that ends above it, at E."""
+
+    def __init__(self, loss: float, floor: float) -> None:
+        super().__init__(
+            f"the law's loss with the difference, {loss:.4g}, is below E = {floor:.4g}: by the baseline's "
+            "law no compute reaches it"
+        )
+        self.loss, self.floor = loss, floor
 
 
 def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, seed: int = 0) -> Gain:
-    """What the paired `difference` of losses (one a seed, negative is better) at a budget is worth by the baseline's law
-    (Davidson et al. 2023, arXiv:2312.07413).
+    """What the paired `difference` of losses (one a seed, negative is better) at a budget is worth by the
+    baseline's law (Davidson et al. 2023, arXiv:2312.07413).
 
-    `law` is of `saturating("C")`, or a `frontier`: L(C) = E + B/C^beta. The multiplier m solves L(m·C) = L(C) +
-    difference: it starts from the law's loss, which is the baseline's own only where that lies on the law. The interval
-    combines draws of the mean difference, from Student's t, with the law's resamples.
+    `law` is of `saturating("C")`, or a `frontier`: L(C) = E + B/C^beta. The multiplier m solves L(m·C) = L(C)
+    + difference: it starts from the law's loss, which is the baseline's own only where that lies on the law.
+    The interval combines draws of the mean difference, from Student's t, with the law's resamples.
 
-    Raises ValueError for a loss that the law says no compute reaches: one at or below E.
+    Raises Unreachable, a ValueError, for a loss that the law says no compute reaches: one at or below E.
     """
     d = np.asarray(difference, dtype=float)
     if law.form.inputs != ("C",) or law.form.parameters != ("E", "B", "beta"):
@@ -227,10 +239,7 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
 
     m = float(multiplier(law.B, law.beta, d.mean()))
     if not np.isfinite(m):
-        raise ValueError(
-            f"the law's loss with the difference, {law.predict(C=compute)[0] + d.mean():.4g}, is below E = {law.E:.4g}: by "
-            "the baseline's law no compute reaches it"
-        )
+        raise Unreachable(float(law.predict(C=compute)[0] + d.mean()), law.E)
     published, rng = law.form.published(law.resamples()), np.random.default_rng(seed)
     scale = d.std(ddof=1) / np.sqrt(len(d))
     shifts = d.mean() + scale * rng.standard_t(len(d) - 1, size=len(published["B"]))
@@ -242,8 +251,8 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
 
 @dataclass(frozen=True)
 class Trend:
-    """How a gain changes with scale: log of the multiplier per factor of ten in compute. `p`: two-sided, of no trend, to be
-    corrected where several arms are looked at."""
+    """How a gain changes with scale: log of the multiplier per factor of ten in compute. `p`: two-sided, of
+    no trend, to be corrected where several arms are looked at."""
 
     per_decade: float
     interval: Interval
@@ -259,8 +268,8 @@ class Trend:
 
 
 def gain_trend(gains: Sequence[Gain], *, level: float = 0.95) -> Trend:
-    """A line through log multipliers against log₁₀ compute; `gains` at two budgets or more, of the same resamples of the
-    law and, as their runs are others, of different seeds."""
+    """A line through log multipliers against log₁₀ compute; `gains` at two budgets or more, of the same
+    resamples of the law and, as their runs are others, of different seeds."""
     x = np.log10([gain.compute for gain in gains])
     if len(np.unique(x)) < 2:
         raise ValueError("a trend needs gains at two budgets or more")

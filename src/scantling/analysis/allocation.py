@@ -1,4 +1,5 @@
-"""How to spend a budget: compute-optimal parameters and tokens, by a fitted law or by the best runs of each budget."""
+"""How to spend a budget: compute-optimal parameters and tokens, by a fitted law or by the best runs of each
+budget."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ from numpy.typing import ArrayLike
 from scantling.analysis.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, larger
 from scantling.analysis.forms import HOFFMANN, saturating
 from scantling.analysis.huber import Array
-from scantling.analysis.observations import some
 from scantling.analysis.scaling import Fit, Interval, estimate, refit_hoffmann
 
 
@@ -23,8 +23,8 @@ def hoffmann_loss(law: Mapping[str, Any], n: ArrayLike, d: ArrayLike) -> Array:
 
 
 def optimal_parameters(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Array:
-    """N that minimises Hoffmann's form under C = kND: N = (alpha·A/(beta·B))^(1/(alpha+beta))·(C/k)^(beta/(alpha+beta))
-    (Hoffmann et al. 2022, equation 4)."""
+    """N that minimises Hoffmann's form under C = kND: N =
+    (alpha·A/(beta·B))^(1/(alpha+beta))·(C/k)^(beta/(alpha+beta)) (Hoffmann et al. 2022, equation 4)."""
     alpha, beta = law["alpha"], law["beta"]
     log_g = (np.log(alpha * law["A"]) - np.log(beta * law["B"])) / (alpha + beta)
     return np.exp(log_g + beta / (alpha + beta) * np.log(np.asarray(compute, dtype=float) / k))
@@ -39,7 +39,8 @@ def optimal_loss(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Arra
 def optimum_table(
     fit: Fit, budgets: Sequence[float], *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN
 ) -> pd.DataFrame:
-    """For each budget in FLOPs: N, D, tokens per parameter and loss, with `_low` and `_high` where the fit has resamples.
+    """For each budget in FLOPs: N, D, tokens per parameter and loss, with `_low` and `_high` where the fit
+    has resamples.
 
     `fit` is of Hoffmann's form; raises ValueError otherwise, and where an exponent is not positive.
     """
@@ -68,7 +69,8 @@ def optimum_table(
 
 
 def floor_is_near(fit: Fit, optimum: pd.DataFrame) -> bool:
-    """Whether a chart of `optimum_table` has room for E: farther below, a line there would flatten all else."""
+    """Whether a chart of `optimum_table` has room for E: farther below, a line there would flatten all
+    else."""
     return bool(optimum["loss"].min() < 2 * fit.E)
 
 
@@ -78,7 +80,8 @@ def allocation_exponent(fit: Fit) -> tuple[float, Interval | None]:
 
 
 def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
-    """The loss of compute-optimal training against C, exactly: L = E + B'/C^gamma, gamma = alpha·beta/(alpha+beta).
+    """The loss of compute-optimal training against C, exactly: L = E + B'/C^gamma, gamma =
+    alpha·beta/(alpha+beta).
 
     A `Fit` of `saturating("C")` at the budgets of the runs, with the same resamples and doubts.
     """
@@ -103,16 +106,17 @@ def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
         spread_degrees=fit.spread_degrees,
         level=fit.level,
         warnings=fit.warnings,
-        verdict=fit.verdict,
     )
 
 
 def convention_table(
     counts: Mapping[str, ArrayLike], tokens: ArrayLike, loss: ArrayLike, **settings
 ) -> pd.DataFrame:
-    """The same runs under each way of counting parameters: alpha, beta and the exponent a of N_opt ∝ C^a, C = 6ND.
+    """The same runs under each way of counting parameters: alpha, beta and the exponent a of N_opt ∝ C^a, C =
+    6ND.
 
-    Porian et al. 2024 (arXiv:2406.19146) trace the disagreement between Kaplan and Hoffmann to this, among other things.
+    Porian et al. 2024 (arXiv:2406.19146) trace the disagreement between Kaplan and Hoffmann to this, among
+    other things.
     """
     table = []
     for convention, n in counts.items():
@@ -127,9 +131,9 @@ def convention_table(
 class Gate:
     """A fit of the runs up to `cutoff` FLOPs, put to the test on those above.
 
-    `held_out`: a row each of these, with C, loss, predicted and, where an interval was computed, low and high.
-    `error`: mean of |predicted/observed − 1| over the held-out runs; `bias`: the mean with its sign; `inside`: the share of
-    them in the prediction interval, where one was computed.
+    `held_out`: a row each of these, with C, loss, predicted and, where an interval was computed, low and
+    high. `error`: mean of |predicted/observed − 1| over the held-out runs; `bias`: the mean with its sign;
+    `inside`: the share of them in the prediction interval, where one was computed.
     """
 
     cutoff: float
@@ -143,18 +147,8 @@ class Gate:
 
     @property
     def passed(self) -> bool:
+        """Whether the mean error is within the tolerance."""
         return self.error <= self.tolerance
-
-    @property
-    def verdict(self) -> str:
-        word = "passed" if self.passed else "FAILED"
-        inside = "" if self.inside is None else f", {self.inside:.0%} inside the prediction interval"
-        return (
-            f"held-out gate {word}: fitted to {self.n_fitted} runs up to {self.cutoff:.3g} FLOPs, with "
-            f"{some(self.n_held_out, 'larger run')} predicted within {self.error:.2%} on average (bias "
-            f"{self.bias:+z.2%}{inside}); "
-            f"{self.tolerance:.2%} is allowed"
-        )
 
 
 def held_out_gate(
@@ -169,8 +163,8 @@ def held_out_gate(
     seed: int = 0,
     **settings,
 ) -> Gate:
-    """Hold out the `share` of runs with the largest budgets, whole budgets at a time and one at least, and predict them.
-    `settings`: those of `fit`; with `resamples` each prediction has its interval.
+    """Hold out the `share` of runs with the largest budgets, whole budgets at a time and one at least, and
+    predict them. `settings`: those of `fit`; with `resamples` each prediction has its interval.
 
     Raises ValueError where the rest is too small to fit or nothing is larger.
     """

@@ -1,4 +1,5 @@
-"""The finished runs of a study, sorted: which arm, which scale, which seed; and whether they make a law or a comparison."""
+"""The finished runs of a study, sorted: which arm, which scale, which seed; and whether they make a law or a
+comparison."""
 
 from __future__ import annotations
 
@@ -9,52 +10,54 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from scantling.analysis.findings import ConstantSchedule, Finding, NotFinished, PartnerLost, Unreadable
+from scantling.analysis.observations import listed
 from scantling.runs.overrides import arms_changes, joined, settings_of, varied_keys, varied_within
 from scantling.runs.table import load_runs
 
 SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
 LAW_SPAN = 2.0
-"""Runs that differ in shape alone make a law when the compute of the largest is above so many times the smallest's."""
+"""Runs that differ in shape alone make a law when the compute of the largest is above so many times the
+smallest's."""
 
 FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
 """Settings that a study of sizes changes with them."""
 
 TUNED = ("lr", "batch_size")
-"""Of these, what changes the loss: where a size has several, most of its runs are not the best that it can do."""
+"""Of these, what changes the loss: where a size has several, most of its runs are not the best that it can
+do."""
 
 MOST_ARMS = 40
 """Of a figure or a chart: curves of more cannot be told apart, and those with the lowest losses are drawn."""
 
-LISTED = 10
-"""Names of runs that a line gives."""
-
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the settings of its size.
+    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the settings of its
+    size.
 
-    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size and length alone, by much, and in what
-    follows these. `cautions`: what was left out, or makes the study doubtful.
+    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size and length alone, by
+    much, and in what follows these. `cautions`: what was left out, or makes the study doubtful.
     """
 
     name: str
     runs: pd.DataFrame
     recorded: pd.DataFrame
     is_law: bool
-    cautions: tuple[str, ...]
+    cautions: tuple[Finding, ...]
 
     @property
     def scales(self) -> list[str]:
         """From little compute to much."""
         flops = {
-            scale: mean_of(rows(self.runs, scale=scale), "flops")
+            scale: mean_of(rows_where(self.runs, scale=scale), "flops")
             for scale in dict.fromkeys(self.runs["scale"])
         }
         return sorted(flops, key=lambda scale: flops[scale])
 
 
-def rows(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
-    """Those whose columns hold these values."""
+def rows_where(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
+    """Those rows whose columns hold these values."""
     chosen = np.ones(len(frame), dtype=bool)
     for column, value in equal.items():
         chosen &= (frame[column] == value).to_numpy(dtype=bool)
@@ -62,13 +65,25 @@ def rows(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
 
 
 def mean_of(frame: pd.DataFrame, column: str) -> float:
+    """Of a column, as a float."""
     return float(frame[column].to_numpy(dtype=float).mean())
 
 
-def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")) -> StudyRuns:
-    """Raises ValueError where there is nothing finished, and for runs on different text, naming them."""
-    frame, cautions = recorded_runs(directory)
-    runs = rows(frame, status="finished")
+def study_runs(directory: Path) -> StudyRuns:
+    """A study read from its directory. Raises as `recorded_runs` and `finished_runs`."""
+    return finished_runs(directory, *recorded_runs(directory))
+
+
+def finished_runs(
+    directory: Path,
+    frame: pd.DataFrame,
+    cautions: Sequence[Finding],
+    *,
+    same: Sequence[str] = ("corpus", "tokenizer"),
+) -> StudyRuns:
+    """Of `recorded_runs`. Raises ValueError where there is nothing finished, and for runs on different text,
+    naming them."""
+    runs = rows_where(frame, status="finished")
     if not len(runs):
         raise ValueError(
             f"{directory} holds no finished run: the same python src/train.py -m command goes on"
@@ -79,44 +94,36 @@ def study_runs(directory: Path, *, same: Sequence[str] = ("corpus", "tokenizer")
         wrong = [str(run) for run, value in zip(runs["run"], values, strict=True) if value != most]
         if wrong:
             raise ValueError(
-                f"runs of {directory.name} differ in their {name}, and losses on different {name} are not comparable: "
-                f"{listed(wrong)} against the others"
+                f"runs of {directory.name} differ in their {name}, and losses on different {name} are not "
+                f"comparable: {listed(wrong)} against the others"
             )
-    if "constant" in set(runs["choice.schedule"]):
-        cautions.append(
-            "schedule=constant: the learning rate does not fall with a run's end, so runs are not matched to their length"
-        )
-    return StudyRuns(directory.name, runs.copy(), frame, differ_in_size_alone(runs), tuple(cautions))
+    constant = [ConstantSchedule()] if "constant" in set(runs["choice.schedule"]) else []
+    is_law = differ_in_size_alone(runs)
+    return StudyRuns(directory.name, runs.copy(), frame, is_law, (*cautions, *constant))
 
 
-def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Every run, as `StudyRuns` has them, and what to say of those that are not finished. Raises ValueError where there
-    is none."""
+def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[Finding]]:
+    """Every run, as `StudyRuns` has them, and those that are not finished. Raises ValueError where there is
+    none."""
     frame = load_runs(directory)
-    cautions = [f"left out: {name}, {why}" for name, why in frame.attrs["left_out"].items()]
+    cautions: list[Finding] = [Unreadable(name, why) for name, why in frame.attrs["left_out"].items()]
     if not len(frame):
         raise ValueError(f"{directory} holds no run")
     frame = frame.set_index("run", drop=False)
-    for status, words in {"failed": "left out, failed", "unfinished": "left out, not finished"}.items():
-        names = rows(frame, status=status)["run"]
+    for status in ("failed", "unfinished"):
+        names = rows_where(frame, status=status)["run"]
         if len(names):
-            cautions.append(f"{words}: {listed(list(names))}")
+            cautions.append(NotFinished(status, tuple(names)))
     return arms_and_scales(frame), cautions
 
 
-def listed(names: Sequence[str]) -> str:
-    """Of many the first."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{', '.join(names[:LISTED])}{more}"
-
-
 def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
-    """With `scale`, the settings of a run's size, and `arm`, where it has no name the other settings. Of all runs, finished
-    or not: one that goes on with a setting of its own is no run of a finished arm."""
+    """With `scale`, the settings of a run's size, and `arm`, where it has no name the other settings. Of all
+    runs, finished or not: one that goes on with a setting of its own is not a run of a finished arm."""
     settings = [settings_of(text) for text in frame["overrides"]]
     varied = varied_keys(settings)
     scale_keys = [key for key in varied if is_size(key)]
-    if differ_in_size_alone(rows(frame, status="finished")):
+    if differ_in_size_alone(rows_where(frame, status="finished")):
         return frame.assign(scale=[joined(setting, scale_keys) for setting in settings])
     changes = arms_changes(settings)
     scale_keys = [key for key in scale_keys if key not in changes]
@@ -129,8 +136,8 @@ def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def differ_in_size_alone(runs: pd.DataFrame) -> bool:
-    """Whether runs make a law: settings of size, and what follows it, one of a size, are all that varies, and compute varies
-    by much."""
+    """Whether runs make a law: settings of size, and what follows it, one of a size, are all that varies, and
+    compute varies by much."""
     settings = [settings_of(text) for text in runs["overrides"]]
     varied = varied_keys(settings)
     size_keys = [key for key in varied if is_size(key)]
@@ -142,29 +149,25 @@ def differ_in_size_alone(runs: pd.DataFrame) -> bool:
     return bool(size.max() > LAW_SPAN * size.min())
 
 
-def pairable_runs(study: StudyRuns, baseline: str) -> tuple[pd.DataFrame, list[str]]:
-    """The finished runs without what lost its partner because a run failed or goes on, and what to say of it.
+def pairable_runs(study: StudyRuns, baseline: str) -> tuple[pd.DataFrame, list[PartnerLost]]:
+    """The finished runs without what lost its partner because a run failed or goes on, and what that was.
 
-    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm lacks its arm:
-    the baseline's first, as an arm has lost nothing by a seed that is out already.
+    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm
+    lacks its arm: the baseline's first, as an arm has lost nothing by a seed that is out already.
     """
-    runs, cautions = study.runs, []
+    runs, lost_partners = study.runs, []
     lost = study.recorded.iloc[np.flatnonzero(study.recorded["status"] != "finished")]
     lost = lost.iloc[np.argsort(lost["arm"] != baseline, kind="stable")]
     for _, run in lost.iterrows():
         scale, arm, seed = run["scale"], run["arm"], run["seed"]
-        partners = rows(runs, scale=scale, seed=seed)
+        partners = rows_where(runs, scale=scale, seed=seed)
         partners = partners.iloc[np.flatnonzero(partners["arm"] != arm)]
-        leaves = partners if arm == baseline else rows(runs, scale=scale, arm=arm)
-        if not len(leaves) or not len(partners) or len(rows(runs, scale=scale, arm=arm, seed=seed)):
+        leaves = partners if arm == baseline else rows_where(runs, scale=scale, arm=arm)
+        if not len(leaves) or not len(partners) or len(rows_where(runs, scale=scale, arm=arm, seed=seed)):
             continue
-        what = f"seed {seed}" if arm == baseline else f"arm {arm}"
-        why = f"the run of {baseline}" if arm == baseline else f"its seed {seed}"
-        where = f" at {scale}" if scale else ""
-        state = "failed" if run["status"] == "failed" else "is not finished"
-        cautions.append(f"{what} is not compared{where}: {why} {state}")
+        lost_partners.append(PartnerLost(run["status"], scale, arm, seed, baseline))
         runs = runs.drop(leaves.index)
-    return runs, cautions
+    return runs, lost_partners
 
 
 def is_size(key: str) -> bool:
@@ -173,9 +176,9 @@ def is_size(key: str) -> bool:
     return group == "budget" or key == "model" or (group == "model" and name in SHAPE)
 
 
-def told_apart(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of runs that are not compared: with what those of an arm and scale differ in, beside their seeds, as part of the scale,
-    so that no curve is the mean of different models."""
+def tell_models_apart(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of runs that are not compared: with what those of an arm and scale differ in, beside their seeds, as
+    part of the scale, so that no curve is the mean of different models."""
     settings = [settings_of(text) for text in frame["overrides"]]
     groups = list(zip(frame["arm"], frame["scale"], strict=True))
     within = varied_within(groups, settings)
@@ -186,7 +189,8 @@ def told_apart(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_arm(sweep: dict | None, arms: Sequence[str]) -> str:
-    """The baseline where none is named: of a yaml of `sweeps/` its first arm, else the one whose values stand first.
+    """The baseline where none is named: of a yaml of `sweeps/` its first arm, else the one whose values stand
+    first.
 
     Raises ValueError where that cannot be told.
     """

@@ -28,7 +28,8 @@ def grouped(logs: Array, tolerance: float = SAME_BUDGET) -> list[np.ndarray]:
 
 
 def repeated(n: Array) -> list[np.ndarray]:
-    """Rows of each size, smallest first; none where sizes are too many, or have too few runs each, for a line a size."""
+    """Rows of each size, smallest first; none where sizes are too many, or have too few runs each, for a line
+    a size."""
     of_sizes = grouped(np.log(n))
     return of_sizes if len(of_sizes) <= min(MOST_SIZES, len(n) // 2) else []
 

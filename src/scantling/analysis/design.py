@@ -21,8 +21,8 @@ Law = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Grid:
-    """`budgets` budgets, each `ratio` times the one before; around the optimum of each, `sizes` sizes from 1/`spread` to
-    `spread` times it; every cell with `seeds` seeds."""
+    """`budgets` budgets, each `ratio` times the one before; around the optimum of each, `sizes` sizes from
+    1/`spread` to `spread` times it; every cell with `seeds` seeds."""
 
     budgets: int
     ratio: float
@@ -41,6 +41,7 @@ class Grid:
 
     @property
     def runs(self) -> int:
+        """How many there are."""
         return self.budgets * self.sizes * self.seeds
 
     def budgets_of(self, flops: float) -> list[float]:
@@ -83,11 +84,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Proportions:
-    """What stays about alike from size to size. `aspect`: d_model per layer; `widening`: d_ff per d_model; `kv_share`:
-    n_kv_heads per head.
+    """What stays about alike from size to size. `aspect`: d_model per layer; `widening`: d_ff per d_model;
+    `kv_share`: n_kv_heads per head.
 
-    Kaplan et al. 2020 (arXiv:2001.08361), section 3.1: at equal parameters the loss hardly depends on the shape; 6 layers
-    of 4288 come within 3 % of 48 layers of 1600.
+    Kaplan et al. 2020 (arXiv:2001.08361), section 3.1: at equal parameters the loss hardly depends on the
+    shape; 6 layers of 4288 come within 3 % of 48 layers of 1600.
     """
 
     aspect: float
@@ -96,7 +97,8 @@ class Proportions:
     kv_share: float
 
     def shape(self, n_layers: int, d_model: int) -> Shape:
-        """The heads divide d_model, into an even number for rotary positions, and the key/value heads the heads."""
+        """The heads divide d_model, into an even number for rotary positions, and the key/value heads the
+        heads."""
         heads = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
         n_heads = min(heads, key=lambda n: abs(np.log(n * self.d_head / d_model)))
         n_kv_heads = max(
@@ -140,8 +142,8 @@ def nearest_shape(
     n = parameters(best)
     if n > 1.5 * target:
         raise ValueError(
-            f"no model of these parts has as few as {target:,.0f} parameters: the smallest has {n:,.0f}; give more FLOPs, "
-            "fewer isoflop.budgets, or a smaller isoflop.spread or model.vocab_size"
+            f"no model of these parts has as few as {target:,.0f} parameters: the smallest has {n:,.0f}; "
+            "give more FLOPs, fewer isoflop.budgets, or a smaller isoflop.spread or model.vocab_size"
         )
     return best
 
@@ -150,8 +152,9 @@ def nearest_shape(
 
 
 def porian(n: float, reference_n: float, reference_lr: float) -> float:
-    """lr ∝ N^-0.36, N the parameters of linear layers with the output head (Porian et al. 2024, arXiv:2406.19146, figure 3:
-    3.7·N^-0.36, tuned AdamW between 5 M and 901 M). The constant, which moves with batch and optimiser, is the preset's."""
+    """lr ∝ N^-0.36, N the parameters of linear layers with the output head (Porian et al. 2024,
+    arXiv:2406.19146, figure 3: 3.7·N^-0.36, tuned AdamW between 5 M and 901 M). The constant, which moves
+    with batch and optimiser, is the preset's."""
     return reference_lr * (n / reference_n) ** -0.36
 
 
@@ -173,9 +176,9 @@ PORIAN_RANGE = (5e6, 9.01e8)
 class Forecast:
     """Half-widths of the intervals that a study of these runs will have, were `law` the truth.
 
-    `a_isoflop`, `a_parametric`: of the exponent of N_opt ∝ C^a, by parabolas and by Hoffmann's form. `n_optimal`, `loss`: of
-    the optimum at `target` FLOPs, as fractions of it, by Hoffmann's form. `bias`: what parabolas would miss a by without
-    noise.
+    `a_isoflop`, `a_parametric`: of the exponent of N_opt ∝ C^a, by parabolas and by Hoffmann's form.
+    `n_optimal`, `loss`: of the optimum at `target` FLOPs, as fractions of it, by Hoffmann's form. `bias`:
+    what parabolas would miss a by without noise.
     """
 
     target: float
@@ -200,7 +203,8 @@ def forecast(
     seed: int,
     tolerance: float = SAME_BUDGET,
 ) -> Forecast:
-    """Simulated studies: the law's losses at these sizes with normal noise in log loss, each fitted as a real one would be.
+    """Simulated studies: the law's losses at these sizes with normal noise in log loss, each fitted as a real
+    one would be.
 
     `noise`: standard deviation of log loss between seeds. All draws are fitted at once.
     """
@@ -244,7 +248,8 @@ def forecast(
 
 
 def alternatives(grid: Grid, law: Law, flops: float, **settings) -> list[tuple[Grid, Forecast]]:
-    """`grid` and others of the same cost, with ideal sizes, and what each is forecast to say; `settings` of `forecast`."""
+    """`grid` and others of the same cost, with ideal sizes, and what each is forecast to say; `settings` of
+    `forecast`."""
     tried = [
         grid,
         *(replace(grid, budgets=grid.budgets + more) for more in (-2, 2)),

@@ -1,7 +1,7 @@
 """Forms of scaling laws: each predicts log loss, with derivatives, from the logarithms of a run's sizes.
 
-Legend: S problems solved at once, P parameters, N runs. Sizes: N parameters, D tokens, C training FLOPs, S steps, U unique
-tokens. Losses are in nats per token.
+Legend: S problems solved at once, P parameters, N runs. Sizes: N parameters, D tokens, C training FLOPs, S
+steps, U unique tokens. Losses are in nats per token.
 """
 
 from __future__ import annotations
@@ -97,10 +97,11 @@ class PowerSum(Form):
         return np.array(list(itertools.product(*(self.grid[name] for name in self.parameters))))
 
     def projected_starts(self, sizes: Sizes, loss: Array, *, alike: bool = False) -> Array:
-        """(S, P): a grid of exponents only, each with the coefficients that least squares of relative errors gives.
+        """(S, P): a grid of exponents only, each with the coefficients that least squares of relative errors
+        gives.
 
-        Variable projection (Golub & Pereyra 1973): L is linear in its coefficients, so few starts do for many.
-        `alike`: three only, all of whose exponents are one.
+        Variable projection (Golub & Pereyra 1973): L is linear in its coefficients, so few starts do for
+        many. `alike`: three only, all of whose exponents are one.
         """
         logs = {letter: np.log(sizes[letter]) for letter in self.inputs}
         exponents = [name for name in self.parameters if name not in self.logarithms]
@@ -178,8 +179,8 @@ def saturating(letter: str) -> PowerSum:
 
 @dataclass(frozen=True)
 class KaplanSum(Form):
-    """L = Σₓ (x_c/x)^alpha_x over `inputs`: Kaplan et al. 2020 (arXiv:2001.08361), equations 1.1 to 1.3 with one input,
-    1.6 with N and S (steps corrected by `minimum_steps`)."""
+    """L = Σₓ (x_c/x)^alpha_x over `inputs`: Kaplan et al. 2020 (arXiv:2001.08361), equations 1.1 to 1.3 with
+    one input, 1.6 with N and S (steps corrected by `minimum_steps`)."""
 
     inputs: tuple[str, ...]
 
@@ -274,11 +275,12 @@ KAPLAN = Kaplan()
 
 @dataclass(frozen=True)
 class Repeated(Form):
-    """Muennighoff et al. 2023 (arXiv:2305.16264), equations 5 and 6: a law of fresh data, its sizes discounted.
+    """Muennighoff et al. 2023 (arXiv:2305.16264), equations 5 and 6: a law of fresh data, its sizes
+    discounted.
 
-    D' = U + U·R_D·(1 − exp(−r/R_D)) with r = D/U − 1 repetitions, and N' likewise of the excess over the parameters that
-    are compute-optimal for U fresh tokens. `law`: Hoffmann's five parameters, fitted to runs of one epoch and held fixed,
-    as in the paper; only R_D and R_N are fitted here.
+    D' = U + U·R_D·(1 − exp(−r/R_D)) with r = D/U − 1 repetitions, and N' likewise of the excess over the
+    parameters that are compute-optimal for U fresh tokens. `law`: Hoffmann's five parameters, fitted to runs
+    of one epoch and held fixed, as in the paper; only R_D and R_N are fitted here.
     """
 
     law: Mapping[str, float]
@@ -325,10 +327,12 @@ def critical_batch(loss: Array | float, *, b_star: float = 2e8, alpha_b: float =
 
 
 def minimum_steps(steps: Array, batch: Array, loss: Array) -> Array:
-    """S_min = S/(1 + B_crit(L)/B): steps of a batch far above critical that reach the same loss (equation 5.4)."""
+    """S_min = S/(1 + B_crit(L)/B): steps of a batch far above critical that reach the same loss (equation
+    5.4)."""
     return steps / (1 + critical_batch(loss) / batch)
 
 
 def minimum_compute(compute: Array, batch: Array, loss: Array) -> Array:
-    """C_min = C/(1 + B/B_crit(L)): FLOPs at a batch far below critical that reach the same loss (equation 5.5)."""
+    """C_min = C/(1 + B/B_crit(L)): FLOPs at a batch far below critical that reach the same loss (equation
+    5.5)."""
     return compute / (1 + batch / critical_batch(loss))

@@ -43,14 +43,16 @@ def minimise(
     max_steps: int = 300,
     tolerance: float = 1e-12,
 ) -> Optima:
-    """Minimise Σₙ wₙ·huber(log_loss(θ)ₙ − targetₙ) from every start, each with its own row of weights or all with none.
+    """Minimise Σₙ wₙ·huber(log_loss(θ)ₙ − targetₙ) from every start, each with its own row of weights or all
+    with none.
 
-    `log_loss`: θ (S, P) -> prediction (S, N) and its Jacobian (S, P, N). `target`: (N,), or (S, N) for one each.
+    `log_loss`: θ (S, P) -> prediction (S, N) and its Jacobian (S, P, N). `target`: (N,), or (S, N) for one
+    each.
 
-    Each step solves (Jᵀ diag(w·h) J) s = −gradient, where h is 1[|r| < δ] + λ·min(1, δ/|r|): a large λ gives small steps
-    of iteratively reweighted least squares, which cannot overshoot far away; λ -> 0 gives Newton's step of Huber's
-    function. λ follows success, as in Levenberg-Marquardt. A problem is done when two steps in a row gain less than
-    `tolerance` of its objective.
+    Each step solves (Jᵀ diag(w·h) J) s = −gradient, where h is 1[|r| < δ] + λ·min(1, δ/|r|): a large λ gives
+    small steps of iteratively reweighted least squares, which cannot overshoot far away; λ -> 0 gives
+    Newton's step of Huber's function. λ follows success, as in Levenberg-Marquardt. A problem is done when
+    two steps in a row gain less than `tolerance` of its objective.
     """
     theta_SP = np.array(starts_SP, dtype=float)
     objective_S = np.empty(len(theta_SP))

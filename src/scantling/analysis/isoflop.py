@@ -1,5 +1,5 @@
-"""Compute-optimal sizes without a form for the loss: approach 2, the best size of each budget, and approach 1, the
-envelope of training curves (Hoffmann et al. 2022, sections 3.1 and 3.2)."""
+"""Compute-optimal sizes without a form for the loss: approach 2, the best size of each budget, and approach
+1, the envelope of training curves (Hoffmann et al. 2022, sections 3.1 and 3.2)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from numpy.typing import ArrayLike
 from scipy.interpolate import Akima1DInterpolator
 
 from scantling.analysis.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, SAME_BUDGET, grouped
+from scantling.analysis.findings import FewOptima, Finding, OptimaAtEdge, ParabolaBias, UndecayedCurves
 from scantling.analysis.huber import Array
-from scantling.analysis.observations import some
 from scantling.analysis.resampling import expanded_percentiles
-from scantling.analysis.scaling import Interval, refit_hoffmann
+from scantling.analysis.scaling import FEWEST_BUDGETS, Interval, refit_hoffmann
+
+FEWEST_SIZES = 4
+"""Of a budget, for a minimum among them."""
+
+NOTABLE_BIAS = 0.25
+"""Of the parabolas, in standard deviations of what noise adds to the exponent."""
 
 KNOWN = 10**6
 """Degrees of freedom of a noise that was not estimated from these runs."""
@@ -25,7 +31,8 @@ Minimum = Literal["parabola", "akima"]
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N_opt = coefficient·C^exponent, through the best size of each budget; intervals by resampling runs or noise."""
+    """N_opt = coefficient·C^exponent, through the best size of each budget; intervals by resampling runs or
+    noise."""
 
     exponent: float
     coefficient: float
@@ -33,7 +40,7 @@ class PowerLaw:
     budgets: Array
     optima: Array
     exponents_S: Array
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Valley:
 
 
 def valleys(N: Array, compute: Array, loss: Array) -> list[Valley]:
+    """One for each budget, from little compute to much."""
     found = []
     for rows in grouped(np.log(compute)):
         log_n, log_loss = np.log(N[rows]), np.log(loss[rows])
@@ -82,24 +90,16 @@ def fit_isoflop(
 ) -> PowerLaw:
     """Approach 2: the size with the lowest loss in each budget, and a line through them in logarithms.
 
-    `minimum`: of a parabola in log N (Hoffmann et al. 2022), or of Akima's spline (Porian et al. 2024, section 3.1), which
-    forces no shape. Runs belong to one budget when their FLOPs differ by at most `tolerance`. The bootstrap keeps the
-    grid and draws noise of log loss around each budget's parabola: of standard deviation `noise` if that is known (from
-    seeds), else that of what the parabolas leave in all budgets.
+    `minimum`: of a parabola in log N (Hoffmann et al. 2022), or of Akima's spline (Porian et al. 2024,
+    section 3.1), which forces no shape. Runs belong to one budget when their FLOPs differ by at most
+    `tolerance`. The bootstrap keeps the grid and draws noise of log loss around each budget's parabola: of
+    standard deviation `noise` if that is known (from seeds), else that of what the parabolas leave in all
+    budgets.
 
     Raises ValueError for fewer than two budgets, and for a budget of fewer than four sizes.
     """
     n, c, y = (np.log(np.asarray(x, dtype=float)) for x in (N, compute, loss))
-    groups = grouped(c, tolerance)
-    if len(groups) < 2:
-        raise ValueError(
-            "one budget only: no exponent of compute can be seen; two are the least, five are usual"
-        )
-    for group in groups:
-        if len(np.unique(n[group])) < 4:
-            raise ValueError(
-                f"the budget of {np.exp(c[group[0]]):.3g} FLOPs has {len(np.unique(n[group]))} sizes: four are the least"
-            )
+    groups = isoflop_groups(n, c, tolerance)
     budgets = np.array([c[group].mean() for group in groups])
     smooth = np.empty_like(y)
     for g in groups:
@@ -110,33 +110,18 @@ def fit_isoflop(
     else:
         degrees_of_freedom = KNOWN
     optimum = parabola_minimum if minimum == "parabola" else akima_minimum
-    warnings = []
-    if len(groups) < 4:
-        warnings.append(
-            f"only {some(len(groups), 'budget')}: the exponent rests on {some(len(groups), 'point')}"
-        )
     optima = best_sizes(n, y[None], groups, optimum)[0]
-    at_edge = [
-        float(np.exp(c[g[0]]))
-        for g, best in zip(groups, optima, strict=True)
-        if not n[g].min() < best < n[g].max()
-    ]
-    if at_edge:
-        named = ", ".join(f"{x:.3g}" for x in at_edge)
-        warnings.append(f"the minimum lies at the edge of the grid of sizes at {named} FLOPs")
     exponent, intercept = np.polyfit(budgets, optima, 1)
     draws = smooth + np.random.default_rng(seed).normal(0, noise, (resamples, len(y)))
     drawn_optima, clean_optima = (best_sizes(n, losses, groups, optimum) for losses in (draws, smooth[None]))
     # What noise adds to the estimator on smooth losses: on these losses, noisy already, it would count twice.
     exponents_S = exponent + slopes(budgets, drawn_optima) - slopes(budgets, clean_optima)
     low, high = expanded_percentiles(exponents_S, level=level, degrees_of_freedom=degrees_of_freedom)
+    warnings = doubts_of_grid(n, c, groups, optima)
     if minimum == "parabola" and len(y) > 6:
         bias, spread = parabola_bias(n, c, y, groups), float(exponents_S.std())
-        if abs(bias) > 0.25 * spread:
-            warnings.append(
-                f"parabola bias: on this grid parabolas through a noiseless law of alpha + beta terms miss its exponent "
-                f"by {bias:+z.3f}, and noise adds ±{spread:.3f}"
-            )
+        if abs(bias) > NOTABLE_BIAS * spread:
+            warnings.append(ParabolaBias(bias, spread))
     return PowerLaw(
         exponent=float(exponent),
         coefficient=float(np.exp(intercept)),
@@ -146,6 +131,32 @@ def fit_isoflop(
         exponents_S=exponents_S,
         warnings=tuple(warnings),
     )
+
+
+def isoflop_groups(log_n: Array, log_c: Array, tolerance: float) -> list[np.ndarray]:
+    """Rows of each budget. Raises ValueError for fewer than two, and for one of fewer than four sizes."""
+    groups = grouped(log_c, tolerance)
+    if len(groups) < 2:
+        raise ValueError(
+            "one budget only: no exponent of compute can be seen; two are the least, five are usual"
+        )
+    for group in groups:
+        sizes = len(np.unique(log_n[group]))
+        if sizes < FEWEST_SIZES:
+            budget = np.exp(log_c[group[0]])
+            raise ValueError(f"the budget of {budget:.3g} FLOPs has {sizes} sizes: four are the least")
+    return groups
+
+
+def doubts_of_grid(log_n: Array, log_c: Array, groups: Sequence[np.ndarray], optima: Array) -> list[Finding]:
+    """Whether budgets are few, and which have their optimum, log of N, at the end of their sizes."""
+    found: list[Finding] = [FewOptima(len(groups))] if len(groups) < FEWEST_BUDGETS else []
+    at_edge = [
+        float(np.exp(log_c[g[0]]))
+        for g, best in zip(groups, optima, strict=True)
+        if not log_n[g].min() < best < log_n[g].max()
+    ]
+    return [*found, OptimaAtEdge(tuple(at_edge))] if at_edge else found
 
 
 def parabola_minimum(log_n: Array, log_loss_SN: Array) -> Array:
@@ -158,7 +169,8 @@ def parabola_minimum(log_n: Array, log_loss_SN: Array) -> Array:
 
 
 def akima_minimum(log_n: Array, log_loss_SN: Array, points: int = 512) -> Array:
-    """(S,): where Akima's spline (1970, doi:10.1145/321607.321609) through the mean loss of each size is lowest."""
+    """(S,): where Akima's spline (1970, doi:10.1145/321607.321609) through the mean loss of each size is
+    lowest."""
     sizes, which = np.unique(log_n, return_inverse=True)
     means = np.stack([log_loss_SN[:, which == i].mean(axis=1) for i in range(len(sizes))])
     fine = np.linspace(sizes[0], sizes[-1], points)
@@ -182,7 +194,8 @@ def slopes(x: Array, y_SN: Array) -> Array:
 
 
 def parabola_bias(log_n: Array, log_c: Array, log_loss: Array, groups: Sequence[np.ndarray]) -> float:
-    """What the parabolas' exponent would be off by on this grid without noise, were Hoffmann's form fitted here the truth."""
+    """What the parabolas' exponent would be off by on this grid without noise, were Hoffmann's form fitted
+    here the truth."""
     n, d = np.exp(log_n), np.exp(log_c - log_n) / FLOPS_PER_PARAMETER_AND_TOKEN
     law = refit_hoffmann(n, d, np.exp(log_loss))
     clean = np.log(law.predict(N=n, D=d))
@@ -203,12 +216,14 @@ def fit_envelope(
     level: float = 0.95,
     seed: int = 0,
 ) -> PowerLaw:
-    """Approach 1: which run of all has the lowest loss at each of many budgets, and a line through their sizes.
+    """Approach 1: which run of all has the lowest loss at each of many budgets, and a line through their
+    sizes.
 
-    A row is one point of a training curve: `run` names the curve. Losses between logged points are interpolated in
-    logarithms; a budget counts while at least two curves cross it and the best size is neither the smallest nor the
-    largest of them. The bootstrap draws runs. Always warns: points before a run's end are taken at a learning rate that
-    has not decayed, which flatters long runs, and the minimum of noisy curves is biased.
+    A row is one point of a training curve: `run` names the curve. Losses between logged points are
+    interpolated in logarithms; a budget counts while at least two curves cross it and the best size is
+    neither the smallest nor the largest of them. The bootstrap draws runs. Always warns: points before a
+    run's end are taken at a learning rate that has not decayed, which flatters long runs, and the minimum of
+    noisy curves is biased.
 
     Raises ValueError where no budget is crossed by runs of three sizes.
     """
@@ -216,31 +231,16 @@ def fit_envelope(
     n, d, y = (np.log(np.asarray(x, dtype=float)) for x in (N, D, loss))
     c = np.log(k) + n + d
     grid = np.linspace(c.min(), c.max(), points)
-    curves, sizes = np.full((len(names), points), np.inf), np.empty(len(names))
-    for i in range(len(names)):
-        rows = np.flatnonzero(which == i)
-        rows = rows[np.argsort(c[rows])]
-        inside = (grid >= c[rows[0]]) & (grid <= c[rows[-1]])
-        curves[i, inside] = np.interp(grid[inside], c[rows], y[rows])
-        sizes[i] = n[rows[0]]
-
-    def exponent(chosen: Array) -> tuple[float, float, Array, Array]:
-        part, n_part = curves[chosen], sizes[chosen]
-        crossed = np.isfinite(part)
-        best = n_part[part.argmin(axis=0)]
-        smallest = np.where(crossed, n_part[:, None], np.inf).min(axis=0)
-        largest = np.where(crossed, n_part[:, None], -np.inf).max(axis=0)
-        kept = (smallest < best) & (best < largest)
-        if len(np.unique(best[kept])) < 2:
-            return np.nan, np.nan, grid[kept], best[kept]
-        slope, intercept = np.polyfit(grid[kept], best[kept], 1)
-        return slope, intercept, grid[kept], best[kept]
-
-    slope, intercept, budgets, optima = exponent(np.arange(len(names)))
+    rows = [np.flatnonzero(which == i) for i in range(len(names))]
+    rows = [of_run[np.argsort(c[of_run])] for of_run in rows]
+    curves = np.stack([curve_on_grid(grid, c[of_run], y[of_run]) for of_run in rows])
+    sizes = np.array([n[of_run[0]] for of_run in rows])
+    slope, intercept, budgets, optima = envelope_line(grid, curves, sizes)
     if not np.isfinite(slope):
         raise ValueError("no budget is crossed by training curves of at least three sizes")
     rng = np.random.default_rng(seed)
-    exponents_S = np.array([exponent(rng.integers(len(names), size=len(names)))[0] for _ in range(resamples)])
+    drawn = (rng.integers(len(names), size=len(names)) for _ in range(resamples))
+    exponents_S = np.array([envelope_line(grid, curves[runs], sizes[runs])[0] for runs in drawn])
     low, high = expanded_percentiles(exponents_S, level=level, degrees_of_freedom=len(np.unique(sizes)) - 2)
     return PowerLaw(
         exponent=float(slope),
@@ -249,8 +249,27 @@ def fit_envelope(
         budgets=np.exp(budgets),
         optima=np.exp(optima),
         exponents_S=exponents_S,
-        warnings=(
-            "envelope: losses before the end of a schedule are higher than those of runs planned for that length, and the "
-            "lowest of noisy curves is biased",
-        ),
+        warnings=(UndecayedCurves(),),
     )
+
+
+def curve_on_grid(grid: Array, log_c: Array, log_loss: Array) -> Array:
+    """A training curve's log loss at the budgets of `grid`, infinite where it has none."""
+    curve = np.full(len(grid), np.inf)
+    inside = (grid >= log_c[0]) & (grid <= log_c[-1])
+    curve[inside] = np.interp(grid[inside], log_c, log_loss)
+    return curve
+
+
+def envelope_line(grid: Array, curves: Array, sizes: Array) -> tuple[float, float, Array, Array]:
+    """Slope and intercept of log best size over log budget, and the points that the line is through; NaN
+    where these are of one size. `curves`: log loss [run, budget]; `sizes`: log of N, by run."""
+    crossed = np.isfinite(curves)
+    best = sizes[curves.argmin(axis=0)]
+    smallest = np.where(crossed, sizes[:, None], np.inf).min(axis=0)
+    largest = np.where(crossed, sizes[:, None], -np.inf).max(axis=0)
+    kept = (smallest < best) & (best < largest)
+    if len(np.unique(best[kept])) < 2:
+        return np.nan, np.nan, grid[kept], best[kept]
+    slope, intercept = np.polyfit(grid[kept], best[kept], 1)
+    return slope, intercept, grid[kept], best[kept]

@@ -1,8 +1,9 @@
-"""A table of finished runs, anyone's, read and checked: every row is used or named, none is dropped in silence."""
+"""A table of finished runs, anyone's, read and checked: every row is used or named, none is dropped in
+silence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,38 @@ import numpy as np
 import pandas as pd
 
 from scantling.analysis.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, grouped
+from scantling.analysis.findings import (
+    Finding,
+    HighestDropped,
+    MixedConventions,
+    RepeatedEpochs,
+    UnfinishedRows,
+)
 from scantling.analysis.huber import Array
 
 READERS = {".csv": pd.read_csv, ".tsv": lambda path: pd.read_csv(path, sep="\t")} | dict.fromkeys(
     (".jsonl", ".ndjson"), lambda path: pd.read_json(path, lines=True)
 )
 
+SAME_CONVENTION = 1.5
+"""Rows whose C/(6ND) differ by a larger factor are not counted in one way."""
+
+FRESH = 1.01
+"""Times its fresh tokens up to which a run is one of a single epoch."""
+
 
 @dataclass(frozen=True)
 class Observations:
     """`runs`: a row each with N, D, C, loss and run, under the row's number in the file, which counts from 1.
 
-    `counts`: parameters under each convention, by the name of its column; the first is N. `left_out` says which rows the
-    user asked to leave out; `warnings`, what about the table makes its fits doubtful.
+    `counts`: parameters under each convention, by the name of its column; the first is N. `left_out`: which
+    rows the user asked to leave out; `warnings`, what about the table makes its fits doubtful.
     """
 
     runs: pd.DataFrame
     counts: dict[str, Array]
-    left_out: str | None
-    warnings: tuple[str, ...]
+    left_out: HighestDropped | None
+    warnings: tuple[Finding, ...]
 
     @property
     def k(self) -> float:
@@ -38,16 +52,19 @@ class Observations:
 
     @property
     def bootstrap(self) -> dict[str, Any]:
-        """What the bootstrap draws, as settings of `fit`: runs, of a planned grid noise, for its budgets must all stay."""
+        """What the bootstrap draws, as settings of `fit`: runs, of a planned grid noise, for its budgets must
+        all stay."""
         is_grid = is_isoflop(self.runs)
         return {"runs": self.runs["run"].to_numpy(), "resampling": "noise" if is_grid else "runs"}
 
-    def with_warnings(self, *warnings: str) -> Observations:
+    def with_warnings(self, *warnings: Finding) -> Observations:
+        """The same, doubtful for more reasons."""
         return replace(self, warnings=(*self.warnings, *warnings))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV, TSV or JSON-lines file, its rows numbered from 1. Raises FileNotFoundError, or ValueError for another kind."""
+    """A CSV, TSV or JSON-lines file, its rows numbered from 1. Raises FileNotFoundError, or ValueError for
+    another kind."""
     if path.suffix not in READERS:
         raise ValueError(f"{path} is none of {', '.join(READERS)}")
     if not path.is_file():
@@ -75,10 +92,10 @@ def observe(
 ) -> Observations:
     """Pick the columns and check them.
 
-    `n`, `d`, `c`, `loss`: names of columns; several for `n` are conventions of counting. Without `d`, D = C/(6N); without
-    `c`, C = 6ND. `run` names the run of each row where a run has several. `unique`: fresh tokens of the run.
-    `same`: columns that, where there are such, must not mix values. `drop_highest`: so many of the highest losses are left
-    out. `irreducible`: known entropy, below which no loss can be.
+    `n`, `d`, `c`, `loss`: names of columns; several for `n` are conventions of counting. Without `d`, D =
+    C/(6N); without `c`, C = 6ND. `run` names the run of each row where a run has several. `unique`: fresh
+    tokens of the run. `same`: columns that, where there are such, must not mix values. `drop_highest`: so
+    many of the highest losses are left out. `irreducible`: known entropy, below which no loss can be.
 
     Raises ValueError naming the rows.
     """
@@ -93,16 +110,8 @@ def observe(
             raise ValueError(f"there is no column {name!r}: columns are {', '.join(map(str, table))}")
     numbers = {name: numeric(table, name) for name in named if name != run}
     for name in same:
-        if name not in table:
-            continue
-        entries = table[name].astype(str).to_numpy()
-        values = pd.Series(entries).value_counts()
-        if len(values) > 1:
-            fewer = table.index[entries != values.index[0]]
-            raise ValueError(
-                f"column {name} mixes {', '.join(map(str, values.index[:5]))}: losses on different {name} are not "
-                f"comparable; {values.index[0]} is in most rows, others in {numbered(fewer)}"
-            )
+        if name in table:
+            check_one_value(table, name)
     sizes = numbers[conventions[0]]
     if d is not None:
         tokens = numbers[d]
@@ -111,33 +120,56 @@ def observe(
         compute = numbers[str(c)]
         tokens = compute / (FLOPS_PER_PARAMETER_AND_TOKEN * sizes)
     names = table.index if run is None else table[run].astype(str)
-    runs = pd.DataFrame(
+    every = pd.DataFrame(
         {"N": sizes, "D": tokens, "C": compute, "loss": numbers[loss], "run": np.asarray(names)},
         index=table.index,
     )
+    check_losses(every, irreducible)
+    highest = every.index[np.argsort(-numbers[loss], kind="stable")[:drop_highest]].sort_values()
+    runs = every.drop(highest)
+    check_budgets(runs)
+    kept = table.index.isin(runs.index)
+    fresh = None if unique is None else numbers[unique][kept]
+    return Observations(
+        runs=runs,
+        counts={name: numbers[name][kept] for name in conventions},
+        left_out=HighestDropped(tuple(highest)) if len(highest) else None,
+        warnings=tuple(doubts(runs, fresh, several=run is not None)),
+    )
+
+
+def check_one_value(table: pd.DataFrame, name: str) -> None:
+    """Raise ValueError naming the rows whose entry in a column is not that of most."""
+    entries = table[name].astype(str).to_numpy()
+    values = pd.Series(entries).value_counts()
+    if len(values) > 1:
+        fewer = table.index[entries != values.index[0]]
+        raise ValueError(
+            f"column {name} mixes {', '.join(map(str, values.index[:5]))}: losses on different {name} are "
+            f"not comparable; {values.index[0]} is in most rows, others in {numbered(fewer)}"
+        )
+
+
+def check_losses(runs: pd.DataFrame, irreducible: float | None) -> None:
+    """Raise ValueError naming rows that stand twice, and losses that no model can have."""
     twice = runs.index[np.asarray(runs.duplicated(["N", "D", "loss"], keep=False))]
     if len(twice):
         raise ValueError(
             f"the same N, D and loss stand in {numbered(twice)}: a run counted twice narrows intervals"
         )
     if irreducible is not None:
-        below = runs.index[numbers[loss] <= irreducible]
+        below = runs.index[runs["loss"].to_numpy() <= irreducible]
         if len(below):
             raise ValueError(f"loss is at or below the irreducible {irreducible:g} in {numbered(below)}")
-    left_out = None
-    if drop_highest:
-        highest = runs.index[np.argsort(-numbers[loss], kind="stable")[:drop_highest]]
-        left_out = f"left out as asked, the {some(drop_highest, 'highest loss', of_many='es')}: {numbered(highest.sort_values())}"
-        runs = runs.drop(highest)
+
+
+def check_budgets(runs: pd.DataFrame) -> None:
+    """Raise ValueError where all runs have one budget."""
     if len(grouped(np.log(runs["C"].to_numpy()))) == 1:
         raise ValueError(
-            f"one budget only: all {len(runs)} rows have about {runs['C'].mean():.3g} FLOPs, and how loss falls with "
-            "compute cannot be seen"
+            f"one budget only: all {len(runs)} rows have about {runs['C'].mean():.3g} FLOPs, and how loss "
+            "falls with compute cannot be seen"
         )
-    kept = table.index.isin(runs.index)
-    counts = {name: numbers[name][kept] for name in conventions}
-    fresh = None if unique is None else numbers[unique][kept]
-    return Observations(runs, counts, left_out, tuple(doubts(runs, fresh, several=run is not None)))
 
 
 def numeric(table: pd.DataFrame, name: str) -> Array:
@@ -147,52 +179,38 @@ def numeric(table: pd.DataFrame, name: str) -> Array:
     if len(wrong):
         entries = dict.fromkeys(str(entry) for entry in table[name].iloc[wrong[:10]])
         raise ValueError(
-            f"column {name} must be positive and finite: {', '.join(entries)} in {numbered(table.index[wrong])}"
+            f"column {name} must be positive and finite: {', '.join(entries)} in "
+            f"{numbered(table.index[wrong])}"
         )
     return values
 
 
-def numbered(index: pd.Index | np.ndarray) -> str:
+def numbered(rows: Sequence[int] | pd.Index | np.ndarray) -> str:
     """'row 3' or 'rows 3, 7', of many the first ten."""
-    listed = ", ".join(map(str, index[:10]))
-    return f"row{'s' if len(index) > 1 else ''} {listed}" + (
-        f" and {len(index) - 10} more" if len(index) > 10 else ""
-    )
+    return f"row{'s' if len(rows) > 1 else ''} {listed(rows)}"
 
 
-def some(n: int, noun: str, *, of_many: str = "s") -> str:
-    """'1 run', '2 runs'."""
-    return f"{n} {noun}{'' if n == 1 else of_many}"
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """With commas; of more than `most` the first, and how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return f"{', '.join(texts[:most])}{more}"
 
 
-def digits(number: float, n: int) -> str:
-    """So many that count, zeros among them: 13.0 beside 13.2."""
-    return f"{number:#.{n}g}".rstrip(".")
-
-
-def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[str]:
-    found = []
+def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[Finding]:
+    """What about a table should make one careful. `unique`: fresh tokens of each row; `several`: rows of a
+    run may be several."""
+    found: list[Finding] = []
     n, d, c = (runs[name].to_numpy() for name in ("N", "D", "C"))
     ratio = c / (FLOPS_PER_PARAMETER_AND_TOKEN * n * d)
-    if ratio.max() / ratio.min() > 1.5:
-        found.append(
-            f"mixed conventions: C/(6ND) runs from {ratio.min():.2f} to {ratio.max():.2f}, so FLOPs, parameters and tokens "
-            "are not counted in one way"
-        )
+    if ratio.max() / ratio.min() > SAME_CONVENTION:
+        found.append(MixedConventions(float(ratio.min()), float(ratio.max())))
     if unique is not None:
-        repeats = d / unique
-        if (repeats > 1.01).any():
-            n_repeated = int((repeats > 1.01).sum())
-            pass_their = "passes its" if n_repeated == 1 else "pass their"
-            found.append(
-                f"repeated epochs: {some(n_repeated, 'row')} {pass_their} data up to {repeats.max():.1f} times, which this form "
-                "counts as fresh"
-            )
+        epochs = d / unique
+        if (epochs > FRESH).any():
+            found.append(RepeatedEpochs(int((epochs > FRESH).sum()), float(epochs.max())))
     if several and len(np.unique(runs["run"])) < len(runs):
-        found.append(
-            "several rows of one run: those before its end are of a learning rate that has not decayed, unless the "
-            "schedule was matched to each length"
-        )
+        found.append(UnfinishedRows())
     return found
 
 

@@ -10,7 +10,8 @@ from scantling.analysis.huber import Array
 
 
 def run_weights(groups_N: ArrayLike, resamples: int, rng: np.random.Generator) -> Array:
-    """(S, N): how often each row is drawn when runs are drawn with replacement; rows of one run come together."""
+    """(S, N): how often each row is drawn when runs are drawn with replacement; rows of one run come
+    together."""
     _, run_of_row = np.unique(np.asarray(groups_N), return_inverse=True)
     n_runs = int(run_of_row.max()) + 1
     counts = rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), size=resamples)
@@ -22,11 +23,11 @@ def drawn_residuals(
 ) -> Array:
     """Residuals drawn with replacement, without the p smallest, and smoothed.
 
-    A fit by Huber's function of small δ, much like a median, passes through about p of the runs: their residuals say
-    nothing of the noise (McKean & Schrader 1987, in Statistical Data Analysis Based on the L1-Norm), and left in they make
-    intervals too narrow. The others, n − p, have the variance Σ(r − r̄)²/(n − p − 1). Normal noise of Silverman's bandwidth
-    on top, shrunk back to that variance, gives the density at zero, on which such a fit's spread rests (De Angelis, Hall &
-    Young 1993, J. Am. Stat. Assoc. 88:1310).
+    A fit by Huber's function of small δ, much like a median, passes through about p of the runs: their
+    residuals say nothing of the noise (McKean & Schrader 1987, in Statistical Data Analysis Based on the
+    L1-Norm), and left in they make intervals too narrow. The others, n − p, have the variance Σ(r − r̄)²/(n −
+    p − 1). Normal noise of Silverman's bandwidth on top, shrunk back to that variance, gives the density at
+    zero, on which such a fit's spread rests (De Angelis, Hall & Young 1993, J. Am. Stat. Assoc. 88:1310).
     """
     n = len(residual_N)
     pool = residual_N[np.argsort(np.abs(residual_N))[n_parameters:]]
@@ -39,10 +40,11 @@ def drawn_residuals(
 
 
 def density_degrees_of_freedom(n: int) -> float:
-    """With how many degrees of freedom the spread of `drawn_residuals`' fits is known: 1/(2·cv²) of the density at zero.
+    """With how many degrees of freedom the spread of `drawn_residuals`' fits is known: 1/(2·cv²) of the
+    density at zero.
 
-    cv² = R(K)/(n·h·f(0)) of a normal kernel of that bandwidth on normal residuals (Silverman 1986, Density Estimation,
-    section 3.3) is 0.667·n^-0.8.
+    cv² = R(K)/(n·h·f(0)) of a normal kernel of that bandwidth on normal residuals (Silverman 1986, Density
+    Estimation, section 3.3) is 0.667·n^-0.8.
     """
     return 0.75 * n**0.8
 
@@ -50,12 +52,12 @@ def density_degrees_of_freedom(n: int) -> float:
 def expanded_percentiles(
     estimates: Array, *, level: float, degrees_of_freedom: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The bounds that hold `level` of the estimates (S, …), each as much farther from the median as Student's t is wider than
-    a normal.
+    """The bounds that hold `level` of the estimates (S, …), each as much farther from the median as Student's
+    t is wider than a normal.
 
-    Plain percentiles of few runs are too narrow (Hesterberg 2015, doi:10.1080/00031305.2015.1089789, section 5.2). Where
-    all estimates are positive the lower bound is as many times farther in logarithms, and positive too. Estimates that are
-    not finite count at neither end.
+    Plain percentiles of few runs are too narrow (Hesterberg 2015, doi:10.1080/00031305.2015.1089789, section
+    5.2). Where all estimates are positive the lower bound is as many times farther in logarithms, and
+    positive too. Estimates that are not finite count at neither end.
     """
     tail = (1 - level) / 2
     wider = t.ppf(tail, max(degrees_of_freedom, 1)) / norm.ppf(tail)

@@ -11,9 +11,10 @@ from numpy.typing import ArrayLike
 from scipy.stats import f
 
 from scantling.analysis.budgets import FLOPS_PER_PARAMETER_AND_TOKEN, grouped
+from scantling.analysis.findings import FewBudgets, Finding, FloorLost, NotFalling, WideBootstrap
 from scantling.analysis.forms import HOFFMANN, Form, PowerSum, Sizes
 from scantling.analysis.huber import Array, Optima, huber, minimise
-from scantling.analysis.observations import numbered, some
+from scantling.analysis.observations import numbered
 from scantling.analysis.resampling import (
     density_degrees_of_freedom,
     drawn_residuals,
@@ -26,11 +27,6 @@ Interval = tuple[float, float]
 HUBER_DELTA = 1e-3
 """Of log loss, as in Hoffmann et al. 2022, approach 3."""
 
-WIDE_BOOTSTRAP = (
-    "wide intervals: Huber's delta is below most residuals, which makes the fit much like a median, whose bootstrap over runs "
-    "held the truth in 94 to 99 % of simulated studies where 95 % was meant"
-)
-
 SAME_OPTIMUM = 1e-6
 """Objectives that differ by less than this share are one optimum."""
 
@@ -40,6 +36,9 @@ LOST_FLOOR = 0.05
 FEWEST_DEGREES = 3
 """Of freedom for intervals: of fewer residuals none says how large the noise is."""
 
+FEWEST_BUDGETS = 4
+"""That an exponent of compute should rest on."""
+
 EXPONENT_BOUND = 3.0
 """Starts that end beyond it fitted a few outliers; no published exponent is above 1.3."""
 
@@ -48,10 +47,10 @@ EXPONENT_BOUND = 3.0
 class Fit:
     """A fitted law.
 
-    `parameters`: as published. `objective`: sum of Huber's function over runs. `found`: share of starts that ended there.
-    `resampled_SP`: θ of every resample, none without a bootstrap; `spread_degrees`: the degrees of freedom with which their
-    spread is known, None: those of the residuals. `warnings`: reasons to distrust it; `verdict`: what the
-    held-out gate said. Both travel with the fit to whatever prints it.
+    `parameters`: as published. `objective`: sum of Huber's function over runs. `found`: share of starts that
+    ended there. `resampled_SP`: θ of every resample, none without a bootstrap; `spread_degrees`: the degrees
+    of freedom with which their spread is known, None: those of the residuals. `warnings`: reasons to distrust
+    it, which travel with the fit to whatever prints it.
     """
 
     form: Form
@@ -64,11 +63,10 @@ class Fit:
     resampled_SP: Array | None = None
     spread_degrees: float | None = None
     level: float = 0.95
-    warnings: tuple[str, ...] = ()
-    verdict: str | None = None
+    warnings: tuple[Finding, ...] = ()
     parameters: dict[str, float] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         published = self.form.published(self.theta_P[None])
         object.__setattr__(self, "parameters", {name: float(value[0]) for name, value in published.items()})
 
@@ -80,6 +78,7 @@ class Fit:
 
     @property
     def degrees_of_freedom(self) -> int:
+        """Runs less parameters."""
         return len(self.loss) - len(self.theta_P)
 
     @property
@@ -100,6 +99,7 @@ class Fit:
         return {name: float(x.std(ddof=1)) for name, x in self.form.published(self.resamples()).items()}
 
     def resamples(self) -> Array:
+        """θ of every resample, (S, P); raises ValueError where no bootstrap was asked for."""
         if self.resampled_SP is None:
             raise ValueError("this fit has no intervals: fit with resamples=N, 4000 is usual")
         return self.resampled_SP
@@ -119,20 +119,20 @@ class Fit:
         return np.exp(self.form.predictor(vectors(sizes))(self.theta_P[None])[0][0])
 
     def predict_interval(self, *, seed: int = 0, **sizes: ArrayLike) -> tuple[Array, Array]:
-        """Bounds (N,) that a new run's loss should fall between: the law's uncertainty and a run's own noise."""
+        """Bounds (N,) that a new run's loss should fall between: the law's uncertainty and a run's own
+        noise."""
         rng = np.random.default_rng(seed)
         logs_SN = self.form.predictor(vectors(sizes))(self.resamples())[0]
         noise_SN = drawn_residuals(self.residuals, len(self.theta_P), logs_SN.shape, rng)
         return self.bounds(np.exp(logs_SN + noise_SN))
 
-    def with_warnings(self, *warnings: str) -> Fit:
+    def with_warnings(self, *warnings: Finding) -> Fit:
+        """The same, doubtful for more reasons."""
         return replace(self, warnings=(*self.warnings, *warnings))
-
-    def with_verdict(self, verdict: str) -> Fit:
-        return replace(self, verdict=verdict)
 
 
 def vectors(sizes: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    """Each letter's values as an array of floats, (N,)."""
     return {letter: np.atleast_1d(np.asarray(x, dtype=float)) for letter, x in sizes.items()}
 
 
@@ -149,20 +149,23 @@ def fit(
     level: float = 0.95,
     seed: int = 0,
 ) -> Fit:
-    """The form's parameters that minimise Σ huber(log predicted − log observed), over all of the form's starts.
+    """The form's parameters that minimise Σ huber(log predicted − log observed), over all of the form's
+    starts.
 
     `starts_SP`: where to begin instead, such as `PowerSum.projected_starts`, a hundred times fewer.
-    `resamples`: bootstrap estimates for intervals. `resampling`: "runs" draws runs, `runs` naming each row's (None: every
-    row is one); "noise" keeps the sizes and draws residuals, for a planned grid whose budgets must all stay.
+    `resamples`: bootstrap estimates for intervals. `resampling`: "runs" draws runs, `runs` naming each row's
+    (None: every row is one); "noise" keeps the sizes and draws residuals, for a planned grid whose budgets
+    must all stay.
 
-    Raises ValueError for values that are not positive and finite, and for too few rows for the parameters or intervals.
+    Raises ValueError for values that are not positive and finite, and for too few rows for the parameters or
+    intervals.
     """
     columns, losses = vectors(sizes), np.asarray(loss, dtype=float)
-    check(form, columns, losses)
+    check_sizes(form, columns, losses)
     if resamples and len(losses) < (fewest := len(form.parameters) + FEWEST_DEGREES):
         raise ValueError(
-            f"{len(losses)} runs are too few for intervals of the {len(form.parameters)} parameters of {form.formula}: at "
-            f"least {fewest} are needed"
+            f"{len(losses)} runs are too few for intervals of the {len(form.parameters)} parameters of "
+            f"{form.formula}: at least {fewest} are needed"
         )
     predictor, target = form.predictor(columns), np.log(losses)
     ends = minimise(predictor, target, form.starts() if starts_SP is None else starts_SP, delta=delta)
@@ -179,7 +182,7 @@ def fit(
         weights_SN = run_weights(groups, resamples, rng)
         drawn = minimise_from_each(form, predictor, target, starts_KSP, delta=delta, weights_SN=weights_SN)
         if np.median(np.abs(fitted.residuals)) > delta:
-            fitted = fitted.with_warnings(WIDE_BOOTSTRAP)
+            fitted = fitted.with_warnings(WideBootstrap())
         return replace(fitted, resampled_SP=drawn.theta_SP)
     noise_SN = drawn_residuals(fitted.residuals, len(theta_P), (resamples, len(losses)), rng)
     noisy_SN = target - fitted.residuals + noise_SN
@@ -189,21 +192,25 @@ def fit(
 
 
 def fit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:
-    """E, A, B, alpha, beta of L = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3); settings: those of `fit`.
+    """E, A, B, alpha, beta of L = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3); settings:
+    those of `fit`.
 
-    4500 starts, as Besiroglu et al. 2024 (arXiv:2404.10102) used to find the optimum that Hoffmann et al. missed.
+    4500 starts, as Besiroglu et al. 2024 (arXiv:2404.10102) used to find the optimum that Hoffmann et al.
+    missed.
     """
     return fit(HOFFMANN, {"N": N, "D": D}, loss, **settings)
 
 
 def refit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:
-    """As `fit_hoffmann`, from 25 projected starts: for a gate, a table of conventions, a simulation, which fit often."""
+    """As `fit_hoffmann`, from 25 projected starts: for a gate, a table of conventions, a simulation, which
+    fit often."""
     sizes, losses = vectors({"N": N, "D": D}), np.asarray(loss, dtype=float)
-    check(HOFFMANN, sizes, losses)
+    check_sizes(HOFFMANN, sizes, losses)
     return fit(HOFFMANN, sizes, losses, starts_SP=HOFFMANN.projected_starts(sizes, losses), **settings)
 
 
-def check(form: Form, sizes: Sizes, loss: Array) -> None:
+def check_sizes(form: Form, sizes: Sizes, loss: Array) -> None:
+    """Raise ValueError for sizes that the form lacks, values that cannot be, and too few rows."""
     for letter in form.inputs:
         if letter not in sizes:
             raise ValueError(f"{form.formula} needs {letter}")
@@ -216,7 +223,8 @@ def check(form: Form, sizes: Sizes, loss: Array) -> None:
     if len(loss) <= len(form.parameters):
         raise ValueError(
             f"{len(loss)} runs cannot determine the {len(form.parameters)} parameters of {form.formula}: "
-            f"at least {len(form.parameters) + 1} are needed, {len(form.parameters) + FEWEST_DEGREES} for intervals"
+            f"at least {len(form.parameters) + 1} are needed, {len(form.parameters) + FEWEST_DEGREES} for "
+            "intervals"
         )
 
 
@@ -241,8 +249,8 @@ def floor_is_lost(fit: Fit) -> bool:
 
 
 def refit_starts(fit: Fit) -> Array:
-    """(K, P): where fits of almost the same losses begin. θ alone, but where its floor is lost, from which no descent leads
-    back, projected starts too."""
+    """(K, P): where fits of almost the same losses begin. θ alone, but where its floor is lost, from which no
+    descent leads back, projected starts too."""
     own = fit.theta_P[None]
     if not isinstance(fit.form, PowerSum) or not floor_is_lost(fit):
         return own
@@ -256,7 +264,8 @@ def minimise_from_each(
     starts_KSP: Array,
     **settings,
 ) -> Optima:
-    """As `minimise`, each of S problems from K starts: where the lowest of its ends is, runaway exponents aside."""
+    """As `minimise`, each of S problems from K starts: where the lowest of its ends is, runaway exponents
+    aside."""
     ends = [minimise(log_loss, target, starts_SP, **settings) for starts_SP in starts_KSP]
     objective_KS = np.stack([np.where(is_tame(form, e.theta_SP), e.objective_S, np.inf) for e in ends])
     which = objective_KS.argmin(axis=0), np.arange(objective_KS.shape[1])
@@ -267,17 +276,18 @@ def minimise_from_each(
     )
 
 
-def doubts(fit: Fit) -> list[str]:
+def doubts(fit: Fit) -> list[Finding]:
     """What about a fit's own numbers should make one careful."""
-    found = []
-    for name, value in fit.parameters.items():
-        if name.startswith(("alpha", "beta", "eta")) and value <= 0:
-            found.append(f"{name} = {value:.3g} is not positive: loss does not fall along this axis")
+    found: list[Finding] = [
+        NotFalling(name, value)
+        for name, value in fit.parameters.items()
+        if name.startswith(("alpha", "beta", "eta")) and value <= 0
+    ]
     if floor_is_lost(fit):
-        found.append(f"E = {fit.E:.3g}: these runs do not bend enough to determine the irreducible loss")
+        found.append(FloorLost(fit.E))
     compute = compute_of(fit.sizes)
-    if compute is not None and (budgets := len(grouped(np.log(compute)))) < 4:
-        found.append(f"only {some(budgets, 'budget')}: exponents of compute rest on {some(budgets, 'point')}")
+    if compute is not None and (budgets := len(grouped(np.log(compute)))) < FEWEST_BUDGETS:
+        found.append(FewBudgets(budgets))
     return found
 
 
@@ -291,12 +301,13 @@ def compute_of(sizes: Sizes) -> Array | None:
 
 
 def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
-    """The values of a parameter whose best fit is not significantly worse than the best of all, at `fit.level`.
+    """The values of a parameter whose best fit is not significantly worse than the best of all, at
+    `fit.level`.
 
-    Robust likelihood ratio: the rise of the objective times 2·E[ψ']/E[ψ²] is χ² of one degree of freedom (Heritier &
-    Ronchetti 1994, doi:10.1080/01621459.1994.10476822), and F of one and n − p, as the scale is estimated from the
-    residuals. Follows the ridge along which A and alpha trade off, which a normal interval of A leaves. An end not reached
-    within a factor e^±64 comes back as infinite, or as 0.
+    Robust likelihood ratio: the rise of the objective times 2·E[ψ']/E[ψ²] is χ² of one degree of freedom
+    (Heritier & Ronchetti 1994, doi:10.1080/01621459.1994.10476822), and F of one and n − p, as the scale is
+    estimated from the residuals. Follows the ridge along which A and alpha trade off, which a normal interval
+    of A leaves. An end not reached within a factor e^±64 comes back as infinite, or as 0.
     """
     at = fit.form.parameters.index(parameter)
     free = fit.form.predictor(fit.sizes)
@@ -310,7 +321,8 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
     starts_KSP = np.repeat(refit_starts(fit)[:, None], points, axis=1)
 
     def first_above(offsets: Array) -> tuple[Array, Array] | None:
-        """The two offsets from θ between which the objective crosses what is allowed, and their objectives."""
+        """The two offsets from θ between which the objective crosses what is allowed, and their
+        objectives."""
         starts_KSP[:, :, at] = fit.theta_P[at] + offsets
         ends = minimise_from_each(fit.form, held, np.log(fit.loss), starts_KSP, delta=fit.delta)
         above = np.flatnonzero(ends.objective_S > allowed)
@@ -335,7 +347,8 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
 
 
 def objective_scale(fit: Fit) -> float:
-    """E[ψ²]/E[ψ'] with a correction for the parameters fitted; ψ' by a window wide enough to hold residuals."""
+    """E[ψ²]/E[ψ'] with a correction for the parameters fitted; ψ' by a window wide enough to hold
+    residuals."""
     residual, n = fit.residuals, len(fit.loss)
     spread = 1.4826 * np.median(np.abs(residual))
     window = max(fit.delta, 1.06 * spread * n**-0.2)

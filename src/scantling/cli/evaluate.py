@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
-from rich.console import Console
 from rich.table import Table
 
 from scantling.config.command_line import mistakes
@@ -15,12 +14,14 @@ from scantling.data.tokens import TokenizedCorpus
 from scantling.inference.stored_run import TrainedRun, place_of
 from scantling.model.hardware import keep_freed_memory
 from scantling.report.lengths import FILES, write_lengths
+from scantling.report.terminal import open_console
 
 
 def evaluate(config: DictConfig) -> None:
-    """Print a table of losses, one row a run, or with `lengths` one row for each length of context of each."""
+    """Print a table of losses, one row a run, or with `lengths` one row for each length of context of
+    each."""
     keep_freed_memory()
-    console = Console(highlight=False)
+    console = open_console()
     given = config.run if isinstance(config.run, ListConfig) else [config.run]
     with mistakes():
         if config.split not in ("train", "val"):
@@ -55,6 +56,7 @@ def evaluate(config: DictConfig) -> None:
 
 
 def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]) -> Table:
+    """A row a run."""
     table = Table("run", "bits/byte", "nats/token", "perplexity", "tokens", box=None)
     for name, run, corpus in zip(names(runs), runs, corpora, strict=True):
         loss = run.loss(corpus, split=config.split, n_windows=config.n_windows, batch_size=config.batch_size)
@@ -65,7 +67,8 @@ def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCo
 
 
 def names(runs: list[TrainedRun]) -> list[str]:
-    """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by choices."""
+    """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by
+    choices."""
     chosen = [{**run.config.choices, "seed": run.config.seed} for run in runs]
     groups = {group: None for choices in chosen for group in choices}
     differing = [g for g in groups if len({choices[g] for choices in chosen if g in choices}) > 1]
@@ -76,7 +79,8 @@ def names(runs: list[TrainedRun]) -> list[str]:
 def context_windows(
     config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]
 ) -> list[ContextWindows]:
-    """Those of each run's text. Raises ValueError for lengths that a model cannot take, and files that are there."""
+    """Those of each run's text. Raises ValueError for lengths that a model cannot take, and files that are
+    there."""
     if not isinstance(config.lengths, ListConfig):
         raise ValueError(f"lengths={config.lengths} must be a list of tokens, as [64,128,256]")
     if config.batch_size < 1:
@@ -105,6 +109,7 @@ def context_windows(
 def rows_by_length(
     config: DictConfig, name: str, run: TrainedRun, corpus: TokenizedCorpus, windows: ContextWindows
 ) -> list[dict[str, Any]]:
+    """Of one run: a row a length of context, side by side and, with a stride, sliding."""
     found = {
         (length, stride): loss
         for length, stride, loss in run.loss_by_length(corpus, windows, batch_size=config.batch_size)
@@ -128,6 +133,7 @@ def rows_by_length(
 
 
 def table_by_length(rows: list[dict[str, Any]]) -> Table:
+    """Of all runs' rows."""
     table = Table(box=None, caption="* length of training; no stride: side by side", caption_justify="left")
     for heading in ("run", "context", "stride", "bits/byte", "nats/token", "perplexity"):
         table.add_column(heading, no_wrap=heading != "run", overflow="fold")

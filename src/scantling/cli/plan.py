@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 
 from scantling.cli.plan_study import plan_study
 from scantling.cli.plan_tables import (
@@ -26,6 +24,7 @@ from scantling.model.accounting import active_parameters, convention
 from scantling.model.checks import check_positive, check_share, check_whole
 from scantling.model.decoder import Decoder
 from scantling.report.numbers import short
+from scantling.report.terminal import open_console
 from scantling.training.budget import steps_for
 from scantling.training.memory import (
     ENGINES,
@@ -37,16 +36,13 @@ from scantling.training.memory import (
     training_memory,
 )
 
-PRINTED_WIDTH = 120
-"""Of lines that go to a file or a pipe."""
-
 
 def plan(config: DictConfig) -> None:
     """Print what the model is and takes, or plan a study of many. Reads no data and allocates no weights.
 
     Raises Mistake for what the user can put right.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
+    console = open_console()
     with mistakes():
         check(config)
         entries = tokenizer_entries(config)

@@ -25,13 +25,12 @@ from scantling.analysis.design import (
     alternatives,
     forecast,
 )
-from scantling.analysis.observations import some
 from scantling.config.command_line import CONF, ROOT
 from scantling.config.composition import build_decoder, choices, unknown_entries
 from scantling.model import hardware
 from scantling.model.accounting import exact
 from scantling.report.figures import draw_design
-from scantling.report.numbers import duration, short
+from scantling.report.numbers import duration, short, some
 from scantling.report.terminal import titled
 from scantling.sweep.isoflop_cells import Cell, cells_of
 

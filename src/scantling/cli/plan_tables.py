@@ -106,7 +106,8 @@ def training_table(
 def memory_table(
     forecast: Callable[[Choice], Memory], sequences: int, about: str, limit: int | None
 ) -> Table:
-    """The peak of one device under every engine, and with every block's activations computed twice; bold where it fits."""
+    """The peak of one device under every engine, and with every block's activations computed twice; bold
+    where it fits."""
     table = titled(
         "Memory",
         about,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +14,14 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from scantling.analysis.arms import told_apart
-from scantling.cli.report_page import command, directory_of, warn, written
+from scantling.analysis.arms import tell_models_apart
+from scantling.cli.report_page import command, directory_of, warn, write_page
 from scantling.config.command_line import Mistake, mistakes
 from scantling.report.pages import Recorded, run_page, runs_page
+from scantling.report.terminal import open_console
 from scantling.report.view_charts import Views
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import find, load_curves, load_runs
-
-PRINTED_WIDTH = 160
-"""Of lines that go to a file or a pipe."""
 
 SOURCES = ("fit", "study", "run", "runs")
 """Settings of which one says what the report is of; with fit, run names a column."""
@@ -34,7 +31,7 @@ def report(config: DictConfig) -> None:
     """Fit or compare, print, and write the report. Raises Mistake for what the user can put right."""
     console = terminal()
     with mistakes():
-        check(config)
+        check_settings(config)
         task = task_of(source(config))
         if not config.watch:
             task(config, console)
@@ -43,6 +40,7 @@ def report(config: DictConfig) -> None:
 
 
 def task_of(source: str) -> Callable[[DictConfig, Console], None]:
+    """What makes a report of this source."""
     if source in ("run", "runs"):
         return report_run
     from scantling.cli.report_study import (  # here, as SciPy and Matplotlib take two seconds
@@ -55,8 +53,7 @@ def task_of(source: str) -> Callable[[DictConfig, Console], None]:
 
 def terminal(quiet: bool = False) -> Console:
     """What runs say is printed as it stands: brackets and colons in it are no markup."""
-    width = None if sys.stdout.isatty() else PRINTED_WIDTH
-    return Console(quiet=quiet, highlight=False, markup=False, emoji=False, width=width)
+    return open_console(quiet=quiet, markup=False, emoji=False)
 
 
 def watch(config: DictConfig, once: Callable[[], None], console: Console) -> None:
@@ -67,11 +64,11 @@ def watch(config: DictConfig, once: Callable[[], None], console: Console) -> Non
             try:
                 with mistakes():
                     once()
-                said = "written"
+                outcome = "written"
             except Mistake as mistake:  # a study that has just begun gives no answer yet
-                said = str(mistake)
+                outcome = str(mistake)
             console.print(
-                f"{time.strftime('%H:%M:%S')} {said}, {time.monotonic() - begun:.1f} s; Ctrl-C ends"
+                f"{time.strftime('%H:%M:%S')} {outcome}, {time.monotonic() - begun:.1f} s; Ctrl-C ends"
             )
             time.sleep(config.watch_seconds)
     except KeyboardInterrupt:
@@ -96,7 +93,7 @@ def report_run(config: DictConfig, console: Console) -> None:
     )
     recorded = Recorded(
         name=found[0].name if len(found) == 1 else f"{len(found)} runs",
-        runs=told_apart(runs.assign(scale="")).set_index("run", drop=False),
+        runs=tell_models_apart(runs.assign(scale="")).set_index("run", drop=False),
         curves=rows_of(found, labels, load_curves),
         directory=directory_of(config, place_of(found)),
         study=None,
@@ -104,16 +101,17 @@ def report_run(config: DictConfig, console: Console) -> None:
         question="",
         command=command(),
     )
-    made = runs_page(recorded) if config.runs is not None else run_page(recorded, views(config, found[0]))
-    files = written(config, made, recorded.directory)
-    console.print(made.answer)
-    for caution in made.cautions:
+    page = runs_page(recorded) if config.runs is not None else run_page(recorded, views(config, found[0]))
+    files = write_page(config, page, recorded.directory)
+    console.print(page.answer)
+    for caution in page.cautions:
         warn(console, caution)
     console.print(", ".join(map(str, files)))
 
 
 def views(config: DictConfig, run: RunDirectory) -> Views:
-    """Of its checkpoints. Raises ValueError for what was asked for and cannot be shown; else the page says why."""
+    """Of its checkpoints. Raises ValueError for what was asked for and cannot be shown; else the page says
+    why."""
     try:
         if not any(run.checkpoints.glob("*.ckpt")):
             raise ValueError(f"{os.path.relpath(run.checkpoints)} holds no checkpoint")
@@ -130,7 +128,8 @@ def views(config: DictConfig, run: RunDirectory) -> Views:
 
 
 def labels_of_studies(studies: list[Path]) -> dict[Path, str]:
-    """What stands before the names of their runs and arms, so that no two are alike: nothing where there is one study."""
+    """What stands before the names of their runs and arms, so that no two are alike: nothing where there is
+    one study."""
     different = set(studies)
     if len(different) == 1:
         return dict.fromkeys(different, "")
@@ -150,8 +149,8 @@ def place_of(found: list[RunDirectory]) -> str:
 def rows_of(
     found: list[RunDirectory], labels: dict[Path, str], load: Callable[[Path], pd.DataFrame]
 ) -> pd.DataFrame:
-    """Of these runs, in their order and with their study's label, from the tables of their studies. Raises ValueError
-    naming one that cannot be read."""
+    """Of these runs, in their order and with their study's label, from the tables of their studies. Raises
+    ValueError naming one that cannot be read."""
     tables = {study: load(study) for study in labels}
     places = {study: table.groupby("run").indices if len(table) else {} for study, table in tables.items()}
     chosen = []
@@ -176,7 +175,8 @@ def source(config: DictConfig) -> str:
     return given[0]
 
 
-def check(config: DictConfig) -> None:
+def check_settings(config: DictConfig) -> None:
+    """Raise ValueError for the first that cannot be."""
     source(config)
     if config.runs is not None and not (isinstance(config.runs, ListConfig) and len(config.runs)):
         raise ValueError(

@@ -18,13 +18,16 @@ def command() -> str:
 
 
 def directory_of(config: DictConfig, name: str) -> Path:
+    """Where a report of this name stands."""
     return Path(config.to or Path(config.paths.runs) / "reports" / name)
 
 
-def written(config: DictConfig, made: Report, directory: Path) -> list[Path]:
+def write_page(config: DictConfig, made: Report, directory: Path) -> list[Path]:
+    """Its file, and those beside it."""
     reload_seconds = config.watch_seconds if config.watch else None
     return write(made, directory, page=page(made, command=command(), reload_seconds=reload_seconds))
 
 
 def warn(console: Console, caution: str) -> None:
+    """Print a caution in yellow."""
     console.print(f"warning: {caution}", style="yellow")

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 
-from scantling.analysis import ablation_report, law_report
-from scantling.analysis.ablation_report import AblationReport, report_arms
 from scantling.analysis.allocation import frontier
-from scantling.analysis.arms import StudyRuns, first_arm, recorded_runs, study_runs, told_apart
-from scantling.analysis.law_report import LawReport, fit_law, report_law
-from scantling.analysis.observations import Observations, observe, read_table, some
+from scantling.analysis.arms import (
+    StudyRuns,
+    finished_runs,
+    first_arm,
+    recorded_runs,
+    study_runs,
+    tell_models_apart,
+)
+from scantling.analysis.comparison import Ablation, NothingToCompare, compare_arms
+from scantling.analysis.law import ScalingLaw, find_law, fit_law
+from scantling.analysis.observations import Observations, observe, read_table
 from scantling.analysis.scaling import Fit
-from scantling.cli.report_page import command, directory_of, warn, written
+from scantling.cli.report_page import command, directory_of, warn, write_page
 from scantling.config.command_line import ROOT
+from scantling.report import arm_words, law_words
+from scantling.report.numbers import cell_text, some
 from scantling.report.pages import Recorded, partial_page
-from scantling.report.spec import PAGE, Report, figures_of, holds_answer
+from scantling.report.sentences import sentence
+from scantling.report.spec import PAGE, Report, holds_answer
 from scantling.report.study_pages import arms_page, law_page
+from scantling.report.terminal import fitted_table
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import load_curves
 
@@ -60,22 +67,25 @@ OWN_COLUMNS = {
 
 
 def report_table(config: DictConfig, console: Console) -> None:
+    """The law of anyone's table of runs."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     path = Path(config.fit).expanduser()
     table = read_table(path)
     _ = config.n, config.loss  # raises where they are not given
     columns = {key: settings[key] for key in ("n", "d", "c", "loss", "run", "unique", "same")}
-    laws = law_of_runs(config, observed(config, table, columns), path.name)
-    found = law_page(laws, name=path.stem, study=None, recorded=None)
-    show_law(console, laws, written(config, found, directory_of(config, path.name)))
+    law = law_of_runs(config, observe_table(config, table, columns), path.name)
+    page = law_page(law, name=path.stem, study=None, recorded=None)
+    print_law(console, law, write_page(config, page, directory_of(config, path.name)))
 
 
-def observed(config: DictConfig, table: pd.DataFrame, columns: dict[str, Any]) -> Observations:
+def observe_table(config: DictConfig, table: pd.DataFrame, columns: dict[str, Any]) -> Observations:
+    """Its columns, checked, with what the command line says of them."""
     return observe(table, **columns, drop_highest=config.drop_highest, irreducible=config.irreducible)
 
 
-def law_of_runs(config: DictConfig, observations: Observations, named: str) -> LawReport:
-    return report_law(
+def law_of_runs(config: DictConfig, observations: Observations, named: str) -> ScalingLaw:
+    """By the settings of the command line."""
+    return find_law(
         observations,
         source=named,
         resamples=config.resamples,
@@ -91,40 +101,36 @@ def law_of_runs(config: DictConfig, observations: Observations, named: str) -> L
 
 
 def report_study(config: DictConfig, console: Console) -> None:
-    """Its law or its arms compared. Where its runs give neither, raises ValueError after a page of what there is, which takes
-    no answer's place."""
+    """Its law or its arms compared. Where its runs give neither, raises ValueError after a page of what there
+    is, which takes no answer's place."""
     directory = Path(config.paths.runs) / config.study
     runs, cautions = recorded_runs(directory)
     recorded = recorded_study(config, directory, runs)
     try:
-        study = study_runs(directory)
+        study = finished_runs(directory, runs, cautions)
         if study.is_law:
-            found = law_of_runs(config, of_study(config, study), study.name)
-            made = law_page(found, name=study.name, study=study, recorded=recorded)
+            found = law_of_runs(config, observations_of(config, study), study.name)
+            page = law_page(found, name=study.name, study=study, recorded=recorded)
         else:
-            found = arms_of(config, study, recorded.sweep)
-            made = arms_page(found, study, recorded)
+            found = compare_study(config, study, recorded.sweep)
+            page = arms_page(found, study, recorded)
     except ValueError as error:
         if isinstance(error, WrongSetting):
             raise
         if holds_answer(recorded.directory):
             raise ValueError(f"{error}; {recorded.directory / PAGE} stays as it was") from error
-        file = written(config, partial_page(recorded, cautions, str(error)), recorded.directory)[0]
+        partial = partial_page(recorded, list(map(sentence, cautions)), str(error))
+        file = write_page(config, partial, recorded.directory)[0]
         raise ValueError(f"{error}; what there is: {file}") from error
-    files = written(config, made, recorded.directory)
-    published(config, console, made, study)
-    if isinstance(found, LawReport):
-        show_law(console, found, files)
+    files = write_page(config, page, recorded.directory)
+    publish_page(config, console, page, study)
+    if isinstance(found, ScalingLaw):
+        print_law(console, found, files)
     else:
-        console.print(ablation_report.headline(found), style="bold")
-        for caution in found.cautions:
-            warn(console, caution)
-        for trend in found.trends:
-            console.print(trend)
-        show(console, ablation_report.tables(found), files)
+        print_arms(console, found, files)
 
 
-def published(config: DictConfig, console: Console, made: Report, study: StudyRuns) -> None:
+def publish_page(config: DictConfig, console: Console, page: Report, study: StudyRuns) -> None:
     """With publish=wandb. Raises ValueError naming the page where W&B does not take it."""
     if config.publish is None:
         return
@@ -137,7 +143,7 @@ def published(config: DictConfig, console: Console, made: Report, study: StudyRu
         own = own_entity()
         sent, waiting = sync(Path(config.paths.runs) / config.study)
         url = publish(
-            made,
+            page,
             entity=config.wandb.entity or own,
             project=project,
             group=study.name,
@@ -167,32 +173,38 @@ class WrongSetting(ValueError):
     """Of the command, not of the runs: no page is written for it."""
 
 
-def arms_of(config: DictConfig, study: StudyRuns, sweep: dict[str, Any] | None) -> AblationReport:
+def compare_study(config: DictConfig, study: StudyRuns, sweep: dict[str, Any] | None) -> Ablation:
+    """Raises ValueError for arms that cannot be compared, WrongSetting for a baseline that the study has
+    not."""
     arms = sorted(study.runs["arm"].unique())
     if config.baseline is not None and config.baseline not in set(study.recorded["arm"]):
         raise WrongSetting(f"no runs of the baseline {config.baseline}: arms are {', '.join(arms)}")
-    return report_arms(
-        study,
-        baseline=config.baseline or first_arm(sweep, arms),
-        metric=config.metric,
-        precision=config.precision,
-        law=None if config.law is None else law_of(config, study),
-        level=config.level,
-        resamples=config.resamples,
-        seed=config.seed,
-    )
+    try:
+        return compare_arms(
+            study,
+            baseline=config.baseline or first_arm(sweep, arms),
+            metric=config.metric,
+            precision=config.precision,
+            law=None if config.law is None else law_of(config, study),
+            level=config.level,
+            resamples=config.resamples,
+            seed=config.seed,
+        )
+    except NothingToCompare as error:
+        lost = "; ".join(map(sentence, error.lost))
+        raise ValueError(f"nothing to compare yet: {lost}" if lost else str(error)) from error
 
 
-def of_study(config: DictConfig, study: StudyRuns) -> Observations:
+def observations_of(config: DictConfig, study: StudyRuns) -> Observations:
     """A study of sizes as a table of runs."""
-    said = not any(pd.isna(count) for count in study.runs["unique_tokens"])  # records of old do not say
-    found = observed(config, study.runs, OWN_COLUMNS if said else OWN_COLUMNS | {"unique": None})
-    return found.with_warnings(*study.cautions)
+    known = not any(pd.isna(count) for count in study.runs["unique_tokens"])  # records of old do not say
+    columns = OWN_COLUMNS if known else OWN_COLUMNS | {"unique": None}
+    return observe_table(config, study.runs, columns).with_warnings(*study.cautions)
 
 
 def law_of(config: DictConfig, study: StudyRuns) -> Fit:
-    """Loss against compute by the runs of another study. Raises WrongSetting where these are no sizes of one model, or
-    are of other text."""
+    """Loss against compute by the runs of another study. Raises WrongSetting where these are not sizes of one
+    model, or are of other text."""
     sizes = study_runs(Path(config.paths.runs) / config.law)
     if not sizes.is_law:
         raise WrongSetting(f"law={config.law}: its runs differ in more than size, length and learning rate")
@@ -201,16 +213,17 @@ def law_of(config: DictConfig, study: StudyRuns) -> Fit:
             raise WrongSetting(
                 f"law={config.law} is of another {name} than study={config.study}: losses do not compare"
             )
-    observations = of_study(config, sizes)
+    observations = observations_of(config, sizes)
     law = fit_law(observations, resamples=config.resamples, level=config.level, seed=config.seed)
     return frontier(law, k=observations.k)
 
 
 def recorded_study(config: DictConfig, directory: Path, runs: pd.DataFrame) -> Recorded:
+    """Its runs with their curves, and the yaml of `sweeps/` that made them."""
     path = sweep_of(directory)
     return Recorded(
         name=directory.name,
-        runs=told_apart(runs),
+        runs=tell_models_apart(runs),
         curves=load_curves(directory),
         directory=directory_of(config, directory.name),
         study=directory,
@@ -242,54 +255,31 @@ def question_of(sweep: Path) -> str:
 # --- terminal ---
 
 
-def show_law(console: Console, laws: LawReport, files: list[Path]) -> None:
-    console.print(law_report.headline(laws))
-    for caution in law_report.cautions(laws):
-        if laws.passed and caution == laws.fit.verdict:
-            console.print(caution)
-        else:
-            warn(console, caution)
-    show(console, law_report.tables(laws), files)
+def print_law(console: Console, law: ScalingLaw, files: list[Path]) -> None:
+    """What was fitted, what to distrust, tables, files."""
+    console.print(law_words.headline(law))
+    if law.gate is not None and law.passed:
+        console.print(law_words.gate_verdict(law.gate))
+    for caution in law_words.cautions(law):
+        warn(console, caution)
+    print_tables(console, law_words.tables(law), files)
 
 
-def show(console: Console, tables: dict[str, pd.DataFrame], files: list[Path]) -> None:
+def print_arms(console: Console, ablation: Ablation, files: list[Path]) -> None:
+    """What is decided, what to distrust, trends, tables, files."""
+    console.print(arm_words.headline(ablation), style="bold")
+    for caution in ablation.cautions:
+        warn(console, sentence(caution))
+    for trend in ablation.trends:
+        console.print(arm_words.trend_line(trend))
+    print_tables(console, arm_words.tables(ablation), files)
+
+
+def print_tables(console: Console, tables: dict[str, pd.DataFrame], files: list[Path]) -> None:
+    """As much of each as there is room for, and the files that have all of it."""
     for title, table in tables.items():
-        console.print(printed(table.drop(columns=WIDE, errors="ignore"), title, console.width))
+        kept = table.drop(columns=WIDE, errors="ignore")
+        columns = {str(name): [cell_text(value) for value in kept[name]] for name in kept}
+        fitted = fitted_table(columns, f"\n{title}", console.width, minor=MINOR, names=NAMES, whole=WHOLE)
+        console.print(fitted)
     console.print(f"\n{', '.join(str(path) for path in files)}")
-
-
-def printed(table: pd.DataFrame, title: str, width: int) -> Table:
-    """In so many characters: titles of columns are stacked, then columns of `MINOR` left out, before a number is cut."""
-    columns = {str(name): [figures_of(value) for value in table[name]] for name in table}
-    gap = 2
-    stacked = sum(longest([name, *cells]) + gap for name, cells in columns.items()) - gap > width
-    for name in MINOR:
-        if sum(least(*column) + gap for column in columns.items()) - gap <= width:
-            break
-        columns.pop(name, None)
-    shown = Table(title=f"\n{title}", box=None, title_justify="left", pad_edge=False, padding=(0, gap, 0, 0))
-    for name, cells in columns.items():
-        shown.add_column(
-            name.replace(" ", "\n") if stacked and len(name) > longest(cells) else name,
-            justify="left" if name in NAMES else "right",
-            no_wrap=is_whole(name, cells),
-            overflow="fold",
-        )
-    for row in zip(*columns.values(), strict=True):
-        shown.add_row(*row)
-    return shown
-
-
-def longest(texts: Sequence[str]) -> int:
-    """Of these, in characters of a terminal."""
-    return max(map(cell_len, texts), default=0)
-
-
-def is_whole(name: str, cells: Sequence[str]) -> bool:
-    """Whether the cells of a column stay on one line."""
-    return name in WHOLE or (name not in NAMES and not any(" " in cell for cell in cells))
-
-
-def least(name: str, cells: Sequence[str]) -> int:
-    """Characters that a column takes at least, so that no word of it is broken."""
-    return longest([*name.split(), *(cells if is_whole(name, cells) else " ".join(cells).split())])

@@ -1,11 +1,12 @@
-"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, brought from W&B, removed."""
+"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, brought from W&B,
+removed."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig, ListConfig
@@ -15,12 +16,11 @@ from rich.progress import track
 from rich.table import Table
 
 from scantling.config.command_line import mistakes, nearest
+from scantling.report.numbers import number_or_blank
+from scantling.report.terminal import fitting_columns, line_width, longest, open_console
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import differences, find, load_curves, load_runs
 from scantling.runs.wandb_import import import_run, mirrored_runs
-
-PRINTED_WIDTH = 140
-"""Of lines that go to a file or a pipe."""
 
 OF_RUNS = ("show", "diff", "rm")
 """Actions on runs that are named."""
@@ -29,6 +29,14 @@ LISTED = ("run", "status", "arm", "seed", "params", "tokens", "flops", "loss", "
 
 WORDS = ("run", "status", "arm")
 
+FORMS = {
+    **dict.fromkeys(("params", "tokens"), ",.0f"),
+    **dict.fromkeys(("loss", "bpb"), ".4f"),
+    "flops": ".3g",
+    **dict.fromkeys(("seed", "seconds"), ".0f"),
+}
+"""Of columns of numbers."""
+
 FIRST_TO_GO = ("seconds", "flops", "tokens", "params", "loss", "seed")
 """Columns that a narrow terminal has no room for."""
 
@@ -36,9 +44,9 @@ ARM_WIDTH = 24
 """To which an arm is folded before another column goes."""
 
 
-def recorded(config: DictConfig) -> None:
-    """Raises Mistake for what the user can put right."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PRINTED_WIDTH)
+def manage_runs(config: DictConfig) -> None:
+    """Carry out `action=`. Raises Mistake for what the user can put right."""
+    console = open_console()
     actions: dict[str, Callable[[DictConfig, Console], None]] = {
         "ls": ls,
         "show": show,
@@ -56,16 +64,19 @@ def recorded(config: DictConfig) -> None:
 
 
 def ls(config: DictConfig, console: Console) -> None:
+    """A line a run, and what was left out."""
     study = study_of(config)
     frame = load_runs(study)
     if not len(frame):
         console.print(f"no runs in {study}")
     else:
         if config.sort not in frame:
-            raise ValueError(f"sort={config.sort} is no column: use one of {', '.join(frame.columns)}")
+            raise ValueError(f"sort={config.sort} is not a column: use one of {', '.join(frame.columns)}")
         frame = frame.sort_values(config.sort)
-        cells = {name: [printed(name, value) for value in frame[name]] for name in LISTED}
-        shown, console.width = fitting(cells, console.width)
+        cells = {name: [cell_of(name, value) for value in frame[name]] for name in LISTED}
+        widths = {name: longest([name, *column]) for name, column in cells.items()}
+        shown = fitting_columns(widths | {"arm": min(widths["arm"], ARM_WIDTH)}, FIRST_TO_GO, console.width)
+        console.width = max(console.width, line_width(shown))  # names of runs and their status stay whole
         table = Table(box=None, header_style="dim", pad_edge=False)
         for name in shown:
             folds = name == "arm"
@@ -87,40 +98,21 @@ def study_of(config: DictConfig) -> Path:
     study = runs / config.study
     if not study.is_dir():
         studies = [path.parent.parent.name for path in runs.glob("*/*/config.yaml")]
-        raise ValueError(f"{study} is no directory of a study{nearest(config.study, sorted(set(studies)))}")
+        raise ValueError(
+            f"{study} is not a directory of a study{nearest(config.study, sorted(set(studies)))}"
+        )
     return study
 
 
-def fitting(cells: dict[str, list[str]], width: int) -> tuple[list[str], int]:
-    """The columns that there is room for, two spaces apart, and the width that they take: whatever there is, that of names
-    of runs and their status.
-    """
-    widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
-    widths["arm"] = min(widths["arm"], ARM_WIDTH)
-    shown, spare = list(cells), list(FIRST_TO_GO)
-    needed = lambda: sum(widths[name] + 2 for name in shown) - 2  # noqa: E731
-    while spare and needed() > width:
-        shown.remove(spare.pop(0))
-    return shown, max(width, needed())
-
-
-def printed(name: str, value: object) -> str:
-    if pd.isna(value):  # type: ignore[arg-type]
-        return ""
-    if name in ("params", "tokens"):
-        return f"{int(value):,}"  # type: ignore[call-overload]
-    if isinstance(value, float):
-        return (
-            f"{value:.3g}"
-            if name == "flops"
-            else f"{value:.4f}"
-            if name in ("loss", "bpb")
-            else f"{value:.0f}"
-        )
-    return escape(str(value))
+def cell_of(name: str, value: Any) -> str:
+    """Of a column of the list."""
+    if name in FORMS:
+        return number_or_blank(value, FORMS[name])
+    return "" if pd.isna(value) else escape(str(value))
 
 
 def runs_of(config: DictConfig, least: int, most: int | None) -> list[RunDirectory]:
+    """Those that `run=` names. Raises ValueError for fewer or more than the action takes."""
     names = list(config.run) if isinstance(config.run, ListConfig) else [config.run]
     if len(names) < least or (most is not None and len(names) > most):
         wanted = "run=[ONE,OTHER]" if least == 2 else "run=NAME"
@@ -129,8 +121,11 @@ def runs_of(config: DictConfig, least: int, most: int | None) -> list[RunDirecto
 
 
 def show(config: DictConfig, console: Console) -> None:
-    for run in runs_of(config, 1, None):
-        frame = load_runs(run.path.parent)
+    """Everything that is known of each run."""
+    runs = runs_of(config, 1, None)
+    frames = {study: load_runs(study) for study in dict.fromkeys(run.path.parent for run in runs)}
+    for run in runs:
+        frame = frames[run.path.parent]
         left_out = frame.attrs["left_out"]
         if run.name in left_out:
             raise ValueError(f"{run.path} cannot be read: {left_out[run.name]}")
@@ -143,6 +138,7 @@ def show(config: DictConfig, console: Console) -> None:
 
 
 def diff(config: DictConfig, console: Console) -> None:
+    """Settings in which two runs differ."""
     one, other = runs_of(config, 2, 2)
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("setting", one.name, other.name):
@@ -153,6 +149,7 @@ def diff(config: DictConfig, console: Console) -> None:
 
 
 def export(config: DictConfig, console: Console) -> None:
+    """Write the table of runs, or of their curves, to a file. Raises ValueError for another kind of file."""
     writers: dict[str, Callable[[pd.DataFrame, Path], object]] = {
         ".csv": lambda frame, path: frame.to_csv(path, index=False),
         ".jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
@@ -191,7 +188,7 @@ def rm(config: DictConfig, console: Console) -> None:
     root = Path(config.paths.runs).resolve()
     for run in runs:
         if run.path.is_symlink() or run.path.resolve().parent.parent != root:
-            raise ValueError(f"{run.path} is no run in a study of {config.paths.runs}/, and stays")
+            raise ValueError(f"{run.path} is not a run in a study of {config.paths.runs}/, and stays")
         if list(run.path.glob("lease-*.json")):
             raise ValueError(f"{run.path} is held by a launcher (lease-*.json), and stays")
     if not config.yes:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from rich.console import Console
 
 from scantling.config.command_line import mistakes
 from scantling.model import hardware
+from scantling.report.terminal import open_console
 from scantling.runs.directory import RunDirectory
 from scantling.training.assembly import assemble, description
 from scantling.training.ranks import die_with_the_first
@@ -29,9 +29,7 @@ def train(config: DictConfig) -> RunDirectory:
 
     Raises Mistake, before anything is computed, for what the user can put right.
     """
-    console = Console(
-        quiet=rank_zero_only.rank != 0, highlight=False, width=None if sys.stdout.isatty() else 120
-    )
+    console = open_console(quiet=rank_zero_only.rank != 0)
     hardware.keep_freed_memory()
     die_with_the_first()
     with mistakes():

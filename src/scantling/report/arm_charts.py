@@ -1,17 +1,22 @@
-"""Charts of a page about arms: differences with their intervals, gains in compute, loss by length of context."""
+"""Charts of a page about arms: differences with their intervals, gains in compute, loss by length of
+context."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pandas as pd
 
-from scantling.analysis.ablation_report import AblationReport
-from scantling.analysis.arms import MOST_ARMS, rows
+from scantling.analysis.ablation import Gain, Unreachable
+from scantling.analysis.arms import MOST_ARMS, rows_where
+from scantling.analysis.comparison import Ablation, ArmGain
+from scantling.analysis.observations import listed
 from scantling.report.curve_charts import with_others
 from scantling.report.lengths import arm_of
+from scantling.report.numbers import interval
+from scantling.report.sentences import at
 from scantling.report.spec import Axis, Chart, Series
 from scantling.runs.table import UNITS
 
@@ -19,21 +24,23 @@ NAMED = 10
 """Gains that a note names."""
 
 
-def compared(report: AblationReport) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the arms' table by arm, without the baseline; those of the first arms, which have the lowest losses at the
+def rows_by_arm(ablation: Ablation) -> dict[str, list[dict[str, Any]]]:
+    """Of the arms' table, without the baseline; those of the first arms, which have the lowest losses at the
     largest scale."""
-    others = [arm for arm in report.order if arm != report.baseline]
-    return {arm: rows(report.arms, arm=arm).to_dict("records") for arm in others[:MOST_ARMS]}
+    others = [arm for arm in ablation.order if arm != ablation.baseline]
+    return {arm: rows_where(ablation.arms, arm=arm).to_dict("records") for arm in others[:MOST_ARMS]}
 
 
 def column(table: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    """Of rows that are dictionaries."""
     return [row[name] for row in table]
 
 
-def forest_chart(report: AblationReport, colours: Mapping[str, int]) -> Chart:
-    """Every arm's difference from the baseline with its paired t interval, at every scale: of several each has a colour."""
-    scales = list(dict.fromkeys(report.arms["scale"]))
-    shown = compared(report)
+def forest_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart:
+    """Every arm's difference from the baseline with its paired t interval, at every scale: of several each
+    has a colour."""
+    scales = list(dict.fromkeys(ablation.arms["scale"]))
+    shown = rows_by_arm(ablation)
     labels = {
         (row["arm"], row["scale"]): row["arm"] if len(scales) == 1 else f"{row['arm']}, {row['scale']}"
         for of_arm in list(shown.values())[: max(MOST_ARMS // len(scales), 1)]
@@ -58,30 +65,32 @@ def forest_chart(report: AblationReport, colours: Mapping[str, int]) -> Chart:
             {"difference": column(here, "high")},
             style="points",
             colour=colour,
-            hover=[f"{r['arm']}: {r['low']:+z.4f} to {r['high']:+z.4f}, {r['verdict']}" for r in here],
+            hover=[f"{r['arm']}: {interval(r['low'], r['high'], '+z.4f')}, {r['verdict']}" for r in here],
         )
         for group, (colour, here) in groups.items()
     ]
-    n_arms = len(set(report.arms["arm"])) - 1
+    n_arms = len(set(ablation.arms["arm"])) - 1
     n_shown = len({arm for arm, _ in labels})
-    where = f" at {report.largest}" if report.largest else ""
-    more = f"The {n_shown} of {n_arms} arms with the lowest losses{where}. " if n_arms > n_shown else ""
+    more = (
+        f"The {n_shown} of {n_arms} arms with the lowest losses{at(ablation.largest)}. "
+        if n_arms > n_shown
+        else ""
+    )
     return Chart(
-        f"Difference from {report.baseline}",
+        f"Difference from {ablation.baseline}",
         tuple(found),
-        (Axis("difference", f"{UNITS[report.metric]}, left of zero is better", log=None),),
+        (Axis("difference", f"{UNITS[ablation.metric]}, left of zero is better", log=None),),
         (Axis("arm", "arm", words=True, order=tuple(labels.values())),),
-        note=f"{more}Points: mean over paired seeds. Bars: {report.level:.0%} paired t intervals, not corrected for the "
-        "number of arms; the verdicts are.",
+        note=f"{more}Points: mean over paired seeds. Bars: {ablation.level:.0%} paired t intervals, not "
+        "corrected for the number of arms; the verdicts are.",
         legend=len(scales) > 1,
         height=max(220, 120 + 34 * len(labels)),
     )
 
 
-def scale_chart(
-    report: AblationReport, compute: Mapping[str, float], colours: Mapping[str, int]
-) -> Chart | None:
-    """Differences against compute, where arms were compared at several scales; `compute`: FLOPs of the baseline by scale."""
+def scale_chart(ablation: Ablation, compute: Mapping[str, float], colours: Mapping[str, int]) -> Chart | None:
+    """Differences against compute, where arms were compared at several scales; `compute`: FLOPs of the
+    baseline by scale."""
     if len(compute) < 2:
         return None
     found = [
@@ -92,55 +101,61 @@ def scale_chart(
             {"difference": column(here, "high")},
             colour=colours[arm],
         )
-        for arm, here in compared(report).items()
+        for arm, here in rows_by_arm(ablation).items()
     ]
     return Chart(
-        f"Difference from {report.baseline} over scale",
+        f"Difference from {ablation.baseline} over scale",
         tuple(found),
         (Axis("C", "FLOPs", log=True),),
-        (Axis("difference", UNITS[report.metric], log=None),),
-        note=f"Bands: {report.level:.0%} paired t intervals. Below zero is better.",
+        (Axis("difference", UNITS[ablation.metric], log=None),),
+        note=f"Bands: {ablation.level:.0%} paired t intervals. Below zero is better.",
     )
 
 
-def gain_chart(report: AblationReport, colours: Mapping[str, int]) -> Chart | None:
-    """Compute-equivalent gains against compute, where a law is at hand; those without an end are named in its note."""
-    gains = [] if report.gains is None else report.gains.to_dict("records")
-    known = [row for row in gains if np.isfinite(row["high"])]
+def gain_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart | None:
+    """Compute-equivalent gains against compute, where a law is at hand; those without an end are named in its
+    note."""
+    known: dict[str, list[tuple[float, Gain]]] = {}
+    for each in ablation.gains:
+        if has_ends(each.gain):
+            known.setdefault(each.arm, []).append((each.compute, each.gain))
     if not known:
         return None
     found = []
-    for arm in dict.fromkeys(column(known, "arm")):
-        here = [row for row in known if row["arm"] == arm]
-        values = {"C": column(here, "FLOPs"), "gain": column(here, "gain")}
-        bars = {"gain": column(here, "low")}, {"gain": column(here, "high")}
-        found.append(Series(arm, values, *bars, style="points", colour=colours[arm]))
+    for arm, gains in known.items():
+        values = {"C": [c for c, _ in gains], "gain": [gain.multiplier for _, gain in gains]}
+        low, high = ({"gain": [gain.interval[end] for _, gain in gains]} for end in (0, 1))
+        found.append(Series(arm, values, low, high, style="points", colour=colours[arm]))
     return Chart(
         "Compute-equivalent gain",
         tuple(found),
         (Axis("C", "FLOPs", log=True),),
         (Axis("gain", "× compute", log=True),),
-        note="How many times the compute a difference as large takes on the baseline's law: above 1 is better."
-        + not_drawn([row for row in gains if not np.isfinite(row["high"])]),
+        note="How many times the compute a difference as large takes on the baseline's law: above 1 is "
+        "better." + not_drawn([each for each in ablation.gains if not has_ends(each.gain)]),
     )
 
 
-def not_drawn(gains: Sequence[dict[str, Any]]) -> str:
+def has_ends(gain: Gain | Unreachable) -> TypeGuard[Gain]:
+    """Whether its interval can be drawn."""
+    return not isinstance(gain, Unreachable) and bool(np.isfinite(gain.interval[1]))
+
+
+def not_drawn(gains: Sequence[ArmGain]) -> str:
     """Gains without an end, of many the first."""
     texts = []
-    for row in gains[:NAMED]:
-        where = f" at {row['scale']}" if row["scale"] else ""
-        why = "no compute reaches its loss" if np.isnan(row["gain"]) else "its interval has no upper end"
-        texts.append(f"{row['arm']}{where} ({why})")
-    more = f" and {len(gains) - NAMED} more" if len(gains) > NAMED else ""
-    return f" Not drawn: {', '.join(texts)}{more}." if texts else ""
+    for each in gains:
+        unreachable = isinstance(each.gain, Unreachable)
+        why = "no compute reaches its loss" if unreachable else "its interval has no upper end"
+        texts.append(f"{each.arm}{at(each.scale)} ({why})")
+    return f" Not drawn: {listed(texts, NAMED)}." if texts else ""
 
 
 def lengths_chart(
     records: Sequence[dict[str, Any]], arms: Mapping[str, str], colours: Mapping[str, int]
 ) -> Chart:
-    """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of training. `arms`:
-    of the study's runs, by their directory's name."""
+    """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of
+    training. `arms`: of the study's runs, by their directory's name."""
     frame = pd.DataFrame(records)
     frame["arm"] = [arms.get(record["directory"], arm_of(record["run"])) for record in records]
     colours = with_others(colours, frame["arm"])
@@ -148,13 +163,13 @@ def lengths_chart(
     found = []
     for arm in dict.fromkeys(frame["arm"]):
         for sliding in (False, True) if slides else (False,):
-            here = rows(frame, arm=arm, sliding=sliding)
+            here = rows_where(frame, arm=arm, sliding=sliding)
             hover = f"{arm}{', sliding' if sliding else ''}"
             style = "dashed" if slides and not sliding else "line"
             found.append(Series(arm, *by_length(here), style=style, colour=colours[arm], hover=hover))
-            at = here.iloc[np.flatnonzero(here["length"] == here["trained_at"])]
-            if len(at):
-                rings = by_length(at)[0]
+            trained_at = here.iloc[np.flatnonzero(here["length"] == here["trained_at"])]
+            if len(trained_at):
+                rings = by_length(trained_at)[0]
                 found.append(
                     Series(
                         arm, rings, style="rings", colour=colours[arm], hover=f"{hover}, length of training"
@@ -177,7 +192,7 @@ def by_length(
     lengths = sorted(set(here["length"]))
     mean, low, high = {"length": lengths}, {}, {}
     for key in ("loss", "bpb"):
-        of_length = [rows(here, length=length)[key].to_numpy(dtype=float) for length in lengths]
+        of_length = [rows_where(here, length=length)[key].to_numpy(dtype=float) for length in lengths]
         error = [v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else 0.0 for v in of_length]
         mean[key] = [float(v.mean()) for v in of_length]
         low[key], high[key] = ([m + s * e for m, e in zip(mean[key], error, strict=True)] for s in (-2, 2))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 
-from scantling.analysis.arms import MOST_ARMS, rows
+from scantling.analysis.arms import MOST_ARMS, rows_where
 from scantling.report.spec import Axis, Chart, Series, Style
 
 POINTS = 6000
@@ -29,6 +29,13 @@ X = (
 
 VALIDATED, TRAINED = ("val/bpb", "val/loss"), "train/loss"
 
+Y = {
+    "val/bpb": "bits per byte",
+    "val/loss": "nats per token",
+    TRAINED: "training, nats per token",
+}
+"""Titles of what is drawn against them."""
+
 
 def curves_chart(
     curves: pd.DataFrame,
@@ -39,74 +46,118 @@ def curves_chart(
     colours: Mapping[str, int] = MappingProxyType({}),
     baseline: str | None = None,
 ) -> Chart | None:
-    """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean over seeds
-    with a band of ± two standard errors, and the runs themselves where they are few. Runs that are not finished are no
-    part of a mean with others that are.
+    """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean
+    over seeds with a band of ± two standard errors, and the runs themselves where they are few. Runs that are
+    not finished are no part of a mean with others that are.
 
-    `metric`: the one shown first. `by_size`: colours by parameters, from small to large; else `colours`, by arm. `baseline`:
-    an arm that is shown however many there are. None where nothing was recorded.
+    `metric`: the one shown first. `by_size`: colours by parameters, from small to large; else `colours`, by
+    arm. `baseline`: an arm that is shown however many there are. None where nothing was recorded.
     """
     if not len(curves) or not {*VALIDATED, TRAINED} & set(curves):
         return None
     of_run = dict(list(curves.groupby("run", sort=False)))
-    keys = dict.fromkeys(zip(runs["arm"], runs["scale"], strict=True))
-    groups = [(str(arm), str(scale), rows(runs, arm=arm, scale=scale)) for arm, scale in keys]
-    groups = [group for group in groups if any(name in of_run for name in group[2]["run"])]
-    note = "Bands: ± two standard errors over seeds. " if len(runs) > len(groups) else ""
-    if len(groups) > MOST_ARMS:
-        groups.sort(key=lambda g: float(np.nan_to_num(g[2]["loss"].mean(), nan=np.inf)))
-        groups.sort(key=lambda g: g[0] != baseline)
-        note += f"{MOST_ARMS} of {len(groups)} curves are shown, those with the lowest losses"
-        note += ". " if baseline is None else f" and those of {baseline}. "
-        del groups[MOST_ARMS:]
+    every = groups_with_curves(runs, of_run)
+    groups = lowest_groups(every, baseline)
     if by_size:
-        groups.sort(key=lambda g: float(np.nan_to_num(g[2]["params"].mean())))
-    n_lines = sum(len(group) for *_, group in groups)
+        groups.sort(key=lambda g: float(np.nan_to_num(g.runs["params"].mean())))
+    n_lines = sum(len(group.runs) for group in groups)
     each = n_lines <= LINES
     points = int(np.clip(POINTS // max(len(groups) + (n_lines if each else 0), 1), 8, MOST_POINTS))
-    colours = with_others(colours, [arm for arm, *_ in groups])
-    sizes = np.log(runs["params"].to_numpy(dtype=float))
+    colours = with_others(colours, [group.arm for group in groups])
+    sizes = runs["params"].to_numpy(dtype=float)
     found = []
-    for arm, scale, group in groups:
-        if by_size and np.ptp(sizes[np.isfinite(sizes)]) > 0:
-            size = float(np.log(group["params"].mean()))
-            colour = float((size - np.nanmin(sizes)) / (np.nanmax(sizes) - np.nanmin(sizes)))
-        else:
-            colour = colours[arm]
-        label = arm if set(scale.split()) <= set(arm.split()) else f"{arm}, {scale}"
-        finished = rows(group, status="finished")
-        averaged = finished if len(finished) else group
-        tables = [of_run[name] for name in averaged["run"] if name in of_run]
-        found += mean_curve(tables, arm, label, colour, points)
-        if each and len(group) > 1:
-            for name, seed in zip(group["run"], group["seed"], strict=True):
-                if name in of_run:
-                    found += mean_curve(
-                        [of_run[name]], arm, f"{label}, seed {seed}", colour, points, style="thin"
-                    )
-    if each and len(runs) > len(groups):
-        note += "Thin lines: single runs. "
-    axes = {
-        "val/bpb": Axis("val/bpb", "bits per byte", range=focus(found, "val/bpb")),
-        "val/loss": Axis("val/loss", "nats per token", range=focus(found, "val/loss")),
-        TRAINED: Axis(TRAINED, "training, nats per token", range=focus(found, TRAINED)),
-    }
-    axes = {key: axis for key, axis in axes.items() if any(key in series.values for series in found)}
-    first = [axis for key, axis in axes.items() if key == f"val/{metric}"]
-    shown = (*first, *(axis for axis in axes.values() if axis not in first))
-    note += "Drag to look closer, double-click for all"
-    note += "; click a name to hide it, double-click to see it alone." if len(groups) > 1 else "."
-    x = tuple(replace(axis, log=by_size) for axis in X)
+    for group in groups:
+        shade = shade_of_size(group.runs, sizes) if by_size else None
+        colour = colours[group.arm] if shade is None else shade
+        found += group_curves(group, of_run, colour, points, each=each)
+    axes = [
+        Axis(key, title, range=focus(found, key))
+        for key, title in Y.items()
+        if any(key in series.values for series in found)
+    ]
+    axes.sort(key=lambda axis: axis.key != f"val/{metric}")
+    notes = [
+        "Bands: ± two standard errors over seeds." if len(runs) > len(every) else "",
+        note_of_hidden(len(every), baseline) if len(every) > len(groups) else "",
+        "Thin lines: single runs." if each and len(runs) > len(groups) else "",
+        "Drag to look closer, double-click for all"
+        + ("; click a name to hide it, double-click to see it alone." if len(groups) > 1 else "."),
+    ]
     return Chart(
         "Validation and training",
         tuple(found),
-        x,
-        shown,
-        note=note,
+        tuple(replace(axis, log=by_size) for axis in X),
+        tuple(axes),
+        note=" ".join(filter(None, notes)),
         legend=len(groups) > 1,
         recorded=True,
         height=460,
     )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one arm and scale, which have one mean curve."""
+
+    arm: str
+    scale: str
+    runs: pd.DataFrame
+
+    @property
+    def label(self) -> str:
+        """The arm, and the scale where the arm's name does not say it."""
+        return self.arm if set(self.scale.split()) <= set(self.arm.split()) else f"{self.arm}, {self.scale}"
+
+
+def groups_with_curves(runs: pd.DataFrame, of_run: Mapping[Hashable, pd.DataFrame]) -> list[Group]:
+    """Those of which at least one run has recorded something."""
+    keys = dict.fromkeys(zip(runs["arm"], runs["scale"], strict=True))
+    groups = [Group(str(arm), str(scale), rows_where(runs, arm=arm, scale=scale)) for arm, scale in keys]
+    return [group for group in groups if any(name in of_run for name in group.runs["run"])]
+
+
+def lowest_groups(groups: Sequence[Group], baseline: str | None) -> list[Group]:
+    """As many as a chart can show: of more those of the baseline, and those with the lowest losses."""
+    if len(groups) <= MOST_ARMS:
+        return list(groups)
+    by_loss = sorted(groups, key=lambda g: float(np.nan_to_num(g.runs["loss"].mean(), nan=np.inf)))
+    return sorted(by_loss, key=lambda g: g.arm != baseline)[:MOST_ARMS]
+
+
+def note_of_hidden(n_groups: int, baseline: str | None) -> str:
+    """Which of so many curves are shown."""
+    also = "" if baseline is None else f" and those of {baseline}"
+    return f"{MOST_ARMS} of {n_groups} curves are shown, those with the lowest losses{also}."
+
+
+def shade_of_size(runs: pd.DataFrame, sizes: np.ndarray) -> float | None:
+    """From 0, the smallest of all `sizes`, to 1, by logarithms; None where all are one size."""
+    logs = np.log(sizes)
+    if np.ptp(logs[np.isfinite(logs)]) == 0:
+        return None
+    size = float(np.log(runs["params"].mean()))
+    return float((size - np.nanmin(logs)) / (np.nanmax(logs) - np.nanmin(logs)))
+
+
+def group_curves(
+    group: Group,
+    of_run: Mapping[Hashable, pd.DataFrame],
+    colour: int | float,
+    points: int,
+    *,
+    each: bool,
+) -> list[Series]:
+    """The mean, of finished runs where there are such, and beside it, with `each`, the runs."""
+    finished = rows_where(group.runs, status="finished")
+    averaged = finished if len(finished) else group.runs
+    tables = [of_run[name] for name in averaged["run"] if name in of_run]
+    found = mean_curve(tables, group.arm, group.label, colour, points)
+    if each and len(group.runs) > 1:
+        for name, seed in zip(group.runs["run"], group.runs["seed"], strict=True):
+            if name in of_run:
+                label = f"{group.label}, seed {seed}"
+                found += mean_curve([of_run[name]], group.arm, label, colour, points, style="thin")
+    return found
 
 
 def with_others(colours: Mapping[str, int], arms: Iterable[str]) -> dict[str, int]:
@@ -118,8 +169,8 @@ def with_others(colours: Mapping[str, int], arms: Iterable[str]) -> dict[str, in
 
 
 def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:
-    """The part of an axis from the lowest value to where most curves are after their first tenth; before it losses are
-    higher by far."""
+    """The part of an axis from the lowest value to where most curves are after their first tenth; before it
+    losses are higher by far."""
     values = [np.asarray(curve.values[key], dtype=float) for curve in curves if key in curve.values]
     finite = [v[np.isfinite(v)] for v in values]
     later = [v[len(v) // 10 :] for v in finite if len(v)]
@@ -138,7 +189,8 @@ def mean_curve(
     points: int,
     style: Style = "line",
 ) -> list[Series]:
-    """One series for what is validated and one for what is trained; steps that not all tables have are left out."""
+    """One series for what is validated and one for what is trained; steps that not all tables have are left
+    out."""
     found = []
     for columns in (list(VALIDATED), [TRAINED]):
         if not all(set(columns) <= set(table) for table in tables):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from scantling.analysis.allocation import floor_is_near, hoffmann_loss, optimum_table
-from scantling.analysis.arms import MOST_ARMS, rows
+from scantling.analysis.arms import MOST_ARMS, rows_where
 from scantling.analysis.budgets import drawn_budgets, repeated
 from scantling.analysis.huber import Array
 from scantling.analysis.isoflop import valleys
@@ -32,7 +32,8 @@ LEGEND = 20
 
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training loss and validation bits per byte against tokens, by `metrics`, the rows of a `metrics.jsonl`."""
+    """Training loss and validation bits per byte against tokens, by `metrics`, the rows of a
+    `metrics.jsonl`."""
     validated = [row for row in metrics if "val/bpb" in row]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     per_byte = validated[-1]["val/bpb"] / validated[-1]["val/loss"]
@@ -80,26 +81,12 @@ def draw_law(
     cutoff: float | None,
     caution: str | None,
 ) -> None:
-    """Left: loss against compute, the runs and the law of compute-optimal training under C = kND with its band, far beyond
-    the largest. Right: observed over predicted loss. Runs above `cutoff`, which the held-out gate predicted, are ringed."""
+    """Left: loss against compute, the runs and the law of compute-optimal training under C = kND with its
+    band, far beyond the largest. Right: observed over predicted loss. Runs above `cutoff`, which the held-out
+    gate predicted, are ringed."""
     figure, (law, left) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
     if fit.alpha > 0 and fit.beta > 0:
-        budgets = drawn_budgets(compute, 60)
-        optimum = optimum_table(fit, budgets.tolist(), k=k)
-        law.plot(budgets, optimum["loss"], color=VALIDATION, lw=1.5, label="compute-optimal by the fit")
-        law.fill_between(
-            budgets,
-            optimum["loss_low"],
-            optimum["loss_high"],
-            color=VALIDATION,
-            alpha=0.2,
-            lw=0,
-            label=f"{fit.level:.0%} of its bootstrap",
-        )
-        if floor_is_near(fit, optimum):
-            law.axhline(fit.E, color=TRAIN, ls=":", lw=1)
-            # At the end where no band is near.
-            law.annotate(f"E = {fit.E:.4g}", (budgets[0], fit.E), va="bottom", color="0.4")
+        draw_frontier(law, fit, drawn_budgets(compute, 60), k)
     norm = LogNorm(fit.sizes["N"].min(), fit.sizes["N"].max())
     points = law.scatter(compute, fit.loss, c=fit.sizes["N"], norm=norm, s=14, cmap="viridis", zorder=3)
     figure.colorbar(points, ax=law, label="parameters", pad=0.01)
@@ -133,9 +120,28 @@ def draw_law(
     save(figure, path)
 
 
+def draw_frontier(axes: Axes, fit: Fit, budgets: Array, k: float) -> None:
+    """The loss of compute-optimal training with its band, and E where that is near."""
+    optimum = optimum_table(fit, budgets.tolist(), k=k)
+    axes.plot(budgets, optimum["loss"], color=VALIDATION, lw=1.5, label="compute-optimal by the fit")
+    axes.fill_between(
+        budgets,
+        optimum["loss_low"],
+        optimum["loss_high"],
+        color=VALIDATION,
+        alpha=0.2,
+        lw=0,
+        label=f"{fit.level:.0%} of its bootstrap",
+    )
+    if floor_is_near(fit, optimum):
+        axes.axhline(fit.E, color=TRAIN, ls=":", lw=1)
+        # At the end where no band is near.
+        axes.annotate(f"E = {fit.E:.4g}", (budgets[0], fit.E), va="bottom", color="0.4")
+
+
 def draw_grid(fit: Fit, compute: Array, path: Path, *, title: str) -> None:
-    """Left: loss against size, a colour a budget, with the parabola of approach 2 and a ring where it is lowest. Right,
-    where sizes repeat: loss against tokens, a colour a size, with the fitted law."""
+    """Left: loss against size, a colour a budget, with the parabola of approach 2 and a ring where it is
+    lowest. Right, where sizes repeat: loss against tokens, a colour a size, with the fitted law."""
     n, d = fit.sizes["N"], fit.sizes["D"]
     of_sizes = repeated(n)
     panels = 2 if of_sizes else 1
@@ -173,8 +179,8 @@ def shades(n: int) -> Array:
 
 
 def label_apart(axes: Axes, written: Callable[[float, float], str] | EngFormatter) -> None:
-    """So few labels of a logarithmic x axis that none lies upon another: 1, 2 and 5 of each decade, of many decades powers of
-    ten, within one decade round numbers."""
+    """So few labels of a logarithmic x axis that none lies upon another: 1, 2 and 5 of each decade, of many
+    decades powers of ten, within one decade round numbers."""
     low, high = axes.get_xlim()
     decades = np.log10(high / low)
     few = MaxNLocator(4) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
@@ -202,8 +208,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, *, title: str) -> None:
-    """A planned IsoFLOP study. Left: the loss that `law` forecasts for each run against its size, a curve a budget, its
-    optimum ringed. Right: parameters against compute, and the optima. Runs have parameters, budget, tokens."""
+    """A planned IsoFLOP study. Left: the loss that `law` forecasts for each run against its size, a curve a
+    budget, its optimum ringed. Right: parameters against compute, and the optima. Runs have parameters,
+    budget, tokens."""
     figure, (curves, plane) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     budgets = sorted({cell["budget"] for cell in cells})
     optima = []
@@ -242,8 +249,9 @@ def draw_arms(
     baseline: str,
     colours: Mapping[str, str],
 ) -> None:
-    """Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard errors. Right:
-    every arm's difference from the baseline with its paired t interval. `arms`: sorted by difference, the baseline first."""
+    """Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard
+    errors. Right: every arm's difference from the baseline with its paired t interval. `arms`: sorted by
+    difference, the baseline first."""
     table = arms.to_dict("records")
     largest = table[-1]["scale"]
     here = [row for row in table if row["scale"] == largest][: MOST_ARMS + 1]
@@ -258,7 +266,7 @@ def draw_arms(
     bottom, top = [], []
     for arm in shown:
         colour = colours[arm]
-        names = rows(runs, arm=arm, scale=largest)["run"]
+        names = rows_where(runs, arm=arm, scale=largest)["run"]
         by_step = validated.iloc[np.flatnonzero(validated["run"].isin(names))].groupby("step")
         mean, tokens = by_step[f"val/{metric}"].mean(), by_step["tokens"].mean() / 1e6
         error = by_step[f"val/{metric}"].sem().fillna(0)
@@ -290,9 +298,9 @@ def draw_arms(
 
 
 def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mapping[str, str]) -> None:
-    """Compute-equivalent gain of every arm against compute, with its interval: one end of that may lie beyond the axis.
-    `gains`: a row an arm and scale with FLOPs, gain, low, high and beyond, compute over that of the baseline's largest run;
-    rows whose gain is not known are left out."""
+    """Compute-equivalent gain of every arm against compute, with its interval: one end of that may lie beyond
+    the axis. `gains`: a row an arm and scale with FLOPs, gain, low, high and beyond, compute over that of the
+    baseline's largest run; rows whose gain is not known are left out."""
     known = gains.iloc[np.flatnonzero(np.isfinite(gains["gain"]))]
     arms = list(dict.fromkeys(known["arm"]))[:MOST_ARMS]
     known = known.iloc[np.flatnonzero(known["arm"].isin(arms))]
@@ -300,7 +308,7 @@ def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mappi
     inside = known[["gain", "low", "high"]].to_numpy(dtype=float)
     inside = inside[np.isfinite(inside) & (inside > 0)]
     for i, arm in enumerate(arms):
-        here = rows(known, arm=arm).sort_values("FLOPs")
+        here = rows_where(known, arm=arm).sort_values("FLOPs")
         beside = 1.06 ** (i - (len(arms) - 1) / 2)  # so that intervals do not hide each other
         at, gain = here["FLOPs"] * beside, here["gain"]
         axes.plot(at, gain, "o-", color=colours[arm], ms=5, lw=1.2, label=arm)

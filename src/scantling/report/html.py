@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from scantling.report.numbers import cell_text
 from scantling.report.spec import (
     PALETTE,
     Axis,
@@ -22,12 +23,11 @@ from scantling.report.spec import (
     Figure,
     Link,
     Maps,
+    Paragraph,
     Report,
     Samples,
     Series,
     Table,
-    Text,
-    figures_of,
 )
 
 STATES = ("better", "worse", "undecided", "finished", "unfinished", "failed")
@@ -78,7 +78,8 @@ def page(report: Report, *, command: str, reload_seconds: float | None = None) -
 
 
 def in_html(block: Block) -> str:
-    if isinstance(block, Text):
+    """What stands on the page."""
+    if isinstance(block, Paragraph):
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Code):
         return f"<pre>{escape(block.text)}</pre>"
@@ -105,6 +106,7 @@ def printable(text: str) -> str:
 
 
 def table(block: Table) -> str:
+    """With its title above, or as one that opens when asked to."""
     frame = block.frame
     rows = list(frame.itertuples(index=False, name=None))
     words = [is_words(column) for column in zip(*rows, strict=True)] or [True] * len(frame.columns)
@@ -129,9 +131,10 @@ def is_words(column: Sequence[Any]) -> bool:
 
 
 def cell(value: object, word: bool) -> str:
+    """`word`: it reads from the left."""
     if isinstance(value, Link):
         return f'<td class="word"><a href="{escape(value.target)}">{escape(value.text)}</a></td>'
-    text = figures_of(value)
+    text = cell_text(value)
     classes = [name for name, has in (("word", word), ("long", len(text) > LONG_CELL)) if has]
     classes += [text] if text in STATES else []
     return f'<td class="{" ".join(classes)}">{escape(text)}</td>' if classes else f"<td>{escape(text)}</td>"
@@ -141,6 +144,7 @@ def cell(value: object, word: bool) -> str:
 
 
 def chart(block: Chart) -> str:
+    """What page.js makes a plot of."""
     spec = {
         "x": [axis(a) for a in block.x],
         "y": [axis(a) for a in block.y],
@@ -204,6 +208,7 @@ def axis(a: Axis) -> dict[str, Any]:
 
 
 def series(s: Series) -> dict[str, Any]:
+    """As page.js reads it."""
     hover = s.hover or s.group
     return {
         "group": s.group,
@@ -222,7 +227,7 @@ def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
     return [
         untagged(v)
         if isinstance(v, str)
-        else short(float(v))
+        else rounded(float(v))
         if isinstance(v, (float, np.floating))
         else v.item()
         if isinstance(v, np.generic)
@@ -236,7 +241,8 @@ def untagged(text: str) -> str:
     return escape(text, quote=False)
 
 
-def short(value: float) -> float | int | None:
+def rounded(value: float) -> float | int | None:
+    """To six digits; None for what is not finite."""
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.6g}")
@@ -244,6 +250,7 @@ def short(value: float) -> float | int | None:
 
 
 def colour(of: int | float | Sequence[float] | None) -> Any:
+    """As page.js reads it: c and a place in the palette, s and a place on the scale."""
     if of is None or (isinstance(of, float) and not math.isfinite(of)):
         return None
     if isinstance(of, int):

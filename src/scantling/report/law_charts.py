@@ -1,4 +1,5 @@
-"""Charts of a page about a law: valleys of equal FLOPs, the frontier, residuals, what was held out, exponents."""
+"""Charts of a page about a law: valleys of equal FLOPs, the frontier, residuals, what was held out,
+exponents."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ from scantling.analysis.allocation import (
 from scantling.analysis.budgets import drawn_budgets, repeated
 from scantling.analysis.huber import Array
 from scantling.analysis.isoflop import valleys
-from scantling.analysis.law_report import LawReport, counted
-from scantling.analysis.observations import some
+from scantling.analysis.law import ScalingLaw
 from scantling.analysis.scaling import estimate
 from scantling.report.curve_charts import thinned
+from scantling.report.law_words import exponents_table, gate_verdict, without_table
+from scantling.report.numbers import counted, some
 from scantling.report.spec import Axis, Chart, Series
 
 MOST_RUNS = 2000
@@ -31,18 +33,18 @@ SIZES = (
 LOSS = Axis("loss", "nats per token", log=True)
 
 
-def law_charts(report: LawReport) -> list[Chart]:
+def law_charts(law: ScalingLaw) -> list[Chart]:
     """Those that the runs allow."""
     return [
         chart
         for chart in (
-            valleys_chart(report),
-            sizes_chart(report),
-            frontier_chart(report),
-            optimum_chart(report),
-            residuals_chart(report),
-            held_out_chart(report),
-            exponents_chart(report),
+            valleys_chart(law),
+            sizes_chart(law),
+            frontier_chart(law),
+            optimum_chart(law),
+            residuals_chart(law),
+            held_out_chart(law),
+            exponents_chart(law),
         )
         if chart is not None
     ]
@@ -59,11 +61,11 @@ def scale_of(n: Array) -> tuple[str, str, str]:
     return "parameters", counted(float(n.min())), counted(float(n.max()))
 
 
-def valleys_chart(report: LawReport) -> Chart | None:
+def valleys_chart(law: ScalingLaw) -> Chart | None:
     """Loss against size in each budget, with its parabola in log N; rings: where it is lowest."""
-    if report.isoflop is None:
+    if law.isoflop is None:
         return None
-    runs = report.observations.runs
+    runs = law.observations.runs
     n, c, loss = (runs[name].to_numpy() for name in ("N", "C", "loss"))
     found = []
     of_budgets = valleys(n, c, loss)
@@ -97,9 +99,9 @@ def valleys_chart(report: LawReport) -> Chart | None:
     )
 
 
-def sizes_chart(report: LawReport) -> Chart | None:
+def sizes_chart(law: ScalingLaw) -> Chart | None:
     """Loss against tokens at each size: its runs, and the law. Where sizes have runs of several lengths."""
-    runs, fit = report.observations.runs, report.fit
+    runs, fit = law.observations.runs, law.fit
     n, d, loss = (runs[name].to_numpy() for name in ("N", "D", "loss"))
     of_sizes = repeated(n)
     if not of_sizes:
@@ -132,9 +134,10 @@ def sizes_chart(report: LawReport) -> Chart | None:
     )
 
 
-def frontier_chart(report: LawReport) -> Chart:
-    """Loss against compute: the runs, and the loss of compute-optimal training with its band, beyond the largest run."""
-    runs, fit = report.observations.runs, report.fit
+def frontier_chart(law: ScalingLaw) -> Chart:
+    """Loss against compute: the runs, and the loss of compute-optimal training with its band, beyond the
+    largest run."""
+    runs, fit = law.observations.runs, law.fit
     kept = thinned(np.arange(len(runs)), MOST_RUNS)
     c, n, d, loss = (runs[name].to_numpy()[kept] for name in ("C", "N", "D", "loss"))
     found = [
@@ -151,7 +154,7 @@ def frontier_chart(report: LawReport) -> Chart:
     ]
     if fit.alpha > 0 and fit.beta > 0:
         budgets = drawn_budgets(runs["C"].to_numpy(), 60)
-        optimum = optimum_table(fit, budgets.tolist(), k=report.observations.k)
+        optimum = optimum_table(fit, budgets.tolist(), k=law.observations.k)
         name = f"compute-optimal, with {fit.level:.0%} of its bootstrap"
         found.append(
             Series(
@@ -175,17 +178,18 @@ def frontier_chart(report: LawReport) -> Chart:
     )
 
 
-def optimum_chart(report: LawReport) -> Chart | None:
-    """The best size against compute: by the fitted law, by each budget's parabola, and all sizes that were run."""
-    runs, fit = report.observations.runs, report.fit
+def optimum_chart(law: ScalingLaw) -> Chart | None:
+    """The best size against compute: by the fitted law, by each budget's parabola, and all sizes that were
+    run."""
+    runs, fit = law.observations.runs, law.fit
     if fit.alpha <= 0 or fit.beta <= 0:
         return None
     kept = thinned(np.arange(len(runs)), MOST_RUNS)
-    budgets, k = drawn_budgets(runs["C"].to_numpy(), 40), report.observations.k
+    budgets, k = drawn_budgets(runs["C"].to_numpy(), 40), law.observations.k
     sizes, low, high = [], [], []
     for budget in budgets:
         with np.errstate(invalid="ignore"):
-            value, interval = estimate(fit, lambda law, c=budget: optimal_parameters(law, c, k))
+            value, interval = estimate(fit, lambda of, c=budget: optimal_parameters(of, c, k))
         sizes.append(value)
         low.append(interval[0] if interval else value)
         high.append(interval[1] if interval else value)
@@ -195,14 +199,14 @@ def optimum_chart(report: LawReport) -> Chart | None:
         Series("runs", {"C": c.tolist(), "N": n.tolist()}, style="points", hover="run"),
         Series(name, {"C": budgets.tolist(), "N": sizes}, {"N": low}, {"N": high}, colour=0),
     ]
-    if report.isoflop is not None:
-        law = report.isoflop
-        line = law.coefficient * budgets**law.exponent
-        name = f"approach 2, parabolas, a = {law.exponent:.3f}"
+    if law.isoflop is not None:
+        parabolas = law.isoflop
+        line = parabolas.coefficient * budgets**parabolas.exponent
+        name = f"approach 2, parabolas, a = {parabolas.exponent:.3f}"
         found += [
             Series(
                 name,
-                {"C": law.budgets.tolist(), "N": law.optima.tolist()},
+                {"C": parabolas.budgets.tolist(), "N": parabolas.optima.tolist()},
                 style="rings",
                 colour=1,
                 hover="lowest of a parabola",
@@ -217,8 +221,9 @@ def optimum_chart(report: LawReport) -> Chart | None:
     )
 
 
-def residuals_chart(report: LawReport) -> Chart:
-    runs, fit = report.observations.runs, report.fit
+def residuals_chart(law: ScalingLaw) -> Chart:
+    """What the fit leaves, against compute, parameters and tokens."""
+    runs, fit = law.observations.runs, law.fit
     kept = thinned(np.arange(len(runs)), MOST_RUNS)
     n = runs["N"].to_numpy()[kept]
     residual = 100 * (np.exp(fit.residuals[kept]) - 1)
@@ -236,18 +241,19 @@ def residuals_chart(report: LawReport) -> Chart:
     )
 
 
-def held_out_chart(report: LawReport) -> Chart | None:
+def held_out_chart(law: ScalingLaw) -> Chart | None:
     """What the gate predicted of the largest budgets against what they came to."""
-    if report.gate is None:
+    if law.gate is None:
         return None
-    gate, held_out = report.gate, report.gate.held_out
+    gate, held_out, verdict = law.gate, law.gate.held_out, gate_verdict(law.gate)
     bars = ({}, {})
     if "low" in held_out:
         bars = {"predicted": held_out["low"].tolist()}, {"predicted": held_out["high"].tolist()}
     observed = held_out["loss"].tolist()
     ends = [min(observed), max(observed)]
     return Chart(
-        f"Held out: {some(gate.n_held_out, 'run')} above {gate.cutoff:.3g} FLOPs, predicted from {gate.n_fitted}",
+        f"Held out: {some(gate.n_held_out, 'run')} above {gate.cutoff:.3g} FLOPs, predicted from "
+        f"{gate.n_fitted}",
         (
             Series("as observed", {"loss": ends, "predicted": ends}, style="dashed"),
             Series(
@@ -268,16 +274,16 @@ def held_out_chart(report: LawReport) -> Chart | None:
         ),
         (Axis("loss", "observed, nats per token"),),
         (Axis("predicted", "predicted, nats per token"),),
-        note=gate.verdict[0].upper() + gate.verdict[1:] + ". Bars: prediction intervals.",
+        note=verdict[0].upper() + verdict[1:] + ". Bars: prediction intervals.",
     )
 
 
-def exponents_chart(report: LawReport) -> Chart | None:
+def exponents_chart(law: ScalingLaw) -> Chart | None:
     """a of N_opt ∝ C^a: by approach, by what counts as a parameter, without each budget."""
     tables = {
-        "by approach": (report.exponents, "approach", "low", "high", "approach "),
-        "by count of parameters": (report.conventions, "convention", "a_low", "a_high", "N = "),
-        "without a budget": (report.without, "without the runs of", "", "", "without "),
+        "by approach": (exponents_table(law), "approach", "low", "high", "approach "),
+        "by count of parameters": (law.conventions, "convention", "a_low", "a_high", "N = "),
+        "without a budget": (without_table(law), "without the runs of", "", "", "without "),
     }
     found = []
     for i, (group, (table, name, low, high, prefix)) in enumerate(tables.items()):
@@ -292,12 +298,13 @@ def exponents_chart(report: LawReport) -> Chart | None:
     if not found:
         return None
     points = sum(len(series.values["a"]) for series in found)
-    a, _ = allocation_exponent(report.fit)
+    a, _ = allocation_exponent(law.fit)
     return Chart(
         "How the exponent depends on the way of finding it",
         tuple(found),
         (Axis("a", "a of N_opt ∝ C^a", log=None),),
         (Axis("name", "", words=True),),
-        note=f"Approach 3 says {a:.3f}. Hoffmann et al. 2022: 0.46 to 0.50 by approach; Kaplan et al. 2020: 0.73.",
+        note=f"Approach 3 says {a:.3f}. Hoffmann et al. 2022: 0.46 to 0.50 by approach; Kaplan et al. "
+        "2020: 0.73.",
         height=120 + 32 * points,
     )

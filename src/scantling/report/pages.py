@@ -1,4 +1,5 @@
-"""The reports that runs alone make: of one, of any side by side, of a study that has no answer yet; and sections of others."""
+"""The reports that runs alone make: of one, of any side by side, of a study that has no answer yet; and
+sections of others."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from scantling.analysis.arms import rows
-from scantling.analysis.observations import some
+from scantling.analysis.arms import rows_where
 from scantling.report.curve_charts import curves_chart, others_chart, with_others
+from scantling.report.numbers import some
 from scantling.report.records import (
     COMPARED,
     SAMPLES,
@@ -39,8 +40,8 @@ LISTED = 1500
 
 @dataclass(frozen=True)
 class Recorded:
-    """Runs and what was recorded beside them. `directory`: where the page will stand; `sweep`, `question`: their yaml of
-    `sweeps/` and its first comment; `command`: what writes the page."""
+    """Runs and what was recorded beside them. `directory`: where the page will stand; `sweep`, `question`:
+    their yaml of `sweeps/` and its first comment; `command`: what writes the page."""
 
     name: str
     runs: pd.DataFrame
@@ -80,7 +81,8 @@ def run_page(recorded: Recorded, views: Views) -> Report:
     reached = (
         "nothing was validated yet"
         if pd.isna(run["bpb"])
-        else f"{run['bpb']:.4f} bits per byte, {run['loss']:.4f} nats per token after {run['tokens']:,.0f} tokens"
+        else f"{run['bpb']:.4f} bits per byte, {run['loss']:.4f} nats per token after {run['tokens']:,.0f} "
+        "tokens"
     )
     others = others_chart(recorded.curves)
     sections = [
@@ -114,7 +116,8 @@ def runs_page(recorded: Recorded) -> Report:
     answer = (
         "None of these runs was validated yet."
         if pd.isna(best["bpb"])
-        else f"The lowest of {len(runs)}: {best['bpb']:.4f} bits per byte by {best['run']} ({best['arm']}, seed {best['seed']})."
+        else f"The lowest of {len(runs)}: {best['bpb']:.4f} bits per byte by {best['run']} "
+        f"({best['arm']}, seed {best['seed']})."
     )
     return Report(
         title=recorded.name,
@@ -151,9 +154,9 @@ def tuning(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
     colours = with_others(colours, tried["arm"])
     found = []
     for arm, scale in dict.fromkeys(zip(tried["arm"], tried["scale"], strict=True)):
-        here = rows(tried, arm=arm, scale=scale)
+        here = rows_where(tried, arm=arm, scale=scale)
         name, colour = ", ".join(filter(None, (str(arm), str(scale)))), colours[arm]
-        rings = rows(here, chosen=True)
+        rings = rows_where(here, chosen=True)
         found.append(Series(str(arm), tried_of(here), colour=colour, hover=name))
         found.append(Series(str(arm), tried_of(rings), style="rings", colour=colour, hover=f"{name}: chosen"))
     chart = Chart(
@@ -168,6 +171,7 @@ def tuning(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
 
 
 def tried_of(rates: pd.DataFrame) -> dict[str, list[float]]:
+    """Learning rates and the bits per byte of each."""
     return {key: rates[key].tolist() for key in ("lr", "bpb")}
 
 
@@ -191,6 +195,7 @@ def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
 
 
 def provenance_of(recorded: Recorded) -> Section:
+    """With what and by which commands the runs and the page were made."""
     commands = [recorded.command]
     if recorded.study is not None or len(recorded.runs) == 1:
         commands.insert(0, train_command(recorded.runs, recorded.sweep))

@@ -1,4 +1,5 @@
-"""A report on Weights & Biases: the same blocks, with panels over the study's runs in place of the charts of curves."""
+"""A report on Weights & Biases: the same blocks, with panels over the study's runs in place of the charts of
+curves."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from scantling.analysis.arms import StudyRuns
-from scantling.report.spec import Block, Chart, Code, Report, Samples, Table, Text, in_markdown
+from scantling.report.spec import Block, Chart, Code, Paragraph, Report, Samples, Table, in_markdown
 from scantling.runs.directory import RunDirectory
 from scantling.runs.overrides import arms_changes, settings_of, varied_keys
 
@@ -25,8 +26,9 @@ SYNCED = ".synced"
 
 
 def sync(study: Path) -> tuple[int, list[str]]:
-    """Send the offline files of a study's finished runs that were not sent yet; how many there were, and the runs that wait:
-    what is sent while its run goes on counts as sent for ever. What a rollback took back is not sent.
+    """Send the offline files of a study's finished runs that were not sent yet; how many there were, and the
+    runs that wait: what is sent while its run goes on counts as sent for ever. What a rollback took back is
+    not sent.
 
     Raises ValueError where `wandb sync` fails.
     """
@@ -51,8 +53,8 @@ def sync(study: Path) -> tuple[int, list[str]]:
 
 
 def grouping(study: StudyRuns) -> list[str]:
-    """What its panels group by: the settings in which arms and scales differ, or the arms' name in place of what they change,
-    as paths in the configuration that W&B has of each run."""
+    """What its panels group by: the settings in which arms and scales differ, or the arms' name in place of
+    what they change, as paths in the configuration that W&B has of each run."""
     settings = [settings_of(text) for text in study.runs["overrides"]]
     varied = varied_keys(settings)
     if all("arm" in setting for setting in settings):
@@ -62,9 +64,11 @@ def grouping(study: StudyRuns) -> list[str]:
 
 
 def own_entity() -> str:
-    """The account's, as the server has it: asked before anything is sent, for `wandb sync` does not give up on a silent one.
+    """The account's, as the server has it: asked before anything is sent, for `wandb sync` does not give up
+    on a silent one.
 
-    Raises ValueError where the server does not answer: asked here first, as W&B's own service may then never end.
+    Raises ValueError where the server does not answer: asked here first, as W&B's own service may then never
+    end.
     """
     import wandb
 
@@ -83,12 +87,13 @@ def own_entity() -> str:
 
 
 def refusal(error: Exception | str) -> str:
+    """One line for whatever W&B's service raises."""
     return f"W&B does not take the report: {' '.join(str(error).split())}"
 
 
 def publish(report: Report, *, entity: str, project: str, group: str, by: Sequence[str], draft: bool) -> str:
-    """Save the report in the project; its address. `group`: of the runs that its panels show, W&B's name for a study; `by`:
-    their `grouping`.
+    """Save the report in the project; its address. `group`: of the runs that its panels show, W&B's name for
+    a study; `by`: their `grouping`.
 
     Raises ValueError where the server does not take it.
     """
@@ -122,11 +127,11 @@ def as_wandb(report: Report, *, entity: str, project: str, group: str, by: Seque
 
 
 def block_of(block: Block, entity: str, project: str, group: str, by: Sequence[str]) -> list[Any]:
-    """Charts of numbers that W&B has not, and figures, which it takes by their address only, are left to the page; their
-    tables stand."""
+    """Charts of numbers that W&B has not, and figures, which it takes by their address only, are left to the
+    page; their tables stand."""
     import wandb_workspaces.reports.v2.interface as wr
 
-    if isinstance(block, Text):
+    if isinstance(block, Paragraph):
         return [wr.P(text=block.text)]
     if isinstance(block, Code):
         return [wr.CodeBlock(code=block.text, language="markdown")]

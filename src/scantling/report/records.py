@@ -1,4 +1,5 @@
-"""What the records of runs say beside their losses: settings that differ, samples, where and with what they ran."""
+"""What the records of runs say beside their losses: settings that differ, samples, where and with what they
+ran."""
 
 from __future__ import annotations
 
@@ -16,16 +17,17 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from scantling.analysis.arms import rows
-from scantling.analysis.observations import some
+from scantling.analysis.arms import rows_where
 from scantling.config.settings import NOT_TRAINED
+from scantling.report.numbers import duration, number_or_blank, some
 from scantling.report.spec import Link, Samples
 from scantling.runs.directory import RunDirectory, read_rows
 from scantling.runs.overrides import NOTES, arms_changes, settings_of
 from scantling.runs.table import Loader, differing, leaves
 
 SHOWN = ("trainer", "guard")
-"""Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should see it."""
+"""Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should
+see it."""
 
 NO_SETTING = {"seed", *NOT_TRAINED} - {*SHOWN}
 """Of a configuration, what is no setting that runs of an arm have in common."""
@@ -53,13 +55,15 @@ def of_each_arm(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting that is not alike in all of `runs`, a column a run under its arm, or its name; what follows from another
-    setting, as the decoder's from the model's, is left out."""
+    """A row a setting that is not alike in all of `runs`, a column a run under its arm, or its name; what
+    follows from another setting, as the decoder's from the model's, is left out."""
     configurations = {}
     label = "arm" if runs["arm"].is_unique else "run"
     for run in runs.iloc[:COMPARED].to_dict("records"):
         found = leaves(yaml.load(RunDirectory(run["path"]).config.read_text(), Loader))
-        configurations[run[label]] = {key: written(value) for key, value in found.items() if is_setting(key)}
+        configurations[run[label]] = {
+            key: setting_text(value) for key, value in found.items() if is_setting(key)
+        }
     keys = differing([*configurations.values()])
     table = [
         {
@@ -78,14 +82,15 @@ def is_setting(key: str) -> bool:
     )
 
 
-def written(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """As it is typed."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def settings_of_run(run: dict[str, Any]) -> pd.DataFrame:
     """Every setting of one run that the decoder's do not repeat."""
     found = leaves(yaml.load(RunDirectory(run["path"]).config.read_text(), Loader))
-    shown = {key: written(value) for key, value in found.items() if not key.startswith("decoder.")}
+    shown = {key: setting_text(value) for key, value in found.items() if not key.startswith("decoder.")}
     return pd.DataFrame({"setting": list(shown), "value": list(shown.values())})
 
 
@@ -119,21 +124,17 @@ def runs_table(runs: pd.DataFrame, directory: Path) -> pd.DataFrame:
                 "scale": run["scale"],
                 "seed": run["seed"],
                 "status": run["status"],
-                "bits per byte": number(run["bpb"], "{:.4f}"),
-                "nats per token": number(run["loss"], "{:.4f}"),
-                "lr": number(run["lr"], "{:.3g}"),
-                "params": number(run["params"], "{:,.0f}"),
-                "tokens": number(run["tokens"], "{:,.0f}"),
-                "FLOPs": number(run["flops"], "{:.3g}"),
-                "seconds": number(run["seconds"], "{:,.0f}"),
+                "bits per byte": number_or_blank(run["bpb"], ".4f"),
+                "nats per token": number_or_blank(run["loss"], ".4f"),
+                "lr": number_or_blank(run["lr"], ".3g"),
+                "params": number_or_blank(run["params"], ",.0f"),
+                "tokens": number_or_blank(run["tokens"], ",.0f"),
+                "FLOPs": number_or_blank(run["flops"], ".3g"),
+                "seconds": number_or_blank(run["seconds"], ",.0f"),
             }
         )
     frame = pd.DataFrame(table)
     return frame.drop(columns=[name for name in ("scale", "arm") if not any(frame[name])])
-
-
-def number(value: Any, form: str) -> str:
-    return "" if value is None or pd.isna(value) else form.format(value)
 
 
 def provenance(runs: pd.DataFrame) -> pd.DataFrame:
@@ -164,7 +165,7 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
     table += [{"": title, "value": value} for title, value in extra.items() if value]
     flops, seconds = (float(np.nansum(runs[name].to_numpy(dtype=float))) for name in ("flops", "seconds"))
     tuned = "" if all(pd.isna(note) for note in runs["tuned"].tolist()) else ", the tries of tune=lr apart"
-    table.append({"": "cost", "value": f"{flops:.3g} FLOPs, {hours(seconds)} of training{tuned}"})
+    table.append({"": "cost", "value": f"{flops:.3g} FLOPs, {duration(seconds)} of training{tuned}"})
     return pd.DataFrame(table)
 
 
@@ -173,12 +174,6 @@ def counted_values(runs: pd.DataFrame, column: str) -> Counter[str]:
     values = [value for value in runs[column].tolist() if value is not None and not pd.isna(value)]
     counts = Counter(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
     return Counter(dict(counts.most_common()))
-
-
-def hours(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def mixed(runs: pd.DataFrame) -> list[str]:
@@ -201,7 +196,7 @@ def shortened(value: str) -> str:
 
 def failures(runs: pd.DataFrame) -> list[str]:
     """Why runs failed, a line each, of many the first ten."""
-    failed = rows(runs, status="failed")
+    failed = rows_where(runs, status="failed")
     lines = []
     for run in failed.iloc[:10].to_dict("records"):
         note = Path(run["path"]) / "failed.json"
@@ -218,8 +213,8 @@ TYPED = 8
 
 
 def train_command(runs: pd.DataFrame, sweep: dict[str, Any] | None) -> str:
-    """What makes these runs again, from their overrides: a grid, or where none does each run's own command. `sweep`: their
-    yaml of `sweeps/`, whose own arms and parameters need not be typed."""
+    """What makes these runs again, from their overrides: a grid, or where none does each run's own command.
+    `sweep`: their yaml of `sweeps/`, whose own arms and parameters need not be typed."""
     settings = [settings_of(text) for text in runs["overrides"]]
     noted = {*NOTED, *(key for note, key in NOTES.items() if any(note in setting for setting in settings))}
     grid_settings = [{key: setting[key] for key in setting if key not in noted} for setting in settings]
@@ -261,6 +256,7 @@ def is_product(settings: list[dict[str, str]]) -> bool:
 
 
 def in_number(value: str) -> tuple[float, str]:
+    """A key that sorts numbers by size, and words behind them."""
     try:
         return float(value), value
     except ValueError:
@@ -268,6 +264,7 @@ def in_number(value: str) -> tuple[float, str]:
 
 
 def typed(command: str, settings: dict[str, str]) -> str:
+    """A command with its settings, quoted for a shell."""
     taken_away = {key for key in settings if key.startswith("~") and settings[key] in ("", "null")}
     words = [key if key in taken_away else f"{key}={value}" for key, value in settings.items()]
     return " ".join([command, *map(shlex.quote, words)])

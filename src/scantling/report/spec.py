@@ -1,5 +1,5 @@
-"""What a report says, whatever shows it: an answer, what to distrust, sections. It is written as one HTML page, as
-Markdown with its figures, and as CSV."""
+"""What a report says, whatever shows it: an answer, what to distrust, sections. It is written as one HTML
+page, as Markdown with its figures, and as CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from scantling.analysis.observations import digits
+from scantling.report.numbers import cell_text
 from scantling.runs.directory import replace_text
 
 MARKDOWN_ROWS = 60
@@ -45,7 +45,9 @@ PALETTE = (
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
+    """Words."""
+
     text: str
 
 
@@ -91,9 +93,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Axis:
-    """`key`: of the values of a series that it shows. `words`: it has names instead of numbers, the first at the top.
-    `log`: whether its scale is at first, None: it cannot be. `si`: ticks as 10k, 2M. `range`: what it shows at first,
-    None: all. `order`: of words, from the top, where series do not give it."""
+    """`key`: of the values of a series that it shows. `words`: it has names instead of numbers, the first at
+    the top. `log`: whether its scale is at first, None: it cannot be. `si`: ticks as 10k, 2M. `range`: what
+    it shows at first, None: all. `order`: of words, from the top, where series do not give it."""
 
     key: str
     title: str
@@ -108,8 +110,9 @@ class Axis:
 class Series:
     """Points or a line, by axis. `low` and `high` are a band around a line, bars at points.
 
-    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or None or NaN for grey; points
-    may have one each. `group`: what is shown and hidden together, and has one entry in the legend.
+    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or None or NaN
+    for grey; points may have one each. `group`: what is shown and hidden together, and has one entry in the
+    legend.
     """
 
     group: str
@@ -124,9 +127,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `frames`: what a slider goes through,
-    the last is shown first. `recorded`: the keys of its axes are columns of `metrics.jsonl`, which loggers have too. `scale`:
-    what the colours of points are by, and what stands for the smallest and the largest."""
+    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `frames`: what a
+    slider goes through, the last is shown first. `recorded`: the keys of its axes are columns of
+    `metrics.jsonl`, which loggers have too. `scale`: what the colours of points are by, and what stands for
+    the smallest and the largest."""
 
     title: str
     series: tuple[Series, ...]
@@ -142,8 +146,8 @@ class Chart:
 
 @dataclass(frozen=True)
 class Maps:
-    """Squares of a grid, a row a layer, a column a head, of which one at a time is shown large: `weights` [layer, head,
-    query, key] between the tokens `words`, nothing above the diagonal."""
+    """Squares of a grid, a row a layer, a column a head, of which one at a time is shown large: `weights`
+    [layer, head, query, key] between the tokens `words`, nothing above the diagonal."""
 
     title: str
     words: tuple[str, ...]
@@ -153,19 +157,21 @@ class Maps:
     note: str = ""
 
 
-Block = Text | Code | Table | Figure | Samples | Chart | Maps
+Block = Paragraph | Code | Table | Figure | Samples | Chart | Maps
 
 
 @dataclass(frozen=True)
 class Section:
+    """Blocks under a title."""
+
     title: str
     blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """`question`: what was asked, `answer`: what is known now, with its interval. `cautions`: what to distrust.
-    `data`: tables for other programs, by the name of their CSV file."""
+    """`question`: what was asked, `answer`: what is known now, with its interval. `cautions`: what to
+    distrust. `data`: tables for other programs, by the name of their CSV file."""
 
     title: str
     kind: str
@@ -191,7 +197,8 @@ def holds_answer(directory: Path) -> bool:
 
 
 def write(report: Report, directory: Path, *, page: str) -> list[Path]:
-    """`page`, the report as HTML, with the files beside it; they replace those of an earlier report, all of `BESIDE`."""
+    """`page`, the report as HTML, with the files beside it; they replace those of an earlier report, all of
+    `BESIDE`."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / PAGE, directory / "report.md"]
     if written[0].exists():
@@ -224,11 +231,12 @@ def slug(title: str) -> str:
 
 
 def blocks(report: Report) -> list[Block]:
+    """Of all sections."""
     return [block for section in report.sections for block in section.blocks]
 
 
 def markdown(report: Report) -> str:
-    """Text, tables and figures; charts, maps and samples are of the page."""
+    """Paragraph, tables and figures; charts, maps and samples are of the page."""
     lines = [f"# {report.title}", "", *([report.question, ""] if report.question else [])]
     lines += [f"**{report.answer}**", "", *(f"- {caution}" for caution in report.cautions), ""]
     for section in report.sections:
@@ -239,7 +247,7 @@ def markdown(report: Report) -> str:
 
 def in_markdown(block: Block, *, links: bool = True) -> list[str]:
     """Without `links`, which lead to files beside the report, the words of each."""
-    if isinstance(block, Text):
+    if isinstance(block, Paragraph):
         return [block.text, ""]
     if isinstance(block, Code):
         return ["```", block.text, "```", ""]
@@ -254,19 +262,9 @@ def in_markdown(block: Block, *, links: bool = True) -> list[str]:
 
 
 def in_cell(value: object, *, links: bool) -> str:
+    """Of a table in Markdown."""
     if isinstance(value, Link):
         text = f"[{value.text}]({value.target})" if links else value.text
     else:
-        text = figures_of(value)
+        text = cell_text(value)
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def figures_of(value: object) -> str:
-    """A cell: numbers with five digits, large ones in powers of ten, whole ones as they are."""
-    if not isinstance(value, float):
-        return str(value)
-    if np.isnan(value):
-        return ""
-    if abs(value) >= 1e5:
-        return f"{value:.3e}"
-    return f"{value:z.0f}" if value.is_integer() else digits(value, 5)

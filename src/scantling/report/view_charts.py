@@ -1,4 +1,5 @@
-"""What the checkpoints of a run show, as blocks of its page: neighbours of tokens, a map of embeddings, maps of attention."""
+"""What the checkpoints of a run show, as blocks of its page: neighbours of tokens, a map of embeddings, maps
+of attention."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.report.curve_charts import thinned
-from scantling.report.spec import Axis, Block, Chart, Maps, Section, Series, Table, Text
+from scantling.report.spec import Axis, Block, Chart, Maps, Paragraph, Section, Series, Table
 
 COMPARED = 3
 """Checkpoints whose neighbours stand side by side."""
@@ -19,7 +20,8 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Of `words`, at each of `steps`: the tokens of the most similar embeddings, with the cosine of the angle between."""
+    """Of `words`, at each of `steps`: the tokens of the most similar embeddings, with the cosine of the angle
+    between."""
 
     steps: tuple[int, ...]
     words: tuple[str, ...]
@@ -30,7 +32,8 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """`places` [step, word, 2] on two axes through the embeddings of the last step; `shares` [step, 2] of the variance."""
+    """`places` [step, word, 2] on two axes through the embeddings of the last step; `shares` [step, 2] of the
+    variance."""
 
     steps: tuple[int, ...]
     words: tuple[str, ...]
@@ -64,7 +67,8 @@ class Views:
 
 
 def view_section(views: Views) -> Section:
-    blocks: list[Block] = [Text(note) for note in views.notes]
+    """All that its checkpoints show."""
+    blocks: list[Block] = [Paragraph(note) for note in views.notes]
     if views.neighbours is not None:
         blocks.append(neighbours_table(views.neighbours))
     if views.map is not None:
@@ -75,6 +79,7 @@ def view_section(views: Views) -> Section:
 
 
 def neighbours_table(found: Neighbours) -> Table:
+    """A column for each of some checkpoints, a row a token."""
     table: dict[str, list[str]] = {"token": list(found.words)}
     for i in thinned(np.arange(len(found.steps)), COMPARED):
         lists = found.nearest[i]
@@ -88,6 +93,7 @@ def neighbours_table(found: Neighbours) -> Table:
 
 
 def embedding_chart(found: EmbeddingMap) -> Chart:
+    """Places of token embeddings on two axes, a frame a checkpoint."""
     last = f"at step {found.steps[-1]:,}"
     kinds = list(dict.fromkeys(found.kinds))
     series = []
@@ -112,8 +118,8 @@ def embedding_chart(found: EmbeddingMap) -> Chart:
         for i, key in enumerate(("first", "second"))
     ]
     several = len(found.steps) > 1
-    note = f"Principal components of these embeddings {last}: two axes of many, so that tokens which lie together here "
-    note += "need not be near, and the table above says which are. "
+    note = f"Principal components of these embeddings {last}: two axes of many, so that tokens which lie "
+    note += "together here need not be near, and the table above says which are. "
     note += f"Earlier embeddings are put on the axes of {last.removeprefix('at ')}. " if several else ""
     return Chart(
         f"Where {len(found.words):,} token embeddings lie",
@@ -131,6 +137,7 @@ def embedding_chart(found: EmbeddingMap) -> Chart:
 
 
 def attention_maps(found: Attention) -> Maps:
+    """A map for each layer and head."""
     note = "A row is a token that attends, a column a token that it attends to; a row sums to one. "
     note += "Shades grow with the square root of the weight. Choose a map to see it large."
     return Maps(

@@ -1,4 +1,5 @@
-"""The runs of a study as tables: one row a run, and their curves. Reads `runs/<study>/`; what a run is stands there.
+"""The runs of a study as tables: one row a run, and their curves. Reads `runs/<study>/`; what a run is stands
+there.
 
 `load_runs` gives these columns, `None` or NaN where a run does not say:
 
@@ -7,7 +8,8 @@
     seed, overrides          overrides: what was typed, in one string
     choice.<group>           the option of every group, `choice.attn`
     d_model … batch_size     sizes, and the peak learning rate `lr`
-    params, params.<group>   parameters, all and by group; params_without_embeddings leaves out embeddings, positions, head
+    params, params.<group>   parameters, all and by group; params_without_embeddings leaves out embeddings,
+                             positions, head
     steps, tokens, flops     trained so far; FLOPs forward and backward, by the `exact` convention
     loss, bpb                validation at the last step: nats per token, bits per byte; train_loss beside it
     best_loss, best_bpb, best_step
@@ -17,8 +19,8 @@
     matched_by, matched_off  `match=`: the quantity, and how far from its reference, as a fraction of it
     tuned                    `tune=`: the search behind `lr`, JSON; `load_tuning` makes a table of it
 
-`load_curves` gives run, step and every number of `metrics.jsonl`, a row a step. Both keep a Parquet file beside the runs,
-and read anew only the directories that have changed since.
+`load_curves` gives run, step and every number of `metrics.jsonl`, a row a step. Both keep a Parquet file
+beside the runs, and read anew only the directories that have changed since.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def load_runs(study: Path | str) -> pd.DataFrame:
     """A row for every run below `study`, sorted by name.
 
-    `attrs["left_out"]` names the directories that are no whole run, each with the reason. Raises ValueError where
-    `study` is no directory.
+    `attrs["left_out"]` names the directories that are no whole run, each with the reason. Raises ValueError
+    where `study` is not a directory.
     """
     frame, left_out = cached(Path(study), "runs.parquet", lambda directory: [run_row(directory)])
     if len(frame):
@@ -78,7 +80,8 @@ def load_curves(study: Path | str) -> pd.DataFrame:
 
 
 def load_tuning(study: Path | str) -> pd.DataFrame:
-    """A row for every learning rate that `tune=lr` tried: arm, lr, bpb (NaN where training diverged), chosen, edge.
+    """A row for every learning rate that `tune=lr` tried: arm, lr, bpb (NaN where training diverged), chosen,
+    edge.
 
     `edge`: of the chosen, whether it is the lowest or highest tried, so that a better one may lie beyond.
     """
@@ -103,10 +106,10 @@ def rates_tried(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_row(directory: RunDirectory) -> dict[str, Any]:
-    """Raises ValueError or KeyError for what is no run, or not yet."""
+    """Raises ValueError or KeyError for what is not a run, or not yet."""
     config = yaml.load(directory.config.read_text(), Loader)
     if not isinstance(config, dict) or "choices" not in config:
-        raise ValueError("config.yaml is none of a run")
+        raise ValueError("config.yaml is not that of a run")
     environment = directory.environment
     last = directory.summary if directory.is_finished else last_validated(directory)
     best = last.get("best", {})
@@ -163,6 +166,7 @@ def last_validated(directory: RunDirectory) -> dict[str, Any]:
 
 
 def curve_rows(directory: RunDirectory) -> list[dict[str, Any]]:
+    """A row for each step of `metrics.jsonl`. Raises ValueError for what is not a run."""
     if not directory.config.exists():
         raise ValueError("it has no config.yaml")
     rows = read_rows(directory.path / "metrics.jsonl")
@@ -175,9 +179,10 @@ def curve_rows(directory: RunDirectory) -> list[dict[str, Any]]:
 def cached(
     study: Path, name: str, rows_of: Callable[[RunDirectory], list[dict[str, Any]]]
 ) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Rows of all directories, those that stand as they did from the file, and what was left out, with the reason."""
+    """Rows of all directories, those that stand as they did from the file, and what was left out, with the
+    reason."""
     if not study.is_dir():
-        raise ValueError(f"{study} is no directory of a study")
+        raise ValueError(f"{study} is not a directory of a study")
     stamps = {entry.name: stamp(entry.path) for entry in os.scandir(study) if is_candidate(entry)}
     before = read_cache(study / name)
     known = dict(zip(before["run"], before["stamp"], strict=True)) if len(before) else {}
@@ -200,6 +205,7 @@ def cached(
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sorted by run, and by step where there are steps."""
     if not len(frame):
         return frame
     by = ["run", "step"] if "step" in frame else ["run"]
@@ -207,6 +213,7 @@ def in_order(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_candidate(entry: os.DirEntry) -> bool:
+    """Whether an entry of a study's directory may be a run."""
     return entry.is_dir() and entry.name not in NOT_RUNS and not entry.name.startswith(".")
 
 
@@ -232,6 +239,7 @@ def read_cache(path: Path) -> pd.DataFrame:
 
 
 def write_cache(frame: pd.DataFrame, path: Path) -> None:
+    """Whole or not at all, for others may read it now."""
     frame.attrs["format"] = FORMAT
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     frame.to_parquet(partial, index=False)
@@ -239,6 +247,7 @@ def write_cache(frame: pd.DataFrame, path: Path) -> None:
 
 
 def reason(error: Exception) -> str:
+    """Why a directory is not a whole run, in words."""
     if isinstance(error, FileNotFoundError):
         return f"it has no {Path(str(error.filename)).name}"
     if isinstance(error, json.JSONDecodeError):
@@ -252,7 +261,8 @@ def reason(error: Exception) -> str:
 
 
 def differences(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]]:
-    """(setting, here, there) for every leaf of the resolved configurations that differs and repeats no other."""
+    """(setting, here, there) for every leaf of the resolved configurations that differs and repeats no
+    other."""
     ours, theirs = (leaves(yaml.load(run.config.read_text(), Loader)) for run in (one, other))
     return [(key, ours.get(key), theirs.get(key)) for key in sorted(differing([ours, theirs]))]
 
@@ -265,7 +275,8 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(configurations: Sequence[dict[str, Any]]) -> list[str]:
-    """The leaves in which configurations are not alike, less those that repeat another leaf wherever they stand."""
+    """The leaves in which configurations are not alike, less those that repeat another leaf wherever they
+    stand."""
     keys = dict.fromkeys(key for found in configurations for key in found)
     return [
         key
@@ -276,21 +287,22 @@ def differing(configurations: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def repeats(key: str, found: dict[str, Any]) -> bool:
-    """Whether a leaf of the built decoder or optimiser has the value of the one that it follows, unless set apart."""
+    """Whether a leaf of the built decoder or optimiser has the value of the one that it follows, unless set
+    apart."""
     group, _, rest = key.partition(".")
     followed = {"decoder": (rest, f"model.{rest}"), "optim": ("lr",) if rest == "lr" else ()}.get(group, ())
     return any(name in found and found[name] == found[key] for name in followed)
 
 
 def find(runs: Path, names: Sequence[str]) -> list[RunDirectory]:
-    """Runs by their directory, or by their name in any study below `runs`. Raises ValueError for what is none."""
+    """Runs by their directory, or by their name in any study below `runs`. Raises ValueError for others."""
     found = []
     for name in names:
         below = sorted(path.parent for path in runs.glob(f"*/{name}/config.yaml"))
         places = [Path(name)] if (Path(name) / "config.yaml").exists() else below
         if len(places) != 1:
             raise ValueError(
-                f"{name} is no run below {runs}/"
+                f"{name} is not a run below {runs}/"
                 if not places
                 else f"{name} is in several studies: {', '.join(map(str, places))}"
             )

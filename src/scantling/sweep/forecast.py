@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from scantling.report.numbers import clock
 from scantling.sweep.devices import Devices
-from scantling.sweep.screen import clock_of
 
 
 def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
@@ -28,7 +28,7 @@ def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> Re
             f"{look['steps']:,}",
             f"{look['tokens']:,}",
             f"{look['flops']:.3g}",
-            "finished" if look["finished"] else clock_of(look["seconds"]),
+            "finished" if look["finished"] else clock(look["seconds"]),
         )
     left = [look for look in looks if not look["finished"]]
     table.add_section()
@@ -38,7 +38,7 @@ def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> Re
         f"{sum(look['steps'] for look in looks):,}",
         f"{sum(look['tokens'] for look in looks):,}",
         f"{sum(look['flops'] for look in looks):.3g}",
-        clock_of(time_of(left, devices)),
+        clock(time_of(left, devices)),
         style="bold",
     )
     return Group(

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from scantling.report.numbers import clock
 from scantling.sweep.jobs import ENDED, FAILED, Job
 from scantling.sweep.tuning import Search
 
@@ -90,13 +91,13 @@ class Screen:
             state,
             f"{seen['step']:,}/{steps:,}",
             f"{seen['train/loss']:.3f}",
-            "" if left is None else clock_of(left),
+            "" if left is None else clock(left),
         )
 
     def counts(self) -> str:
         states = [job.state for job in self.jobs]
         counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        return f"{len(self.jobs)} jobs: {counted}; {clock_of(time.monotonic() - self.began)}"
+        return f"{len(self.jobs)} jobs: {counted}; {clock(time.monotonic() - self.began)}"
 
 
 def outcome(jobs: Sequence[Job]) -> RenderableType:
@@ -134,10 +135,3 @@ def rates(searches: Sequence[Search]) -> RenderableType:
 
 def reached(score: float | None) -> str:
     return "failed" if score is None else "diverged" if score == math.inf else f"{score:.4f}"
-
-
-def clock_of(seconds: float) -> str:
-    """1:02:03"""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
