@@ -47,7 +47,7 @@ def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
     assert code == 0
     assert [row["step"] for row in rows] == list(range(1, 13))
 
-    run = stored_run.TrainedRun.load(str(directory.path), "last")
+    run = stored_run.StoredRun.load(str(directory.path), "last")
     torch.manual_seed(0)
     decoder = stored_run.instantiate(run.config.decoder, vocab_size=257)
     decoder.initialise(0)
@@ -423,7 +423,7 @@ def test_stored_configuration_cannot_name_foreign_code(command, tmp_path, entry)
         "scantling.model.attn.nn.Linear",
         "scantling.model.attn.Linear",
         "scantling.model.attn.Attention.bias",
-        "scantling.data.files.digest",
+        "scantling.data.files.digest_file",
         "torch.nn.ReLU.register_module",
     ):
         directory.config.write_text(stored.replace("scantling.model.norm.RMSNorm", foreign))

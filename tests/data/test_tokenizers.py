@@ -18,7 +18,7 @@ from scantling.data.tokenizers import (
     Tokenizer,
     Unigram,
     WordPiece,
-    _byte_character,
+    byte_character,
 )
 
 ENGLISH = [
@@ -164,8 +164,8 @@ def test_byte_characters_are_the_librarys():
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     text = "".join(chr(i) for i in range(0x100)) + "ÿ€\U0001f600\U000c0000"
     [(written, _)] = pre_tokenizer.pre_tokenize_str(text)
-    assert written == "".join(_byte_character(byte) for byte in text.encode())
-    alphabet = {_byte_character(value) for value in range(256)}
+    assert written == "".join(byte_character(byte) for byte in text.encode())
+    alphabet = {byte_character(value) for value in range(256)}
     assert alphabet == set(pre_tokenizers.ByteLevel.alphabet())
 
 

@@ -15,8 +15,8 @@ from hydra.utils import instantiate
 from torch.testing import assert_close
 
 from scantling.hub.family import Family, all_families
-from scantling.hub.files import Tensors, exported, imported, read_json, write_tensors
-from scantling.hub.runs import composed, expressed, train_overrides
+from scantling.hub.files import TensorFiles, export_tensors, import_tensors, read_json, write_tensors
+from scantling.hub.runs import composed, express_decoder, train_overrides
 from scantling.hub.weights import rules_of
 from scantling.model.decoder import Decoder
 
@@ -206,7 +206,7 @@ def pair(request, tmp_path_factory) -> Pair:
     theirs.save_pretrained(source)
     config = composed(tuple(train_overrides(family, read_json(source / "config.json"))))["decoder"]
     ours = instantiate(config)
-    state = imported(family, ours, Tensors(source))
+    state = import_tensors(family, ours, TensorFiles(source))
     ours.load_state_dict(state)
     return Pair(family, theirs, source, config, ours.eval(), state)
 
@@ -236,26 +236,28 @@ def test_logits_are_theirs(pair):
 
 
 def test_the_way_there_and_back_changes_no_bit(pair, tmp_path):
-    written = exported(rules_of(pair.family.tensors, pair.ours), pair.state)
-    stored = Tensors(pair.source)
+    written = export_tensors(rules_of(pair.family.tensors, pair.ours), pair.state)
+    stored = TensorFiles(pair.source)
     assert written.keys() == stored.files.keys()
     for name, tensor in written.items():
         assert torch.equal(tensor, stored.read(name)), name
     write_tensors(written, tmp_path / "model.safetensors")
-    for name, tensor in imported(pair.family, pair.ours, Tensors(tmp_path)).items():
+    for name, tensor in import_tensors(pair.family, pair.ours, TensorFiles(tmp_path)).items():
         assert torch.equal(tensor, pair.state[name]), name
 
 
 @torch.no_grad()
 def test_transformers_opens_what_is_written(pair, tmp_path):
-    opened = opened_by_transformers(pair, expressed(pair.family, pair.config), tmp_path)
+    opened = opened_by_transformers(pair, express_decoder(pair.family, pair.config), tmp_path)
     assert type(opened) is type(pair.theirs)
     assert_close(opened(TOKENS).logits, pair.theirs(TOKENS).logits, rtol=0, atol=1e-6)
 
 
 def opened_by_transformers(pair: Pair, settings: dict, path: Path) -> Any:
     (path / "config.json").write_text(json.dumps({**settings, "pad_token_id": None}))
-    write_tensors(exported(rules_of(pair.family.tensors, pair.ours), pair.state), path / "model.safetensors")
+    write_tensors(
+        export_tensors(rules_of(pair.family.tensors, pair.ours), pair.state), path / "model.safetensors"
+    )
     return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
 
 
@@ -290,7 +292,7 @@ def test_what_is_not_refused_is_computed_alike(pair, tmp_path):
         if config == pair.config:  # the family's parts have no such setting
             continue
         try:
-            settings = expressed(pair.family, config)
+            settings = express_decoder(pair.family, config)
         except ValueError:
             continue
         ours = instantiate(config)
@@ -309,8 +311,8 @@ def test_one_step_of_training_gives_their_weights(pair, tmp_path):
         loss.backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
     pair.theirs.save_pretrained(tmp_path)
-    theirs, before = Tensors(tmp_path), Tensors(pair.source)
-    ours = exported(rules_of(pair.family.tensors, pair.ours), pair.ours.state_dict())
+    theirs, before = TensorFiles(tmp_path), TensorFiles(pair.source)
+    ours = export_tensors(rules_of(pair.family.tensors, pair.ours), pair.ours.state_dict())
     for name, tensor in ours.items():
         assert_close(
             tensor, theirs.read(name), rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"

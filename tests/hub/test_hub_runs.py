@@ -22,7 +22,7 @@ from scantling.config.command_line import CONF, Mistake
 from scantling.data.tokenizers import BPE, Byte, Char, Unigram, WordPiece
 from scantling.hub.files import INDEX
 from scantling.hub.runs import composed
-from scantling.inference.stored_run import TrainedRun
+from scantling.inference.stored_run import StoredRun
 from scantling.runs.directory import RunDirectory
 
 TOKENS = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -111,7 +111,7 @@ def test_an_imported_model_is_a_run(command, source, tmp_path):
     assert (code, err) == (0, "")
     assert "llama" in out
     assert "33,504 parameters" in out  # 2·257·32 + 2·(2·32² + 2·16·32 + 3·32·56 + 2·32) + 32
-    run = TrainedRun.load("runs/imported/tiny", "best")
+    run = StoredRun.load("runs/imported/tiny", "best")
     assert_close(run.decoder(TOKENS), logits(source), rtol=0, atol=1e-4)
     again = composed(tuple(run.directory.environment["overrides"]))  # what train.py would make of them
     assert again["decoder"] == OmegaConf.to_container(run.config.decoder)
@@ -177,7 +177,7 @@ def test_a_model_in_several_files(directly, source):
     assert len(list(source.glob("*.safetensors"))) > 2
     assert not directly(action="import", source=str(source))
     assert_close(
-        TrainedRun.load("runs/imported/tiny", "best").decoder(TOKENS), model(TOKENS).logits, rtol=0, atol=1e-4
+        StoredRun.load("runs/imported/tiny", "best").decoder(TOKENS), model(TOKENS).logits, rtol=0, atol=1e-4
     )
     lost = next(source.glob("model-00002*"))
     lost.unlink()
@@ -202,7 +202,7 @@ def test_a_file_of_the_body_alone(directly, source, tmp_path):
     body["lm_head.weight"] = body["wte.weight"].clone()
     save_file(body, path / "model.safetensors")
     assert not directly(action="import", source=str(path), run="run")
-    assert_close(TrainedRun.load("run", "best").decoder(TOKENS), model(TOKENS).logits, rtol=0, atol=1e-4)
+    assert_close(StoredRun.load("run", "best").decoder(TOKENS), model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
 # --- runs of ours ---
@@ -229,7 +229,7 @@ def test_transformers_reads_the_same_text(directly, stored, kind, text):
     assert theirs.decode([ours.end_of_text], skip_special_tokens=True) == ""
     tokens = TOKENS % ours.vocab_size
     model = transformers.AutoModelForCausalLM.from_pretrained("out")
-    assert_close(model(tokens).logits, TrainedRun.load("run", "best").decoder(tokens), rtol=0, atol=1e-4)
+    assert_close(model(tokens).logits, StoredRun.load("run", "best").decoder(tokens), rtol=0, atol=1e-4)
     assert model.generation_config.eos_token_id == ours.end_of_text
 
 
@@ -250,7 +250,7 @@ def test_transformers_reads_the_same_text(directly, stored, kind, text):
 def test_a_run_of_ours_in_their_words(directly, stored, family, overrides):
     run = stored(*overrides)
     assert not directly(action="export", run=run, family=family, to="out")
-    assert_close(logits("out"), TrainedRun.load(run, "best").decoder(TOKENS), rtol=0, atol=1e-4)
+    assert_close(logits("out"), StoredRun.load(run, "best").decoder(TOKENS), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_a_padded_table_is_as_usual(directly, source):
     save_file(padded, source / "model.safetensors")
     change_config(source, vocab_size=264)
     assert not directly(action="import", source=str(source), run="run")
-    assert TrainedRun.load("run", "best").decoder(TOKENS).shape[-1] == 264
+    assert StoredRun.load("run", "best").decoder(TOKENS).shape[-1] == 264
     assert not directly(action="export", run="run", family="llama", to="out")
     assert logits("out").shape[-1] == 264
 

@@ -11,8 +11,8 @@ import torch
 from torch.testing import assert_close
 
 from scantling.inference import generation
-from scantling.inference.generation import beam_search, generate, laid_out_for_decoding, speculate
-from scantling.inference.sampling import Settings
+from scantling.inference.generation import beam_search, generate, lay_out_for_decoding, speculate
+from scantling.inference.sampling import GenerationSettings
 from scantling.model.linear import FEW, ONEDNN
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
@@ -29,8 +29,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def settings(n_tokens: int, **given) -> Settings:
-    return Settings(**({"n_tokens": n_tokens} | PLAIN | given))
+def settings(n_tokens: int, **given) -> GenerationSettings:
+    return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
 
 
 def generated(decoder, n_tokens: int, *, prompt=PROMPT, seed: int = 0, **given) -> list[int]:
@@ -105,7 +105,7 @@ def test_prompts_of_different_length_go_on_as_each_alone(nano, overrides):
     alone = [generated(decoder, 40, prompt=prompt, **GREEDY) for prompt in PROMPTS]
     assert batch_of(decoder, PROMPTS, 40, **GREEDY) == alone
     done = set()
-    context = Settings(n_tokens=40, **GREEDY)
+    context = GenerationSettings(n_tokens=40, **GREEDY)
     found = [[] for _ in PROMPTS]
     for step in generate(decoder, PROMPTS, settings=context, generator=torch.Generator(), done=done):
         for row, token in step:
@@ -144,7 +144,7 @@ def test_greedy_equals_transformers_gpt2(gpt2_pair):
 def test_the_layout_for_decoding_changes_memory_alone(nano, embed):
     plain, laid_out = (
         nano(f"embed={embed}", gain=8),
-        laid_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
+        lay_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
     )
     if ONEDNN:
         assert laid_out.blocks[0].ffn.gate_up.weight.is_mkldnn
@@ -171,7 +171,7 @@ def test_joined_gates_are_the_same_function(nano, overrides, rows):
     for p in decoder.parameters():
         if p.ndim == 1:
             p.add_(torch.randn(p.shape))
-    laid_out = laid_out_for_decoding(copy.deepcopy(decoder), rows)
+    laid_out = lay_out_for_decoding(copy.deepcopy(decoder), rows)
     assert any("gate_up" in name for name, _ in laid_out.named_parameters())
     assert not any("up.weight" in name and "gate_up" not in name for name, _ in laid_out.named_parameters())
     tokens = torch.randint(512, (rows, 9), generator=torch.Generator().manual_seed(0))
@@ -305,7 +305,7 @@ def every_outcome(monkeypatch, run):
     while paths:
         path, taken, probability = paths.pop(), [], []
 
-        def one_of(p, generator, path=path, taken=taken, probability=probability):
+        def draw_one(p, generator, path=path, taken=taken, probability=probability):
             p = p.double() / p.double().sum()
             if len(taken) < len(path):
                 choice = path[len(taken)]
@@ -316,7 +316,7 @@ def every_outcome(monkeypatch, run):
             probability.append(p[choice].item())
             return choice
 
-        monkeypatch.setattr(generation, "one_of", one_of)
+        monkeypatch.setattr(generation, "draw_one", draw_one)
         result = run()
         yield math.prod(probability), result
 

@@ -12,15 +12,15 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from scantling.inference.sampling import Settings, seen_tokens
+from scantling.inference.sampling import GenerationSettings, seen_tokens
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
 PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
 LOGITS = 3 * torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
 
 
-def settings(n_tokens: int, **given) -> Settings:
-    return Settings(**({"n_tokens": n_tokens} | PLAIN | given))
+def settings(n_tokens: int, **given) -> GenerationSettings:
+    return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])

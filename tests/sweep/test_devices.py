@@ -7,7 +7,7 @@ import pytest
 
 from scantling.runs.directory import RunDirectory
 from scantling.sweep.devices import Devices, visible_gpus
-from scantling.sweep.jobs import Job, labels
+from scantling.sweep.jobs import Job, label_jobs
 
 
 def job(devices: int, *, on_gpu: bool = False) -> Job:
@@ -64,15 +64,15 @@ def test_a_users_own_choice_of_devices_stands(monkeypatch):
 
 def test_a_label_says_what_differs():
     common = ["sweeps=norms", "model=nano"]
-    assert labels([[*common, "norm=none", "seed=0"], [*common, "norm=none", "seed=1"]]) == [
+    assert label_jobs([[*common, "norm=none", "seed=0"], [*common, "norm=none", "seed=1"]]) == [
         "seed=0",
         "seed=1",
     ]
     arms = [[*common, "arm=plain"], [*common, "norm=none", "arm=bare"], [*common, "pos=alibi", "arm=alibi"]]
-    assert labels(arms) == ["arm=plain", "arm=bare", "arm=alibi"]
+    assert label_jobs(arms) == ["arm=plain", "arm=bare", "arm=alibi"]
     cells = [
         ["lr=1", "arm=small", "d=1", "l=1"],
         ["lr=2", "arm=small", "d=1", "l=1"],
         ["lr=1", "arm=large", "d=2", "l=1"],
     ]
-    assert labels(cells) == ["lr=1 arm=small", "lr=2 arm=small", "lr=1 arm=large"]
+    assert label_jobs(cells) == ["lr=1 arm=small", "lr=2 arm=small", "lr=1 arm=large"]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from scantling.sweep.leases import Lease, host, is_held, leases, start_of
+from scantling.sweep.leases import Lease, host_name, is_held, lease_files, process_start
 
 SECONDS = 60
 
@@ -55,7 +55,7 @@ def test_a_dead_process_of_this_host_holds_nothing(tmp_path):
     lease.write([process.pid])
     assert is_held(lease.path, SECONDS)
     process.kill()
-    while start_of(process.pid) is not None:  # not yet waited for: a zombie is dead too
+    while process_start(process.pid) is not None:  # not yet waited for: a zombie is dead too
         time.sleep(0.01)
     assert not is_held(lease.path, SECONDS)
     process.wait()
@@ -67,7 +67,7 @@ def test_a_dead_process_of_this_host_holds_nothing(tmp_path):
     # Of another host only the clock tells.
     lease.path.write_text(json.dumps(holder | {"host": "elsewhere"}))
     assert is_held(lease.path, SECONDS)
-    assert host() != "elsewhere"
+    assert host_name() != "elsewhere"
 
 
 def contend(folder, start, winners):
@@ -97,4 +97,4 @@ def test_of_many_at_once_one_wins(tmp_path, stale):
         while not winners.empty():
             tokens.append(winners.get())
         assert len(tokens) == 1
-        assert [json.loads(path.read_text())["token"] for path in leases(folder)] == tokens
+        assert [json.loads(path.read_text())["token"] for path in lease_files(folder)] == tokens

@@ -9,7 +9,7 @@ import pytest
 from hydra.core.plugins import Plugins
 
 from scantling.config.command_line import ROOT, run_entry
-from scantling.sweep.jobs import labels
+from scantling.sweep.jobs import label_jobs
 from scantling.sweep.outlook import look_ahead
 from scantling.training import run
 
@@ -40,7 +40,7 @@ def looks(tmp_path, monkeypatch):
 
     def looks(study):
         def only_look(self, overrides, initial_job_idx):
-            named = labels(overrides)
+            named = label_jobs(overrides)
             LOOKS[study] = look_ahead(
                 self.compose, overrides, named, self.cores, self.n_jobs, elsewhere=False
             )

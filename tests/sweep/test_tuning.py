@@ -9,7 +9,7 @@ from scantling.config.command_line import Mistake
 from scantling.config.composition import choices
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import load_runs, load_tuning
-from scantling.sweep.tuning import Search, Settings
+from scantling.sweep.tuning import Search, TuningSettings
 from scantling.training import run
 
 SETTINGS = {"factors": [0.25, 0.5, 1, 2, 4], "extend": 2, "budget": 0.25, "seed": 7}
@@ -21,7 +21,7 @@ def loss(rate: float, best: float) -> float:
 
 
 def searched(best: float, **settings) -> Search:
-    search = Search("arm", [], 1e-3, {"tokens": 1000}, Settings(**{**SETTINGS, **settings}))
+    search = Search("arm", [], 1e-3, {"tokens": 1000}, TuningSettings(**{**SETTINGS, **settings}))
     while wanted := search.wanted():
         search.tried |= {rate: loss(rate, best) for rate in wanted}
     return search
@@ -63,7 +63,7 @@ def test_a_failed_try_leaves_the_arm_without_a_rate():
 )
 def test_numbers_that_make_no_search_are_refused(wrong):
     with pytest.raises(Mistake, match=f"tune.{next(iter(wrong))}="):
-        Settings(**{**SETTINGS, **wrong})
+        TuningSettings(**{**SETTINGS, **wrong})
 
 
 BEST = {"mha": 3e-3, "mqa": 1e-3}

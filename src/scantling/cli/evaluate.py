@@ -12,7 +12,7 @@ from rich.table import Table
 from scantling.config.command_line import mistakes
 from scantling.data.context_windows import ContextWindows
 from scantling.data.tokens import TokenizedCorpus
-from scantling.inference.stored_run import TrainedRun, place_of
+from scantling.inference.stored_run import StoredRun, find_run
 from scantling.model.hardware import keep_freed_memory
 from scantling.report.lengths import FILES, write_lengths
 
@@ -27,15 +27,15 @@ def evaluate(config: DictConfig) -> None:
             raise ValueError(f"split={config.split} is unknown: use val or train")
         if config.lengths is None and (config.stride is not None or config.to is not None):
             raise ValueError("stride and to belong to a loss by length of context: add lengths=[64,128,256]")
-        runs = [TrainedRun.load(place_of(name, config), config.checkpoint) for name in given]
+        runs = [StoredRun.load(find_run(name, config), config.checkpoint) for name in given]
         corpora = [run.corpus(config.data, Path(config.paths.cache)) for run in runs]
         windows = [] if config.lengths is None else context_windows(config, runs, corpora)
     console.print(f"{corpora[0].description}, {config.split} split")
     if config.lengths is None:
-        console.print(losses(config, runs, corpora))
+        console.print(loss_table(config, runs, corpora))
     else:
         rows = []
-        for name, run, corpus, of_run in zip(names(runs), runs, corpora, windows, strict=True):
+        for name, run, corpus, of_run in zip(label_runs(runs), runs, corpora, windows, strict=True):
             rows += rows_by_length(config, name, run, corpus, of_run)
         counts = " and ".join(f"{n:,}" for n in sorted({row["tokens"] for row in rows}))
         console.print(f"the same {counts} tokens at every length")
@@ -54,9 +54,9 @@ def evaluate(config: DictConfig) -> None:
         console.print("[yellow]warning: these runs were trained on different texts[/yellow]")
 
 
-def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]) -> Table:
+def loss_table(config: DictConfig, runs: list[StoredRun], corpora: list[TokenizedCorpus]) -> Table:
     table = Table("run", "bits/byte", "nats/token", "perplexity", "tokens", box=None)
-    for name, run, corpus in zip(names(runs), runs, corpora, strict=True):
+    for name, run, corpus in zip(label_runs(runs), runs, corpora, strict=True):
         loss = run.loss(corpus, split=config.split, n_windows=config.n_windows, batch_size=config.batch_size)
         result = loss.results()
         numbers = (f"{result[key]:.4f}" for key in ("bpb", "loss", "perplexity"))
@@ -64,7 +64,7 @@ def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCo
     return table
 
 
-def names(runs: list[TrainedRun]) -> list[str]:
+def label_runs(runs: list[StoredRun]) -> list[str]:
     """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by choices."""
     chosen = [{**run.config.choices, "seed": run.config.seed} for run in runs]
     groups = {group: None for choices in chosen for group in choices}
@@ -74,7 +74,7 @@ def names(runs: list[TrainedRun]) -> list[str]:
 
 
 def context_windows(
-    config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]
+    config: DictConfig, runs: list[StoredRun], corpora: list[TokenizedCorpus]
 ) -> list[ContextWindows]:
     """Those of each run's text. Raises ValueError for lengths that a model cannot take, and files that are there."""
     if not isinstance(config.lengths, ListConfig):
@@ -103,7 +103,7 @@ def context_windows(
 
 
 def rows_by_length(
-    config: DictConfig, name: str, run: TrainedRun, corpus: TokenizedCorpus, windows: ContextWindows
+    config: DictConfig, name: str, run: StoredRun, corpus: TokenizedCorpus, windows: ContextWindows
 ) -> list[dict[str, Any]]:
     found = {
         (length, stride): loss

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scantling.data.corpora import Corpus, Split, _hash_manifest
+from scantling.data.corpora import Corpus, Split, hash_manifest
 
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " "
 """A symbol is one character and one byte, so that nats per byte and per symbol are the same."""
@@ -64,7 +64,7 @@ class Source(Corpus):
 
     @property
     def fingerprint(self) -> str:
-        return _hash_manifest(
+        return hash_manifest(
             {
                 "corpus": type(self).__name__,
                 "settings": self.settings,
@@ -185,14 +185,14 @@ class MarkovText(Source):
         for i in range(self.order):
             symbols_TB[i] = context_B // v ** (self.order - 1 - i) % v
         for t in range(self.order, length):
-            symbol_B = (self._cumulative[context_B] <= uniform_TB[t][:, None]).sum(axis=1)
+            symbol_B = (self.cumulative[context_B] <= uniform_TB[t][:, None]).sum(axis=1)
             symbols_TB[t] = symbol_B
             context_B = (context_B * v + symbol_B) % contexts
         letters = np.frombuffer(ALPHABET.encode(), dtype=np.uint8)
         return [letters[symbols].tobytes().decode() for symbols in symbols_TB[: self.document].T]
 
     @cached_property
-    def _cumulative(self) -> Array:
+    def cumulative(self) -> Array:
         cumulative = self.transitions.cumsum(axis=1)
         cumulative[:, -1] = 1.0  # above every uniform number, whatever the rounding
         return cumulative
@@ -286,13 +286,13 @@ class GrammarText(Source):
                 drawn.append("\n") if drawn else None
                 stack.append(0)
             a = stack.pop()
-            terminal, children = self._expansions[a][bisect_right(self._cumulative[a], next(uniforms))]
+            terminal, children = self.productions[a][bisect_right(self.cumulative[a], next(uniforms))]
             drawn.append(terminal)
             stack += children
         return "".join(drawn[: self.document])
 
     @cached_property
-    def _expansions(self) -> list[list[tuple[str, list[int]]]]:
+    def productions(self) -> list[list[tuple[str, list[int]]]]:
         """By nonterminal and rule: the terminal, and the children in the order that a stack takes them."""
         _, terminals, children = self.grammar
         return [
@@ -301,7 +301,7 @@ class GrammarText(Source):
         ]
 
     @cached_property
-    def _cumulative(self) -> list[list[float]]:
+    def cumulative(self) -> list[list[float]]:
         """Without the last, which is 1 but for rounding."""
         return self.grammar[0].cumsum(axis=1)[:, :-1].tolist()
 

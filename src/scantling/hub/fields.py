@@ -1,7 +1,7 @@
 """The settings of a family, each read both ways: a field of `config.json` <-> overrides as on the command line.
 
 `overrides` turns a `config.json` into the overrides that make the same decoder; `hf_config` turns the configuration of
-a decoder, its nulls `filled` in, into fields. A setting that `hf_config` does not find is left out:
+a decoder, its nulls filled in, into fields. A setting that `hf_config` does not find is left out:
 export composes what it wrote once more and names what came out otherwise, so no field needs to check itself.
 """
 
@@ -27,7 +27,7 @@ def setting(path: str, value: Any) -> str:
     return f"{path}={words[value] if value is None or isinstance(value, bool) else value}"
 
 
-def found(decoder: Mapping[str, Any], path: str) -> Any:
+def read_setting(decoder: Mapping[str, Any], path: str) -> Any:
     """The value at a dotted path, or MISSING. `model.x` and `decoder.x` stand for the decoder's own `x`."""
     node: Any = decoder
     for key in path.removeprefix("model.").removeprefix("decoder.").split("."):
@@ -37,7 +37,7 @@ def found(decoder: Mapping[str, Any], path: str) -> Any:
     return node
 
 
-def value_of(hf: Config, field: str, absent: Any, nullable: bool = False) -> Any:
+def read_field(hf: Config, field: str, absent: Any, nullable: bool = False) -> Any:
     """What `config.json` says, or what `transformers` takes where it says nothing."""
     value = hf.get(field, MISSING)
     if value is MISSING or (value is None and not nullable):
@@ -47,7 +47,7 @@ def value_of(hf: Config, field: str, absent: Any, nullable: bool = False) -> Any
     return value
 
 
-def filled(decoder: Config) -> Config:
+def fill_nulls(decoder: Config) -> Config:
     """The configuration with what its nulls stand for, so that two ways to say one thing are equal."""
     decoder = {**decoder, "attn": dict(decoder["attn"]), "head": dict(decoder["head"])}
     attn, head = decoder["attn"], decoder["head"]
@@ -97,12 +97,12 @@ class Same(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         theirs = next((name for name in self.aliases if name in hf), self.theirs)
-        value = value_of(hf, theirs, self.absent, self.nullable)
+        value = read_field(hf, theirs, self.absent, self.nullable)
         value = value if value is None else self.read(value)
         return [setting(path, value) for path in self.ours]
 
     def hf_config(self, decoder: Config) -> Config:
-        value = found(decoder, self.leaf)
+        value = read_setting(decoder, self.leaf)
         if value is MISSING:
             return {}
         return {self.theirs: value if value is None else self.write(value)}
@@ -165,14 +165,14 @@ class Switch(Field):
         self.absent, self.nullable = absent, nullable
 
     def overrides(self, hf: Config) -> list[str]:
-        value = value_of(hf, self.theirs, self.absent, self.nullable)
+        value = read_field(hf, self.theirs, self.absent, self.nullable)
         if value not in self.choices:
             known = ", ".join(str(choice) for choice in self.choices)
             raise ValueError(f"config.json: {self.theirs}={value} is not supported, only {known}")
         return list(self.choices[value][1])
 
     def hf_config(self, decoder: Config) -> Config:
-        here = found(decoder, self.leaf)
+        here = read_setting(decoder, self.leaf)
         return next(({self.theirs: v} for v, (there, _) in self.choices.items() if there == here), {})
 
     @property
@@ -180,7 +180,7 @@ class Switch(Field):
         return {self.theirs}
 
 
-def tied(absent: bool, *untied: str) -> Switch:
+def tied_embeddings(absent: bool, *untied: str) -> Switch:
     """`tie_word_embeddings`; `untied` are further settings of an output matrix of its own."""
     target = "scantling.model.embed."
     return Switch(
@@ -221,7 +221,7 @@ class Activation(Field):
         self.options = GATED if gated else {option: option for option in ACTIVATIONS.values()}
 
     def overrides(self, hf: Config) -> list[str]:
-        name = value_of(hf, self.theirs, self.absent)
+        name = read_field(hf, self.theirs, self.absent)
         option = self.options.get(ACTIVATIONS.get(name, ""))
         if option is None:
             known = [theirs for theirs, ours in ACTIVATIONS.items() if ours in self.options]
@@ -229,8 +229,11 @@ class Activation(Field):
         return [f"ffn={option}"]
 
     def hf_config(self, decoder: Config) -> Config:
-        approximate = found(decoder, "ffn.activation.approximate")
-        key = (found(decoder, "ffn.activation._target_"), None if approximate is MISSING else approximate)
+        approximate = read_setting(decoder, "ffn.activation.approximate")
+        key = (
+            read_setting(decoder, "ffn.activation._target_"),
+            None if approximate is MISSING else approximate,
+        )
         name = CLASSES.get(key, "")
         return {self.theirs: name} if ACTIVATIONS.get(name) in self.options else {}
 
@@ -246,15 +249,18 @@ class GatedWidth(Field):
         self.theirs, self.ours, self.node = theirs, ours, node
 
     def overrides(self, hf: Config) -> list[str]:
-        width = value_of(hf, self.theirs, REQUIRED)
+        width = read_field(hf, self.theirs, REQUIRED)
         # With a multiple of 1 the rounding finds every width again, also the odd ones.
         multiple_of = 8 if width % 8 == 0 else 1
         return [setting(self.ours, (3 * width + 1) // 2), setting(f"{self.node}.multiple_of", multiple_of)]
 
     def hf_config(self, decoder: Config) -> Config:
-        d_ff, multiple_of = found(decoder, self.ours), found(decoder, f"{self.node}.multiple_of")
+        d_ff, multiple_of = (
+            read_setting(decoder, self.ours),
+            read_setting(decoder, f"{self.node}.multiple_of"),
+        )
         if MISSING in (d_ff, multiple_of):
-            return {self.theirs: found(decoder, "d_ff")}
+            return {self.theirs: read_setting(decoder, "d_ff")}
         return {self.theirs: gated_width(d_ff, multiple_of)}
 
     @property
@@ -270,7 +276,7 @@ class Times(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         theirs = next((name for name in self.aliases if name in hf), self.theirs)
-        return [setting(self.ours, self.factor * value_of(hf, theirs, REQUIRED))]
+        return [setting(self.ours, self.factor * read_field(hf, theirs, REQUIRED))]
 
     def hf_config(self, decoder: Config) -> Config:
         return {}
@@ -287,7 +293,7 @@ class Equal(Field):
         self.theirs, self.other, self.ours = theirs, other, ours
 
     def overrides(self, hf: Config) -> list[str]:
-        value, other = hf.get(self.theirs), value_of(hf, self.other, REQUIRED)
+        value, other = hf.get(self.theirs), read_field(hf, self.other, REQUIRED)
         if value not in (None, other):
             raise ValueError(
                 f"config.json: {self.theirs}={value} is not supported, only {other}, its {self.other}"
@@ -295,7 +301,7 @@ class Equal(Field):
         return []
 
     def hf_config(self, decoder: Config) -> Config:
-        return {self.theirs: found(decoder, self.ours)}
+        return {self.theirs: read_setting(decoder, self.ours)}
 
     @property
     def names(self) -> set[str]:
@@ -309,13 +315,13 @@ class Window(Field):
         self.theirs, self.absent = theirs, absent
 
     def overrides(self, hf: Config) -> list[str]:
-        window = value_of(hf, self.theirs, self.absent, nullable=True)
+        window = read_field(hf, self.theirs, self.absent, nullable=True)
         if window is None:
             return ["attn/pattern=full"]
         return ["attn/pattern=sliding", setting("model.window", window)]
 
     def hf_config(self, decoder: Config) -> Config:
-        window = found(decoder, "attn.pattern.window")
+        window = read_setting(decoder, "attn.pattern.window")
         return {self.theirs: None if window is MISSING else window}
 
     @property
@@ -333,7 +339,7 @@ class LayerTypes(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         every = next((hf[key] for key in self.period if key in hf), self.every)
-        n_layers = value_of(hf, "num_hidden_layers", REQUIRED)
+        n_layers = read_field(hf, "num_hidden_layers", REQUIRED)
         types = hf.get("layer_types") or self.types(n_layers, every)
         if "full_attention" in types:
             every = types.index("full_attention") + 1
@@ -343,7 +349,7 @@ class LayerTypes(Field):
             )
         return [
             "attn/pattern=local_global",
-            setting("model.window", value_of(hf, "sliding_window", self.window)),
+            setting("model.window", read_field(hf, "sliding_window", self.window)),
             *(setting(path, every) for path in ("attn.pattern.every", *self.also)),
         ]
 
@@ -353,7 +359,10 @@ class LayerTypes(Field):
         return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)]
 
     def hf_config(self, decoder: Config) -> Config:
-        window, every = found(decoder, "attn.pattern.window"), found(decoder, "attn.pattern.every")
+        window, every = (
+            read_setting(decoder, "attn.pattern.window"),
+            read_setting(decoder, "attn.pattern.every"),
+        )
         if MISSING in (window, every):
             return {}
         types = self.types(decoder["n_layers"], every)
@@ -364,7 +373,7 @@ class LayerTypes(Field):
         return {"sliding_window", "layer_types", *self.period}
 
 
-def but(fields: Sequence[Field], *changes: Field, without: Sequence[str] = ()) -> tuple[Field, ...]:
+def change_fields(fields: Sequence[Field], *changes: Field, without: Sequence[str] = ()) -> tuple[Field, ...]:
     """A family's fields with those of the same names changed, others added, and some left out."""
     replaced = set(without).union(*(change.names for change in changes))
     return (*(field for field in fields if not field.names & replaced), *changes)

@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-class Tensors:
+class TensorFiles:
     """The tensors of a directory, in one file or several; each is read when it is asked for."""
 
     def __init__(self, source: Path):
@@ -78,7 +78,7 @@ class Tensors:
         return tensor
 
 
-def imported(family: Family, decoder: Decoder, tensors: Tensors) -> dict[str, Tensor]:
+def import_tensors(family: Family, decoder: Decoder, tensors: TensorFiles) -> dict[str, Tensor]:
     """The decoder's state from theirs. Raises ValueError when a tensor is missing, one too many, or of another shape."""
     rules, ours = rules_of(family.tensors, decoder), shapes_of(decoder)
     wanted: dict[str, tuple[int, ...]] = {}
@@ -109,7 +109,7 @@ def imported(family: Family, decoder: Decoder, tensors: Tensors) -> dict[str, Te
     return {name: state[name] for name in ours}
 
 
-def stored_name(name: str, family: Family, tensors: Tensors) -> str:
+def stored_name(name: str, family: Family, tensors: TensorFiles) -> str:
     """A file of the body alone, as GPT-2's on the Hub, leaves the prefix out."""
     return name if name in tensors.files else name.removeprefix(family.prefix)
 
@@ -124,7 +124,7 @@ def and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def exported(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def export_tensors(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Theirs from the decoder's state."""
     theirs: dict[str, Tensor] = {}
     for rule in rules:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scantling.hub.fields import MISSING, REQUIRED, Config, Field, Only, found, setting, value_of
+from scantling.hub.fields import MISSING, REQUIRED, Config, Field, Only, read_field, read_setting, setting
 
 
 def yarn_growth(factor: float, mscale: float) -> float:
@@ -87,22 +87,22 @@ class Rope(Field):
             setting(f"{node}.interleaved", self.interleaved),
             f"{group}={'none' if kind == 'default' else kind}",
             *(
-                setting(f"{node}.scaling.{ours}", value_of(given, theirs, DEFAULTS.get(theirs, REQUIRED)))
+                setting(f"{node}.scaling.{ours}", read_field(given, theirs, DEFAULTS.get(theirs, REQUIRED)))
                 for theirs, ours in KINDS.get(kind, {}).items()
             ),
         ]
 
     def written(self, decoder: Config, node: str) -> Config:
         """The inverse of `read`; what is no rotation gives nothing."""
-        theta, fraction = found(decoder, f"{node}.theta"), found(decoder, f"{node}.fraction")
-        kind = str(found(decoder, f"{node}.scaling._target_")).rpartition(".")[2]
+        theta, fraction = read_setting(decoder, f"{node}.theta"), read_setting(decoder, f"{node}.fraction")
+        kind = str(read_setting(decoder, f"{node}.scaling._target_")).rpartition(".")[2]
         if MISSING in (theta, fraction):
             return {}
         parameters = {"rope_type": kind if kind in KINDS else "default", "rope_theta": theta}
         if fraction != 1.0 or self.fraction != 1.0:  # where the family's default is another, 1 must be said
             parameters["partial_rotary_factor"] = fraction
         for theirs, ours in KINDS.get(kind, {}).items():
-            value = found(decoder, f"{node}.scaling.{ours}")
+            value = read_setting(decoder, f"{node}.scaling.{ours}")
             if value is not None:
                 parameters[theirs] = value
         return parameters

@@ -115,7 +115,7 @@ class Apart(Layout):
         attn = ours.removesuffix(".qkv")
         weights = tuple(f"{name}.weight" for name in theirs.values())
         return [
-            Rule((f"{ours}.weight",), weights, rows=widths(attn, modules)),
+            Rule((f"{ours}.weight",), weights, rows=qkv_widths(attn, modules)),
             *(Rule((f"{attn}.{part}_bias",), (f"{name}.bias",)) for part, name in theirs.items()),
         ]
 
@@ -160,12 +160,12 @@ class Folded(Layout):
     theirs: str
 
     def rules(self, ours: str, places: Places, modules: Modules) -> list[Rule]:
-        norms = [f"{ours}.{name}.weight" for name, _ in children(ours, modules)]
+        norms = [f"{ours}.{name}.weight" for name, _ in named_children(ours, modules)]
         theirs = (f"{self.theirs.format(**places)}.weight",)
         return [Rule(tuple(norms), theirs, folded=len(norms))] if norms else []
 
 
-def widths(attn: str, modules: Modules) -> Shape:
+def qkv_widths(attn: str, modules: Modules) -> Shape:
     """Of all queries, keys and values."""
     module = modules[attn]
     assert isinstance(module, Attention)
@@ -174,26 +174,26 @@ def widths(attn: str, modules: Modules) -> Shape:
 
 def by_head_order(attn: str, modules: Modules) -> Tensor:
     """The row of theirs for each of ours, where theirs has for each key head its queries, its key and its value."""
-    q, k, v = widths(attn, modules)
+    q, k, v = qkv_widths(attn, modules)
     module = modules[attn]
     assert isinstance(module, Attention)
     theirs_KGE = torch.arange(q + k + v).view(module.heads[1], -1, module.d_head)
     return torch.cat([part.flatten() for part in (theirs_KGE[:, :-2], theirs_KGE[:, -2], theirs_KGE[:, -1])])
 
 
-def children(path: str, modules: Modules) -> list[tuple[str, nn.Module]]:
+def named_children(path: str, modules: Modules) -> list[tuple[str, nn.Module]]:
     return list(modules[path].named_children()) if path in modules else []
 
 
-def places_of(ours: str, modules: Modules) -> Iterator[dict[str, str]]:
+def fill_places(ours: str, modules: Modules) -> Iterator[dict[str, str]]:
     """Every way to fill the places of a name with modules that are there."""
     if "{" not in ours:
         yield {}
         return
     before, _, rest = ours.partition("{")
     letter, _, after = rest.partition("}")
-    for name, _ in children(before.removesuffix("."), modules):
-        for others in places_of(before + name + after, modules):
+    for name, _ in named_children(before.removesuffix("."), modules):
+        for others in fill_places(before + name + after, modules):
             yield {letter: name, **others}
 
 
@@ -206,7 +206,7 @@ def rules_of(table: Table, decoder: Decoder) -> list[Rule]:
     rules: list[Rule] = []
     for ours, theirs in table.items():
         layout = Named(theirs) if isinstance(theirs, str) else theirs
-        for places in places_of(ours, modules):
+        for places in fill_places(ours, modules):
             name = ours.format(**places)
             if name in modules or name in have:
                 rules += (r for r in layout.rules(name, places, modules) if have.keys() >= set(r.ours))

@@ -15,7 +15,7 @@ from scantling.inference.generation import (
     largest_context,
     speculate,
 )
-from scantling.inference.sampling import Ids, Settings
+from scantling.inference.sampling import GenerationSettings, Ids
 from scantling.model.decoder import Decoder
 
 
@@ -29,7 +29,7 @@ class Codec(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-class Text:
+class GrowingText:
     """A continuation as it grows: a piece is held back while it may be part of a character or of a stop string."""
 
     def __init__(self, codec: Codec, stop: Sequence[str]):
@@ -50,7 +50,7 @@ class Text:
             return self.upto(text, min(ends))
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        held = max((overlap(text[self.shown :], stop) for stop in self.stop), default=0)
+        held = max((stop_overlap(text[self.shown :], stop) for stop in self.stop), default=0)
         return self.upto(text, len(text) - held)
 
     def finish(self) -> str:
@@ -67,18 +67,18 @@ class Text:
         return piece
 
 
-def overlap(text: str, stop: str) -> int:
+def stop_overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that a stop string begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def continuations(
+def continue_prompts(
     decoder: Decoder,
     codec: Codec,
     prompts: Sequence[str],
     *,
-    settings: Settings,
+    settings: GenerationSettings,
     seed: int,
     draft: Decoder | None = None,
 ) -> Iterator[tuple[int, str | None]]:
@@ -98,15 +98,15 @@ def continuations(
         if settings.beams > 1:
             raise ValueError(f"beams={settings.beams} and a draft exclude each other: choose one")
         check_draft(decoder, draft)
-    return pieces(decoder, codec, ids, settings=settings, seed=seed, draft=draft)
+    return continue_ids(decoder, codec, ids, settings=settings, seed=seed, draft=draft)
 
 
-def pieces(
+def continue_ids(
     decoder: Decoder,
     codec: Codec,
     prompts: Sequence[Ids],
     *,
-    settings: Settings,
+    settings: GenerationSettings,
     seed: int,
     draft: Decoder | None,
 ) -> Iterator[tuple[int, str | None]]:
@@ -114,9 +114,11 @@ def pieces(
     was_training = [model.training for model in models]
     for model in models:
         model.eval()
-    texts = [Text(codec, settings.stop) for _ in prompts]
+    texts = [GrowingText(codec, settings.stop) for _ in prompts]
     try:
-        for row, token in stream(decoder, codec, prompts, texts, settings=settings, seed=seed, draft=draft):
+        for row, token in next_tokens(
+            decoder, codec, prompts, texts, settings=settings, seed=seed, draft=draft
+        ):
             if texts[row].is_done:
                 continue
             if piece := texts[row].add(token):
@@ -133,13 +135,13 @@ def pieces(
             yield row, None
 
 
-def stream(
+def next_tokens(
     decoder: Decoder,
     codec: Codec,
     prompts: Sequence[Ids],
-    texts: Sequence[Text],
+    texts: Sequence[GrowingText],
     *,
-    settings: Settings,
+    settings: GenerationSettings,
     seed: int,
     draft: Decoder | None,
 ) -> Iterator[tuple[int, int]]:
@@ -163,10 +165,10 @@ def stream(
             done |= {row for row, text in enumerate(texts) if text.is_done}
 
 
-def continuation(decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings) -> Iterator[str]:
+def continue_text(decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings) -> Iterator[str]:
     """The text that follows one prompt, piece by piece; of a prompt too long the end counts."""
-    plain = Settings(**settings)
+    plain = GenerationSettings(**settings)
     ids = [codec.end_of_text, *codec.encode(prompt)][-largest_context(decoder, plain.context) :]
-    for _, piece in pieces(decoder, codec, [ids], settings=plain, seed=seed, draft=None):
+    for _, piece in continue_ids(decoder, codec, [ids], settings=plain, seed=seed, draft=None):
         if piece is not None:
             yield piece

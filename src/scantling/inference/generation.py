@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from scantling.inference.sampling import Ids, Settings, one_of, seen_tokens
+from scantling.inference.sampling import GenerationSettings, Ids, draw_one, seen_tokens
 from scantling.model.attn import PatternedAttention
 from scantling.model.cache import KVCache
 from scantling.model.decoder import Decoder
@@ -36,7 +36,7 @@ def largest_context(decoder: Decoder, asked: int | None) -> int:
     return sys.maxsize if rolls and limit is None else decoder.seq_len
 
 
-class Texts:
+class CachedTexts:
     """Texts that grow side by side over one cache.
 
     The model sees at most `context` tokens of each: one that gets longer goes on from its last half, as a longer
@@ -118,14 +118,14 @@ class JoinedGates(nn.Module):
     def __init__(self, ffn: GatedFeedForward):
         super().__init__()
         self.activation, self.out = ffn.activation, ffn.out
-        self.gate_up = joined(ffn.gate, ffn.up)
+        self.gate_up = join_layers(ffn.gate, ffn.up)
 
     def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         gate, up = self.gate_up(x_BTD).chunk(2, -1)
         return self.out(self.activation(gate) * up)
 
 
-def joined(first: Linear, second: Linear) -> Linear:
+def join_layers(first: Linear, second: Linear) -> Linear:
     """Both layers' outputs side by side."""
     with torch.device("meta"):
         both = Linear(first.in_features, 2 * first.out_features, bias=first.bias is not None)
@@ -136,7 +136,7 @@ def joined(first: Linear, second: Linear) -> Linear:
 
 
 @torch.no_grad()
-def laid_out_for_decoding(decoder: Decoder, rows: int) -> Decoder:
+def lay_out_for_decoding(decoder: Decoder, rows: int) -> Decoder:
     """The same model for decoding so many texts at once, and for that alone: it is neither trained nor saved.
 
     Gates are joined. On a CPU matrices stand in memory as they are read fastest: MKL's product with one vector, or a
@@ -149,7 +149,7 @@ def laid_out_for_decoding(decoder: Decoder, rows: int) -> Decoder:
                 setattr(module, name, JoinedGates(part))
     if ONEDNN:
         if rows > FEW // 2:
-            pack(decoder)
+            pack_weights(decoder)
         return decoder
     for parameter in decoder.parameters():
         if parameter.is_cpu and parameter.ndim == 2 and parameter.shape[0] >= parameter.shape[1]:
@@ -157,7 +157,7 @@ def laid_out_for_decoding(decoder: Decoder, rows: int) -> Decoder:
     return decoder
 
 
-def pack(decoder: Decoder) -> None:
+def pack_weights(decoder: Decoder) -> None:
     for module in decoder.modules():
         if type(module) is Linear and module.weight.is_cpu and module.weight.dtype == torch.float32:
             module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
@@ -179,13 +179,15 @@ def generate(
     decoder: Decoder,
     prompts: Sequence[Ids],
     *,
-    settings: Settings,
+    settings: GenerationSettings,
     generator: torch.Generator,
     done: set[int] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """At each of `n_tokens` steps, (prompt, id of its next token) for all of them; those put into `done` drop out."""
     context = largest_context(decoder, settings.context)
-    texts = Texts(decoder, prompts, context=context, room=settings.n_tokens, precision=settings.precision)
+    texts = CachedTexts(
+        decoder, prompts, context=context, room=settings.n_tokens, precision=settings.precision
+    )
     logits_BV = texts.begin()[:, -1]
     rows = list(range(len(prompts)))
     seen_BV = None
@@ -208,7 +210,7 @@ def generate(
 
 @torch.inference_mode()
 def speculate(
-    decoder: Decoder, draft: Decoder, prompt: Ids, *, settings: Settings, generator: torch.Generator
+    decoder: Decoder, draft: Decoder, prompt: Ids, *, settings: GenerationSettings, generator: torch.Generator
 ) -> Iterator[int]:
     """As `generate` for one prompt, in distribution and, at temperature 0, token for token, in fewer passes.
 
@@ -219,8 +221,8 @@ def speculate(
     check_draft(decoder, draft)
     context, small = largest_context(decoder, settings.context), largest_context(draft, None)
     n_tokens, precision = settings.n_tokens, settings.precision
-    texts = Texts(decoder, [prompt], context=context, room=n_tokens, precision=precision, rewinds=True)
-    drafts = Texts(draft, [prompt], context=small, room=n_tokens + 1, precision=precision, rewinds=True)
+    texts = CachedTexts(decoder, [prompt], context=context, room=n_tokens, precision=precision, rewinds=True)
+    drafts = CachedTexts(draft, [prompt], context=small, room=n_tokens + 1, precision=precision, rewinds=True)
     written = list(prompt)
 
     def probabilities(logits_V: Tensor, following: Ids) -> Tensor:
@@ -232,7 +234,7 @@ def speculate(
 
     p_V = probabilities(texts.begin()[0, -1], [])
     draft_logits_V = drafts.begin()[0, -1]
-    token, unread = one_of(p_V, generator), []
+    token, unread = draw_one(p_V, generator), []
     yielded = 1
     yield token
     while yielded < n_tokens:
@@ -244,20 +246,22 @@ def speculate(
         for _ in range(n):
             draft_logits_V = drafts.read(torch.tensor([unread], device=drafts.device))[0, -1]
             q.append(probabilities(draft_logits_V, proposed))
-            proposed.append(one_of(q[-1], generator))
+            proposed.append(draw_one(q[-1], generator))
             unread = proposed[-1:]
         logits_TV = texts.read(torch.tensor([[token, *proposed]], device=texts.device))[0]
         kept = 0
         for i, x in enumerate(proposed):
             p_V = probabilities(logits_TV[i], proposed[:i])
             keeping = (p_V[x] / q[i][x]).clamp(max=1)
-            if not one_of(torch.stack((1 - keeping, keeping)), generator):
+            if not draw_one(torch.stack((1 - keeping, keeping)), generator):
                 left = (p_V - q[i]).clamp(min=0)
-                token = one_of(left if left.any() else p_V, generator)  # p and q may differ by rounding alone
+                token = draw_one(
+                    left if left.any() else p_V, generator
+                )  # p and q may differ by rounding alone
                 break
             kept += 1
         else:
-            token = one_of(probabilities(logits_TV[-1], proposed), generator)
+            token = draw_one(probabilities(logits_TV[-1], proposed), generator)
         texts.forget(len(proposed) - kept)
         if kept < len(proposed):  # the draft has not read its last proposal
             drafts.forget(len(proposed) - 1 - kept)
@@ -287,7 +291,7 @@ class Beam:
 
 @torch.inference_mode()
 def beam_search(
-    decoder: Decoder, prompts: Sequence[Ids], *, settings: Settings, end_of_text: int | None
+    decoder: Decoder, prompts: Sequence[Ids], *, settings: GenerationSettings, end_of_text: int | None
 ) -> list[Ids]:
     """The best of the texts that end within `n_tokens`, for each prompt.
 
@@ -298,7 +302,9 @@ def beam_search(
     K, P = settings.beams, len(prompts)
     context = largest_context(decoder, settings.context)
     check_room(prompts, settings.n_tokens, context)
-    texts = Texts(decoder, prompts, context=context, room=settings.n_tokens, precision=settings.precision)
+    texts = CachedTexts(
+        decoder, prompts, context=context, room=settings.n_tokens, precision=settings.precision
+    )
     logits_BV = texts.begin()[:, -1].repeat_interleave(K, 0)
     texts.select([row for row in range(P) for _ in range(K)])
     V = logits_BV.shape[-1]

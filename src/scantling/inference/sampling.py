@@ -18,7 +18,7 @@ Ids = list[int]
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """How a text is continued. Raises ValueError for what cannot be.
 
     Filters apply in this order, as in `transformers`, each to what the one before it left.
@@ -107,7 +107,7 @@ class Settings:
             p_BV = p_BV.masked_fill(p_BV < self.min_p * p_BV.amax(-1, keepdim=True), 0.0)
         p_BV = p_BV / p_BV.sum(-1, keepdim=True)
         if self.typical_p is not None:
-            p_BV = typical(p_BV, self.typical_p)
+            p_BV = keep_typical(p_BV, self.typical_p)
         return p_BV
 
     def draw(
@@ -115,10 +115,10 @@ class Settings:
     ) -> Int[Tensor, " B"]:
         if self.temperature == 0:
             return self.penalised(logits_BV, seen_BV).argmax(-1)
-        return drawn(self.probabilities(logits_BV, seen_BV), generator)
+        return draw_tokens(self.probabilities(logits_BV, seen_BV), generator)
 
 
-def typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
+def keep_typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
     surprise_BV = -p_BV.log()
     entropy_B1 = torch.special.entr(p_BV).sum(-1, keepdim=True)
     distance_BV = (surprise_BV - entropy_B1).abs()
@@ -129,12 +129,12 @@ def typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
     return p_BV / p_BV.sum(-1, keepdim=True)
 
 
-def drawn(p_BV: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
+def draw_tokens(p_BV: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
     """On the CPU, so that a seed means the same on every device."""
     return torch.multinomial(p_BV.cpu(), 1, generator=generator)[:, 0].to(p_BV.device)
 
 
-def one_of(p_V: Float[Tensor, " V"], generator: torch.Generator) -> int:
+def draw_one(p_V: Float[Tensor, " V"], generator: torch.Generator) -> int:
     return int(torch.multinomial(p_V, 1, generator=generator))
 
 

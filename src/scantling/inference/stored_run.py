@@ -17,9 +17,9 @@ from scantling.data.context_windows import ContextWindows
 from scantling.data.corpora import Corpus
 from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
-from scantling.data.tokens import TokenizedCorpus, prepare
+from scantling.data.tokens import TokenizedCorpus, prepare_corpus
 from scantling.inference.text_loss import TextLoss
-from scantling.inference.weights import check_targets, opened, stored_weights
+from scantling.inference.weights import check_targets, load_decoder, read_weights
 from scantling.model.cross_entropy import IGNORED
 from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
@@ -27,21 +27,21 @@ from scantling.runs.table import find
 
 
 @dataclass
-class TrainedRun:
+class StoredRun:
     directory: RunDirectory
     config: DictConfig
     decoder: Decoder
     tokenizer: Tokenizer
 
     @classmethod
-    def load(cls, path: str, checkpoint: str) -> TrainedRun:
+    def load(cls, path: str, checkpoint: str) -> StoredRun:
         """Raises ValueError where there is no run or no checkpoint, or where its configuration asks for foreign code."""
         directory = RunDirectory(path)
         if not directory.config.exists():
             raise ValueError(
                 f"run={path} holds no run: give a directory that holds a config.yaml, as below runs/"
             )
-        config, decoder, tokenizer = opened(directory, stored_weights(directory, checkpoint))
+        config, decoder, tokenizer = load_decoder(directory, read_weights(directory, checkpoint))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(directory, config, decoder.to(device), tokenizer)
 
@@ -51,7 +51,7 @@ class TrainedRun:
             chosen = self.config.data
             check_targets(chosen, self.directory.config)
         corpus: Corpus = instantiate(chosen)
-        return prepare(corpus, Pretrained(source=str(self.directory.tokenizer)), cache)
+        return prepare_corpus(corpus, Pretrained(source=str(self.directory.tokenizer)), cache)
 
     @torch.no_grad()
     def loss(
@@ -93,6 +93,6 @@ class TrainedRun:
                 yield length, stride, result
 
 
-def place_of(name: str, config: DictConfig) -> str:
+def find_run(name: str, config: DictConfig) -> str:
     """The directory of a run that is given by it, or by its name in any study. Raises ValueError for what is none."""
     return str(find(Path(config.paths.runs), [name])[0].path)

@@ -14,7 +14,7 @@ from scantling.sweep.devices import Devices
 from scantling.sweep.screen import clock_of
 
 
-def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
+def forecast_table(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
     """Of labels and looks. FLOPs by the `exact` convention; what is finished takes no more time."""
     looks = [look for _, look in jobs]
     table = Table(box=None, header_style="dim", pad_edge=False)
@@ -38,7 +38,7 @@ def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> Re
         f"{sum(look['steps'] for look in looks):,}",
         f"{sum(look['tokens'] for look in looks):,}",
         f"{sum(look['flops'] for look in looks):.3g}",
-        clock_of(time_of(left, devices)),
+        clock_of(total_seconds(left, devices)),
         style="bold",
     )
     return Group(
@@ -48,7 +48,7 @@ def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> Re
     )
 
 
-def time_of(looks: Sequence[dict[str, Any]], devices: Devices) -> float:
+def total_seconds(looks: Sequence[dict[str, Any]], devices: Devices) -> float:
     """Seconds until the last job ends, each begun in its turn as soon as another has ended."""
     if not looks:
         return 0.0

@@ -82,7 +82,7 @@ class Job:
         return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
+def label_jobs(jobs: Sequence[Sequence[str]]) -> list[str]:
     """For each job's overrides, those in which the jobs differ; a named arm stands for what it changes."""
     settings = [{o.partition("=")[0]: o.partition("=")[2] for o in overrides} for overrides in jobs]
     values: dict[str, dict[str | None, set[str | None]]] = {}
@@ -93,12 +93,12 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     if len({s.get("arm") for s in settings}) == 1 and "arm" in varied:
         varied.remove("arm")
     return [
-        " ".join(f"{key}={shortest(s[key])}" for key in varied if key in s) or "the only job"
+        " ".join(f"{key}={shorten_number(s[key])}" for key in varied if key in s) or "the only job"
         for s in settings
     ]
 
 
-def shortest(value: str) -> str:
+def shorten_number(value: str) -> str:
     """1e+12 for 1000000000000.0"""
     try:
         return (

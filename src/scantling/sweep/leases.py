@@ -25,10 +25,10 @@ class Lease:
     def take(cls, folder: Path, seconds: float) -> Lease | None:
         """None where another holds it, that is, has renewed it within so many `seconds` and is not known to be dead."""
         folder.mkdir(parents=True, exist_ok=True)
-        before = leases(folder)
+        before = lease_files(folder)
         if any(is_held(path, seconds) for path in before):
             return None
-        path = folder / f"lease-{max(map(number_of, before), default=0) + 1}.json"
+        path = folder / f"lease-{max(map(lease_number, before), default=0) + 1}.json"
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -37,7 +37,7 @@ class Lease:
         lease = cls(path, secrets.token_hex(8))
         lease.put([os.getpid()])
         # Since the look at the folder another lease may have come and gone, and a third have come.
-        if any(is_held(other, seconds) for other in leases(folder) if other != path):
+        if any(is_held(other, seconds) for other in lease_files(folder) if other != path):
             lease.release()
             return None
         for stale in before:
@@ -52,7 +52,11 @@ class Lease:
         return True
 
     def put(self, pids: list[int]) -> None:
-        holder = {"token": self.token, "host": host(), "processes": {str(pid): start_of(pid) for pid in pids}}
+        holder = {
+            "token": self.token,
+            "host": host_name(),
+            "processes": {str(pid): process_start(pid) for pid in pids},
+        }
         partial = self.path.with_name(f"{self.path.name}.{self.token}")
         partial.write_text(json.dumps(holder))
         os.replace(partial, self.path)
@@ -60,7 +64,7 @@ class Lease:
     def beat(self) -> bool:
         """Renew; False where another has taken the job over."""
         if not self.is_there() or any(
-            number_of(path) > number_of(self.path) for path in leases(self.path.parent)
+            lease_number(path) > lease_number(self.path) for path in lease_files(self.path.parent)
         ):
             return False
         os.utime(self.path)
@@ -79,18 +83,18 @@ class Lease:
             self.path.unlink(missing_ok=True)
 
 
-def leases(folder: Path) -> list[Path]:
+def lease_files(folder: Path) -> list[Path]:
     return list(folder.glob("lease-*.json"))
 
 
-def number_of(path: Path) -> int:
+def lease_number(path: Path) -> int:
     return int(path.stem.removeprefix("lease-"))
 
 
 def is_held(path: Path, seconds: float) -> bool:
     """Whether a heartbeat is recent and, on this host, one of the processes lives."""
     try:
-        age = clock(path.parent) - path.stat().st_mtime
+        age = folder_time(path.parent) - path.stat().st_mtime
         text = path.read_text()
     except FileNotFoundError:
         return False
@@ -99,26 +103,26 @@ def is_held(path: Path, seconds: float) -> bool:
     if not text:  # being written
         return True
     holder = json.loads(text)
-    if holder["host"] != host():
+    if holder["host"] != host_name():
         return True
     return any(
-        start is not None and start_of(int(pid)) == start for pid, start in holder["processes"].items()
+        start is not None and process_start(int(pid)) == start for pid, start in holder["processes"].items()
     )
 
 
-def clock(folder: Path) -> float:
+def folder_time(folder: Path) -> float:
     """The time of the machine that keeps the folder's files: those of two hosts may differ."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
 
 
-def host() -> str:
+def host_name() -> str:
     """This machine, and inside of a container the container."""
     space = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {os.readlink(space) if space.exists() else ''}".strip()
 
 
-def start_of(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process started, which with its number names it for good; None where it is no more."""
     if not Path("/proc/self/stat").exists():
         try:

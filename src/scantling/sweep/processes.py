@@ -46,7 +46,7 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def fork(task: Callable[[], int], log: Path, environment: dict[str, str]) -> Process:
+def fork_job(task: Callable[[], int], log: Path, environment: dict[str, str]) -> Process:
     """Call `task` in a child, whose output goes to `log` and whose exit code is what `task` returns."""
     parent = os.getpid()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -84,13 +84,13 @@ def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-    write_to(log)
+    redirect_output(log)
     # Whatever stood in their place, a test's or a terminal's.
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     os.environ.update(environment)
 
 
-def write_to(log: Path) -> None:
+def redirect_output(log: Path) -> None:
     """Standard output and error of this process and of those it starts go to the end of a file, and input is empty."""
     source = os.open(os.devnull, os.O_RDONLY)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -104,7 +104,7 @@ def run_afresh(overrides: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, command)
 
 
-def answer_of_a_child(question: Callable[[], Any]) -> Any:
+def ask_child(question: Callable[[], Any]) -> Any:
     """What `question` returns, JSON, asked in a child: it may compute, and look for GPUs, and leaves nothing behind here.
 
     A Mistake that it raises is raised here.

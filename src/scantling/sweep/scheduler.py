@@ -14,7 +14,7 @@ from typing import Any
 
 from scantling.sweep.devices import Devices, Share
 from scantling.sweep.jobs import ENDED, Job
-from scantling.sweep.leases import Lease, clock
+from scantling.sweep.leases import Lease, folder_time
 from scantling.sweep.processes import Process
 from scantling.sweep.screen import Screen
 
@@ -35,7 +35,7 @@ class Limits:
 
 
 @dataclass
-class Running:
+class RunningJob:
     job: Job
     process: Process
     share: Share
@@ -60,8 +60,8 @@ class Scheduler:
         folder: Path,
     ):
         self.jobs, self.devices, self.limits, self.start, self.screen = jobs, devices, limits, start, screen
-        self.running: list[Running] = []
-        self.began = clock(folder)
+        self.running: list[RunningJob] = []
+        self.began = folder_time(folder)
         self.asked = 0
         """How often a signal told this launcher to stop."""
         self.looked = 0.0
@@ -134,7 +134,7 @@ class Scheduler:
         process = self.start(job, share)
         limit = self.limits.timeout_seconds
         deadline = None if limit is None else time.monotonic() + limit
-        running = Running(job, process, share, lease, deadline)
+        running = RunningJob(job, process, share, lease, deadline)
         self.running.append(running)
         if not lease.write([os.getpid(), process.pid]):
             self.lose(running)
@@ -153,7 +153,7 @@ class Scheduler:
                 if not running.lease.beat():
                     self.lose(running)
 
-    def lose(self, running: Running) -> None:
+    def lose(self, running: RunningJob) -> None:
         """To another launcher, which has started it anew."""
         running.lost = True
         running.process.kill()
@@ -189,7 +189,7 @@ class Scheduler:
             self.running.remove(running)
             self.devices.give_back(running.share)
 
-    def judge(self, running: Running, code: int) -> None:
+    def judge(self, running: RunningJob, code: int) -> None:
         job = running.job
         if job.directory.is_finished:
             self.change(job, "done")

@@ -99,7 +99,7 @@ class Screen:
         return f"{len(self.jobs)} jobs: {counted}; {clock_of(time.monotonic() - self.began)}"
 
 
-def outcome(jobs: Sequence[Job]) -> RenderableType:
+def outcome_table(jobs: Sequence[Job]) -> RenderableType:
     """The last table: what every run reached, and which failed and why."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("job", overflow="fold")
@@ -114,14 +114,14 @@ def outcome(jobs: Sequence[Job]) -> RenderableType:
     return table
 
 
-def rates(searches: Sequence[Search]) -> RenderableType:
+def rates_table(searches: Sequence[Search]) -> RenderableType:
     """What `tune=lr` found: each arm's learning rate, and the bits per byte of every one tried."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("arm", overflow="fold")
     table.add_column("lr", justify="right")
     table.add_column("tried: bits/byte", overflow="fold")
     for search in searches:
-        tried = (f"{rate:g}: {reached(search.tried[rate])}" for rate in sorted(search.tried))
+        tried = (f"{rate:g}: {score_word(search.tried[rate])}" for rate in sorted(search.tried))
         table.add_row(escape(search.label), "" if search.failed else f"{search.best:g}", ", ".join(tried))
     warnings = [
         f"[yellow]warning: {escape(search.label)}: the best rate tried, {search.best:g}, is the outermost: "
@@ -132,7 +132,7 @@ def rates(searches: Sequence[Search]) -> RenderableType:
     return Group(table, *warnings)
 
 
-def reached(score: float | None) -> str:
+def score_word(score: float | None) -> str:
     return "failed" if score is None else "diverged" if score == math.inf else f"{score:.4f}"
 
 

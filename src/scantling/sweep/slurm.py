@@ -16,7 +16,7 @@ from scantling.config.command_line import ROOT, Mistake
 from scantling.runs.directory import replace_text
 from scantling.sweep.jobs import ENDED, Job
 from scantling.sweep.leases import Lease
-from scantling.sweep.processes import run_afresh, write_to
+from scantling.sweep.processes import redirect_output, run_afresh
 from scantling.sweep.scheduler import last_row
 from scantling.sweep.screen import Screen
 
@@ -36,7 +36,7 @@ LEASE_SECONDS = 60
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def defer_interrupt() -> Iterator[None]:
     """Ctrl-C waits for the end: of a job that SLURM has taken the number must be noted, or it would be handed in again."""
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda which, _: asked.append(which))
@@ -48,7 +48,7 @@ def uninterrupted() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-class Queue:
+class SlurmQueue:
     """The jobs of a sweep that SLURM has, and those that it is yet to get.
 
     A run's directory holds the number of its job, `slurm.json`: whoever comes later finds it in SLURM's queue and watches
@@ -108,10 +108,10 @@ class Queue:
                     leases[job.number] = lease
                     kinds.setdefault(json.dumps(self.settings(job), sort_keys=True), []).append(job)
             for alike in kinds.values():
-                with uninterrupted():
+                with defer_interrupt():
                     for job, number in zip(alike, self.submit(alike), strict=True):
                         self.numbers[job.number] = number
-                        replace_text(note_of(job), json.dumps({"job": number}) + "\n")
+                        replace_text(note_file(job), json.dumps({"job": number}) + "\n")
                         self.change(job, "queued", f"SLURM's job {number}")
         finally:
             for lease in leases.values():
@@ -123,7 +123,7 @@ class Queue:
         if lease is None:
             self.change(job, "elsewhere")
             return None
-        before = json.loads(note_of(job).read_text())["job"] if note_of(job).exists() else None
+        before = json.loads(note_file(job).read_text())["job"] if note_file(job).exists() else None
         if job.directory.is_finished:
             self.change(job, "done elsewhere")
         elif before is not None and states.get(before, FORGOTTEN) not in (*OVER, FORGOTTEN):
@@ -143,7 +143,7 @@ class Queue:
             # Python on the nodes finds this project as the one here does.
             "setup": [f'export PYTHONPATH="{ROOT / "src"}:$PYTHONPATH"', *settings["setup"]],
             "teardown": GO_ON,
-            "srun_args": ["--kill-on-bad-exit=1", *of_each_task(settings["cpus_per_task"])],
+            "srun_args": ["--kill-on-bad-exit=1", *task_arguments(settings["cpus_per_task"])],
             "additional_parameters": {
                 "signal": f"USR1@{settings['signal_delay_s']}",
                 "requeue": True,
@@ -199,11 +199,11 @@ class Queue:
             self.screen.tell(job)
 
 
-def note_of(job: Job) -> Path:
+def note_file(job: Job) -> Path:
     return job.directory.path / "slurm.json"
 
 
-def of_each_task(cpus: int | None) -> list[str]:
+def task_arguments(cpus: int | None) -> list[str]:
     return [] if cpus is None else [f"--cpus-per-task={cpus}"]  # srun does not ask sbatch
 
 
@@ -230,5 +230,5 @@ def queue_states() -> dict[str, str]:
 def become_a_run(log: str, overrides: Sequence[str]) -> None:
     """In each task of a job: `python src/train.py`, which writes its own record and minds SLURM's signals itself."""
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
-    write_to(Path(log))
+    redirect_output(Path(log))
     run_afresh(overrides)

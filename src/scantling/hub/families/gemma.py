@@ -7,7 +7,16 @@ from typing import ClassVar
 from scantling.hub.families.llama import QKV_BIAS as QKV
 from scantling.hub.families.llama import SIZES, L, Llama, kv_heads
 from scantling.hub.family import Family
-from scantling.hub.fields import Activation, GatedWidth, Given, LayerTypes, Only, Same, but, tied
+from scantling.hub.fields import (
+    Activation,
+    GatedWidth,
+    Given,
+    LayerTypes,
+    Only,
+    Same,
+    change_fields,
+    tied_embeddings,
+)
 from scantling.hub.rope import Rope, RopeLocalGlobal
 from scantling.hub.weights import Table
 
@@ -27,7 +36,7 @@ class Gemma(Family):
         Rope(),
         Same("attention_bias", *QKV, "attn.out_bias", absent=False),
         Only("use_bidirectional_attention", None),
-        tied(True),
+        tied_embeddings(True),
         Given("embed.width_exponent=0.5"),
     )
     tensors = Llama.tensors
@@ -37,7 +46,7 @@ class Gemma2(Gemma):
     """Gemma team 2024, arXiv:2408.00118: windows in every other layer, norms on both sides, capped scores and logits."""
 
     model_type, architecture = "gemma2", "Gemma2ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Gemma.fields,
         Given("block=sandwich"),
         kv_heads(4),
@@ -66,7 +75,7 @@ class Gemma3(Gemma2):
     """Gemma team 2025, arXiv:2503.19786: five windows to one whole layer, each with its rotary base; normed queries, keys."""
 
     model_type, architecture = "gemma3_text", "Gemma3ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Gemma2.fields,
         Given("attn/qk_norm=per_head"),
         LayerTypes(every=6, window=4096, also=["pos.every"]),

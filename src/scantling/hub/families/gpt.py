@@ -16,10 +16,10 @@ from scantling.hub.fields import (
     Only,
     Same,
     Switch,
-    found,
+    read_field,
+    read_setting,
     setting,
-    tied,
-    value_of,
+    tied_embeddings,
 )
 from scantling.hub.rope import Rope
 from scantling.hub.weights import Apart, Named, Table, Together
@@ -60,7 +60,7 @@ class GPT2(Family):
         Only("scale_attn_weights", True),
         Only("scale_attn_by_inverse_layer_idx", False),
         Only("add_cross_attention", False),
-        tied(True),
+        tied_embeddings(True),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "transformer.wte",
@@ -81,7 +81,7 @@ class RotaryDim(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         width = hf["n_embd"] // hf["n_head"]
-        fraction = value_of(hf, "rotary_dim", 64) / width
+        fraction = read_field(hf, "rotary_dim", 64) / width
         return [
             "pos=rope_interleaved",
             setting("pos.fraction", fraction),
@@ -90,7 +90,7 @@ class RotaryDim(Field):
         ]
 
     def hf_config(self, decoder: Config) -> Config:
-        fraction = found(decoder, "pos.fraction")
+        fraction = read_setting(decoder, "pos.fraction")
         return {} if fraction is MISSING else {"rotary_dim": round(fraction * decoder["d_head"])}
 
     @property
@@ -109,7 +109,7 @@ class GPTJ(Family):
         *GPT2_SIZES,
         *dropouts(0.0),
         RotaryDim(),
-        tied(False, "embed.bias=true"),
+        tied_embeddings(False, "embed.bias=true"),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "transformer.wte",
@@ -148,7 +148,7 @@ class GPTNeoX(Family):
             },
             absent=True,
         ),
-        tied(False),
+        tied_embeddings(False),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "gpt_neox.embed_in",
@@ -187,7 +187,7 @@ class OPT(Family):
             absent=True,
         ),
         Only("_remove_final_layer_norm", False),
-        tied(True),
+        tied_embeddings(True),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "model.decoder.embed_tokens",
