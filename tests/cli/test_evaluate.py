@@ -102,7 +102,9 @@ def test_windows_side_by_side_are_those_of_validation():
 
 @torch.no_grad()
 def test_losses_by_length_equal_one_token_at_a_time(stored, tmp_path):
-    """-log p of each token given exactly the tokens that its window shows, far beyond the training length of 64."""
+    """-log p of each token given exactly the tokens that its window shows, far beyond the training length of
+    64.
+    """
     run = StoredRun.load(stored("run", "pos=rope"), "best")
     corpus = run.corpus(None, tmp_path / "cache")
     windows = ContextWindows(corpus.val.tokens, [32, 96], stride=24, n_windows=1)

@@ -158,7 +158,9 @@ def test_validation_on_some_is_evenly_spaced(n_windows):
     ("full", "start", "steps"), [(16, 4, 9), (16, 2, 3), (12, 12, 5), (8, None, 0), (64, 8, 100)]
 )
 def test_sizes_of_growing_steps(full, start, steps):
-    """Counted one by one: from `start` to `full` by `start` at a time, never down, as many before as they add up to."""
+    """Counted one by one: from `start` to `full` by `start` at a time, never down, as many before as they add
+    up to.
+    """
     sizes = BatchSizes(full, start, steps)
     each = [sizes.of(step) for step in range(steps + 20)]
     assert each[0] == (start or full)

@@ -1,4 +1,6 @@
-"""Every family against its class in `transformers`: logits, one step of training, and the way there and back."""
+"""Every family against its class in `transformers`: logits, one step of training, and the way there
+and back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`python src/hub.py`: what it writes is a run and a Hugging Face directory, and what it refuses leaves nothing behind."""
+"""`python src/hub.py`: what it writes is a run and a Hugging Face directory, and what it refuses leaves
+nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def command(tmp_path, monkeypatch, entry):
 
 @pytest.fixture
 def directly(tmp_path, monkeypatch):
-    """`directly(action="import")` is the same without Hydra's start, which takes longest: the mistake, or ""."""
+    """`directly(action="import")` is the same without Hydra's start, which takes longest: the
+    mistake, or "".
+    """
     monkeypatch.chdir(tmp_path)
     usual: Any = OmegaConf.load(CONF / "hub.yaml")
     usual = OmegaConf.masked_copy(usual, ["source", "run", "checkpoint", "family", "to", "paths"])
@@ -85,7 +89,9 @@ def source(saved, tmp_path) -> Path:
 
 @pytest.fixture
 def stored(tmp_path, nano, composed):
-    """`stored("pos=alibi")` is the directory of a run with the nano model, its weights those of the start times 8."""
+    """`stored("pos=alibi")` is the directory of a run with the nano model, its weights those of the start
+    times 8.
+    """
 
     def stored(*overrides, tokenizer=None):
         codec = tokenizer or Byte().train(iter(()))

@@ -1,4 +1,6 @@
-"""Settings of published models, in the words of older `config.json` files, and how many parameters those models have."""
+"""Settings of published models, in the words of older `config.json` files, and how many parameters those
+models have.
+"""
 
 import pytest
 

@@ -25,7 +25,9 @@ PROMPTS = [
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """`transformers` initialises its models from the global generator: the same weights whatever ran before."""
+    """`transformers` initialises its models from the global generator: the same weights whatever ran
+    before.
+    """
     torch.manual_seed(0)
 
 

@@ -28,7 +28,9 @@ SMALL = BPE(vocab_size=700, train_bytes=None)
 
 @pytest.fixture
 def run(checkpointed, tmp_path):
-    """`run("attn=gqa")` -> a run with a vocabulary of its own and three checkpoints, its decoders, its tokenizer."""
+    """`run("attn=gqa")` -> a run with a vocabulary of its own and three checkpoints, its decoders, its
+    tokenizer.
+    """
 
     def run(*overrides, **settings):
         directory, decoders = checkpointed(

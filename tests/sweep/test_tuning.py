@@ -1,4 +1,6 @@
-"""`tune=lr`: each arm gets the best rate of its own search, the search is run once, and the study holds none of it."""
+"""`tune=lr`: each arm gets the best rate of its own search, the search is run once, and the study holds none
+of it.
+"""
 
 import math
 
@@ -29,7 +31,9 @@ def searched(best: float, **settings) -> Search:
 
 @pytest.mark.parametrize("factor", [0.02, 0.06, 0.12, 0.25, 0.6, 1, 1.3, 3, 4.1, 8, 15, 17, 40])
 def test_the_best_of_the_grid_is_found_and_an_edge_is_told(factor):
-    """The rates are 2^k · 1e-3, k from −2 to 2, and two more where the best lies outside: against all of them."""
+    """The rates are 2^k · 1e-3, k from −2 to 2, and two more where the best lies outside: against all of
+    them.
+    """
     best = factor * 1e-3
     search = searched(best)
     reachable = [2.0**k * 1e-3 for k in range(-4, 5)]
@@ -67,7 +71,9 @@ def test_numbers_that_make_no_search_are_refused(wrong):
 
 
 BEST = {"mha": 3e-3, "mqa": 1e-3}
-"""Of the runs that do not train here. The second lies beyond the grid about the preset's 3e-3, as that is here."""
+"""Of the runs that do not train here. The second lies beyond the grid about the preset's 3e-3, as that is
+here.
+"""
 
 
 @pytest.fixture

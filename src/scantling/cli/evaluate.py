@@ -18,7 +18,9 @@ from scantling.report.lengths import FILES, write_lengths
 
 
 def evaluate(config: DictConfig) -> None:
-    """Print a table of losses, one row a run, or with `lengths` one row for each length of context of each."""
+    """Print a table of losses, one row a run, or with `lengths` one row for each length of context of
+    each.
+    """
     keep_freed_memory()
     console = Console(highlight=False)
     given = config.run if isinstance(config.run, ListConfig) else [config.run]
@@ -65,7 +67,9 @@ def loss_table(config: DictConfig, runs: list[StoredRun], corpora: list[Tokenize
 
 
 def label_runs(runs: list[StoredRun]) -> list[str]:
-    """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by choices."""
+    """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by
+    choices.
+    """
     chosen = [{**run.config.choices, "seed": run.config.seed} for run in runs]
     groups = {group: None for choices in chosen for group in choices}
     differing = [g for g in groups if len({choices[g] for choices in chosen if g in choices}) > 1]
@@ -76,7 +80,9 @@ def label_runs(runs: list[StoredRun]) -> list[str]:
 def context_windows(
     config: DictConfig, runs: list[StoredRun], corpora: list[TokenizedCorpus]
 ) -> list[ContextWindows]:
-    """Those of each run's text. Raises ValueError for lengths that a model cannot take, and files that are there."""
+    """Those of each run's text. Raises ValueError for lengths that a model cannot take, and files that are
+    there.
+    """
     if not isinstance(config.lengths, ListConfig):
         raise ValueError(f"lengths={config.lengths} must be a list of tokens, as [64,128,256]")
     if config.batch_size < 1:

@@ -16,7 +16,9 @@ from scantling.inference.stored_run import StoredRun, find_run
 
 
 def sample(config: DictConfig) -> None:
-    """Print each prompt and its continuation: of the first that is not done as it comes, of others when it is done."""
+    """Print each prompt and its continuation: of the first that is not done as it comes, of others when it is
+    done.
+    """
     with mistakes():
         settings = GenerationSettings(
             **{name: config[name] for name in SAMPLING},

@@ -13,10 +13,10 @@ from torch import Tensor
 class ContextWindows:
     """The windows of a text for each of `lengths`: side by side, and sliding by `stride` where one is given.
 
-    A window of L tokens that slides by S scores its last S targets, each with at least L - S + 1 tokens of context;
-    side by side is S = L. Press et al. 2021, arXiv:2108.12409, §2 and appendix B. Targets scored are the same at
-    every length and stride, each once: those of `n_windows` windows of the longest length, spread evenly (None:
-    all), in stretches that every length and the stride divide.
+    A window of L tokens that slides by S scores its last S targets, each with at least L - S + 1 tokens of
+    context; side by side is S = L. Press et al. 2021, arXiv:2108.12409, §2 and appendix B. Targets scored are
+    the same at every length and stride, each once: those of `n_windows` windows of the longest length, spread
+    evenly (None: all), in stretches that every length and the stride divide.
 
     Raises ValueError for lengths and strides that cannot be, or need more text than there is.
     """

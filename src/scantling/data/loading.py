@@ -89,10 +89,11 @@ class WindowOrder:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sequences of each optimiser step: `full`, after `steps` steps that grow from `start` by as many at a time.
+    """Sequences of each optimiser step: `full`, after `steps` steps that grow from `start` by as many at a
+    time.
 
-    A function of the step alone, so that nothing need be remembered. As in GPT-3, Brown et al. 2020, arXiv:2005.14165,
-    §2.1, where it grows over the first tokens of training. `start` null is `full`.
+    A function of the step alone, so that nothing need be remembered. As in GPT-3, Brown et al. 2020,
+    arXiv:2005.14165, §2.1, where it grows over the first tokens of training. `start` null is `full`.
 
     Raises ValueError when `full` is no multiple of `start`.
     """
@@ -198,7 +199,9 @@ class TrainBatches:
 
 
 def place_in_order(step: int, left_out: Collection[int]) -> int:
-    """Where in the order of data step number `step`, counted from 0, finds its samples, some places being left out."""
+    """Where in the order of data step number `step`, counted from 0, finds its samples, some places being
+    left out.
+    """
     for place in sorted(left_out):
         step += place <= step
     return step
@@ -209,8 +212,8 @@ def validation_batches(
 ) -> list[Batch]:
     """A fixed set of `n_windows` windows, side by side or evenly apart, none overlapping.
 
-    All windows of the split, which `split` names, when `n_windows` is None or more than there are. The last batch may
-    be smaller. Raises ValueError when the split is shorter than one window.
+    All windows of the split, which `split` names, when `n_windows` is None or more than there are. The last
+    batch may be smaller. Raises ValueError when the split is shorter than one window.
     """
     check_length(len(tokens), seq_len, split)
     if batch_size < 1 or (n_windows is not None and n_windows < 1):
@@ -229,7 +232,9 @@ def validation_batches(
 
 
 def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) -> None:
-    """Raise ValueError unless every step is a whole number of micro-batches on every rank, as many as a full one."""
+    """Raise ValueError unless every step is a whole number of micro-batches on every rank, as many as a full
+    one.
+    """
     batch_size = sizes.full
     for name, value in (
         ("batch_size", batch_size),

@@ -1,4 +1,6 @@
-"""Text drawn from sources whose entropy is known exactly: what a fitted law says cannot be learned has a true value."""
+"""Text drawn from sources whose entropy is known exactly: what a fitted law says cannot be learned has a true
+value.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ Array = NDArray[Any]
 class Source(Corpus):
     """Documents of equal length, the i-th of a split a pure function of (seed, split, i).
 
-    `characters`, `val_characters`: length of the splits; `document`: of a document, of which each split has at least one.
+    `characters`, `val_characters`: length of the splits; `document`: of a document, of which each split has
+    at least one.
     """
 
     def __init__(self, *, characters: float, val_characters: float, document: float, seed: int) -> None:
@@ -89,11 +92,12 @@ def zipf(n: int, exponent: float) -> Array:
 class MarkovText(Source):
     """A mixture of Markov chains of orders 0 to K: p(x | past) = Σₖ weightₖ·pₖ(x | last k symbols).
 
-    p₀ is Zipf's law; each context of pₖ draws its distribution from a Dirichlet around it, so that contexts are as
-    unevenly frequent as words are: a larger model and more text always have a rarer context left to learn. Lower
-    `concentration` makes contexts tell more.
+    p₀ is Zipf's law; each context of pₖ draws its distribution from a Dirichlet around it, so that contexts
+    are as unevenly frequent as words are: a larger model and more text always have a rarer context left to
+    learn. Lower `concentration` makes contexts tell more.
 
-    Raises ValueError for more symbols than there are characters, weights that do not sum to 1, and tables beyond memory.
+    Raises ValueError for more symbols than there are characters, weights that do not sum to 1, and tables
+    beyond memory.
     """
 
     def __init__(
@@ -140,7 +144,9 @@ class MarkovText(Source):
 
     @cached_property
     def transitions(self) -> Array:
-        """(V^K, V): the next symbol's distribution after each context, whose last symbol counts least in its number."""
+        """(V^K, V): the next symbol's distribution after each context, whose last symbol counts least in its
+        number.
+        """
         rng, base = np.random.default_rng([self.seed, 2]), zipf(self.symbols, self.zipf)
         mixed = self.weights[0] * base[None]
         for order, weight in enumerate(self.weights[1:], start=1):
@@ -170,7 +176,9 @@ class MarkovText(Source):
         return float(self.stationary @ entropies(self.transitions))
 
     def window_entropy(self, n: int) -> float:
-        """Nats per character of a window of n, of which nothing before is seen: the least mean loss over its n symbols."""
+        """Nats per character of a window of n, of which nothing before is seen: the least mean loss over its
+        n symbols.
+        """
         v, seen = self.symbols, min(n, self.order)
         of_start = entropies(self.stationary.reshape(v**seen, -1).sum(axis=1)[None])[0]
         return float((of_start + (n - seen) * self.entropy_rate) / n)
@@ -201,9 +209,9 @@ class MarkovText(Source):
 class GrammarText(Source):
     """Sentences of a random probabilistic grammar, a newline after each.
 
-    A rule is A -> a or A -> a B C, and no two rules of a nonterminal begin with the same terminal: a string has one
-    derivation, so its entropy is that of its rules. Rules have Zipf's probabilities; those with children sum to
-    `branching`/2, which makes a sentence 1/(1 − branching) characters long on average.
+    A rule is A -> a or A -> a B C, and no two rules of a nonterminal begin with the same terminal: a string
+    has one derivation, so its entropy is that of its rules. Rules have Zipf's probabilities; those with
+    children sum to `branching`/2, which makes a sentence 1/(1 − branching) characters long on average.
 
     Raises ValueError for a branching outside of (0, 1), and more rules than there are characters.
     """

@@ -1,4 +1,6 @@
-"""What a family of Hugging Face models is: its fields of `config.json` and its tensors, in tables that read both ways."""
+"""What a family of Hugging Face models is: its fields of `config.json` and its tensors, in tables that read
+both ways.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The settings of a family, each read both ways: a field of `config.json` <-> overrides as on the command line.
+"""The settings of a family, each read both ways: a field of `config.json` <-> overrides as on the command
+line.
 
-`overrides` turns a `config.json` into the overrides that make the same decoder; `hf_config` turns the configuration of
-a decoder, its nulls filled in, into fields. A setting that `hf_config` does not find is left out:
-export composes what it wrote once more and names what came out otherwise, so no field needs to check itself.
+`overrides` turns a `config.json` into the overrides that make the same decoder; `hf_config` turns the
+configuration of a decoder, its nulls filled in, into fields. A setting that `hf_config` does not find is left
+out: export composes what it wrote once more and names what came out otherwise, so no field needs to check
+itself.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ class Same(Field):
         leaf: str | None = None,
         read: Callable[[Any], Any] = lambda value: value,
         write: Callable[[Any], Any] = lambda value: value,
-    ):
+    ) -> None:
         self.theirs, self.ours, self.absent, self.nullable = theirs, ours, absent, nullable
         self.leaf, self.read, self.write, self.aliases = leaf or ours[0], read, write, aliases
 
@@ -115,7 +117,7 @@ class Same(Field):
 class Given(Field):
     """What all models of the family share and no field says."""
 
-    def __init__(self, *settings: str):
+    def __init__(self, *settings: str) -> None:
         self.settings = settings
 
     def overrides(self, hf: Config) -> list[str]:
@@ -132,7 +134,7 @@ class Given(Field):
 class Only(Field):
     """A field that must have one value: with another the model would be one that we do not build."""
 
-    def __init__(self, theirs: str, value: Any, absent: Any = MISSING):
+    def __init__(self, theirs: str, value: Any, absent: Any = MISSING) -> None:
         self.theirs, self.value = theirs, value
         self.absent = value if absent is MISSING else absent
 
@@ -151,7 +153,9 @@ class Only(Field):
 
 
 class Switch(Field):
-    """A field of few values, each with overrides of its own; export finds the value by what stands at `leaf`."""
+    """A field of few values, each with overrides of its own; export finds the value by what stands at
+    `leaf`.
+    """
 
     def __init__(
         self,
@@ -160,7 +164,7 @@ class Switch(Field):
         choices: Mapping[Any, tuple[Any, Sequence[str]]],
         absent: Any = REQUIRED,
         nullable: bool = False,
-    ):
+    ) -> None:
         self.theirs, self.leaf, self.choices = theirs, leaf, choices
         self.absent, self.nullable = absent, nullable
 
@@ -216,7 +220,7 @@ GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "
 class Activation(Field):
     """`hidden_act` and the option of `ffn=`."""
 
-    def __init__(self, theirs: str, *, gated: bool, absent: str):
+    def __init__(self, theirs: str, *, gated: bool, absent: str) -> None:
         self.theirs, self.absent = theirs, absent
         self.options = GATED if gated else {option: option for option in ACTIVATIONS.values()}
 
@@ -245,7 +249,7 @@ class Activation(Field):
 class GatedWidth(Field):
     """The width of a gated feed-forward; ours is 3/2 of it, of which gated options take two thirds."""
 
-    def __init__(self, theirs: str, ours: str = "model.d_ff", node: str = "ffn"):
+    def __init__(self, theirs: str, ours: str = "model.d_ff", node: str = "ffn") -> None:
         self.theirs, self.ours, self.node = theirs, ours, node
 
     def overrides(self, hf: Config) -> list[str]:
@@ -271,7 +275,7 @@ class GatedWidth(Field):
 class Times(Field):
     """A width that the family fixes as a multiple of another field."""
 
-    def __init__(self, theirs: str, factor: int, ours: str, aliases: Sequence[str] = ()):
+    def __init__(self, theirs: str, factor: int, ours: str, aliases: Sequence[str] = ()) -> None:
         self.theirs, self.factor, self.ours, self.aliases = theirs, factor, ours, aliases
 
     def overrides(self, hf: Config) -> list[str]:
@@ -289,7 +293,7 @@ class Times(Field):
 class Equal(Field):
     """A field that must equal another where it is given: models in which it differs are not built."""
 
-    def __init__(self, theirs: str, other: str, ours: str):
+    def __init__(self, theirs: str, other: str, ours: str) -> None:
         self.theirs, self.other, self.ours = theirs, other, ours
 
     def overrides(self, hf: Config) -> list[str]:
@@ -311,7 +315,7 @@ class Equal(Field):
 class Window(Field):
     """`sliding_window`, null for full attention."""
 
-    def __init__(self, theirs: str, *, absent: int | None):
+    def __init__(self, theirs: str, *, absent: int | None) -> None:
         self.theirs, self.absent = theirs, absent
 
     def overrides(self, hf: Config) -> list[str]:
@@ -330,11 +334,13 @@ class Window(Field):
 
 
 class LayerTypes(Field):
-    """Windows in all layers but each `every`-th; `config.json` lists the layers, or gives the period alone."""
+    """Windows in all layers but each `every`-th; `config.json` lists the layers, or gives the period
+    alone.
+    """
 
     period = ("sliding_window_pattern", "_sliding_window_pattern")
 
-    def __init__(self, *, every: int, window: int, also: Sequence[str] = ()):
+    def __init__(self, *, every: int, window: int, also: Sequence[str] = ()) -> None:
         self.every, self.window, self.also = every, window, also
 
     def overrides(self, hf: Config) -> list[str]:

@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorFiles:
     """The tensors of a directory, in one file or several; each is read when it is asked for."""
 
-    def __init__(self, source: Path):
+    def __init__(self, source: Path) -> None:
         self.source = source
         self.files: dict[str, Any] = {}
         for path in self.paths():
@@ -79,7 +79,9 @@ class TensorFiles:
 
 
 def import_tensors(family: Family, decoder: Decoder, tensors: TensorFiles) -> dict[str, Tensor]:
-    """The decoder's state from theirs. Raises ValueError when a tensor is missing, one too many, or of another shape."""
+    """The decoder's state from theirs. Raises ValueError when a tensor is missing, one too many, or of
+    another shape.
+    """
     rules, ours = rules_of(family.tensors, decoder), shapes_of(decoder)
     wanted: dict[str, tuple[int, ...]] = {}
     for rule in rules:

@@ -47,8 +47,8 @@ WHOLE = Only("partial_rotary_factor", 1.0)
 
 
 class Rope(Field):
-    """`theta` and `fraction` are what the family takes where `config.json` is silent, `kinds` the scalings that it has,
-    `unread` what its code leaves unread, which therefore must have one value.
+    """`theta` and `fraction` are what the family takes where `config.json` is silent, `kinds` the scalings
+    that it has, `unread` what its code leaves unread, which therefore must have one value.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Rope(Field):
         unread: Sequence[Only] = (WHOLE,),
         old_theta: str = "rope_theta",
         old_fraction: str = "partial_rotary_factor",
-    ):
+    ) -> None:
         self.theta, self.fraction, self.interleaved = theta, fraction, interleaved
         self.kinds, self.unread = ("default", *kinds), unread
         self.old_theta, self.old_fraction = old_theta, old_fraction
@@ -73,7 +73,9 @@ class Rope(Field):
         return known | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
 
     def read(self, parameters: Config, node: str) -> list[str]:
-        """`node` is the part of the configuration that holds the rotation: `pos`, or one of several below it."""
+        """`node` is the part of the configuration that holds the rotation: `pos`, or one of several
+        below it.
+        """
         given = {key: value for key, value in parameters.items() if value is not None}
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in self.kinds:
@@ -129,7 +131,7 @@ class RopeLocalGlobal(Field):
     `old_local` is what files before transformers 5 call the base of the first.
     """
 
-    def __init__(self, *, local: float, whole: float, old_local: str):
+    def __init__(self, *, local: float, whole: float, old_local: str) -> None:
         # `transformers` looks for `truncate` beside the kinds of layers, where no file has it
         unread = (WHOLE, Only("truncate", True))
         thetas = {"sliding_attention": local, "full_attention": whole}

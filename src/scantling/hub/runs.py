@@ -1,4 +1,6 @@
-"""Import makes a run of a Hugging Face directory, export a Hugging Face directory of a run, weights one file of it."""
+"""Import makes a run of a Hugging Face directory, export a Hugging Face directory of a run, weights one file
+of it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
 
 PADDING = 0.05
-"""A model may have so many more rows, as a share, than its tokenizer has entries: tables are padded to round sizes."""
+"""A model may have so many more rows, as a share, than its tokenizer has entries: tables are padded to round
+sizes.
+"""
 
 IN_TRAINING = ("dropout", "drop_path", "load_balance", "z", "speed")
 """Settings that do not change what a trained model computes, and that few families can write down."""
@@ -80,8 +84,8 @@ def import_run(config: DictConfig) -> str:
 
 
 def export_run(config: DictConfig) -> str:
-    """Writes a directory for `AutoModelForCausalLM` and `AutoTokenizer`; raises ValueError, with nothing written, where
-    the family cannot express the run.
+    """Writes a directory for `AutoModelForCausalLM` and `AutoTokenizer`; raises ValueError, with nothing
+    written, where the family cannot express the run.
     """
     target = Path(config.to).expanduser()
     check_target(target, "to")
@@ -106,7 +110,9 @@ def export_run(config: DictConfig) -> str:
 
 
 def write_weights(config: DictConfig) -> str:
-    """Writes one safetensors file with the decoder's tensors under their own names, whatever engine trained them."""
+    """Writes one safetensors file with the decoder's tensors under their own names, whatever engine trained
+    them.
+    """
     target = Path(config.to).expanduser()
     check_target(target, "to")
     state = read_weights(RunDirectory(config.run), config.checkpoint)
@@ -160,8 +166,8 @@ def build_on_meta(decoder: Config) -> Decoder:
 def express_decoder(family: Family, decoder: Config) -> Config:
     """The family's `config.json` for this decoder.
 
-    It is composed once more, and must give the same decoder: this finds whatever a family cannot write down, for parts
-    that it never heard of too. Raises ValueError with what came out otherwise.
+    It is composed once more, and must give the same decoder: this finds whatever a family cannot write down,
+    for parts that it never heard of too. Raises ValueError with what came out otherwise.
     """
     hf = family.hf_config(fill_nulls(decoder))
     try:

@@ -1,8 +1,8 @@
 """The tensors of a family, each rule read both ways.
 
-Every rule has the same three steps: their tensors one below the other, rows in another order, ours cut off one after
-the other. Renaming, q, k and v as one matrix, heads that alternate, a transposed matrix, positions that
-start at row 2 are all of that kind, so one rule imports and exports.
+Every rule has the same three steps: their tensors one below the other, rows in another order, ours cut off
+one after the other. Renaming, q, k and v as one matrix, heads that alternate, a transposed matrix, positions
+that start at row 2 are all of that kind, so one rule imports and exports.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ class Apart(Layout):
 
 @dataclass(frozen=True)
 class Together(Layout):
-    """`attn.qkv` as one layer: all queries, keys, values; or `by_head` the queries, key and value of each key head."""
+    """`attn.qkv` as one layer: all queries, keys, values; or `by_head` the queries, key and value of each key
+    head.
+    """
 
     theirs: str
     by_head: bool = False
@@ -173,7 +175,9 @@ def qkv_widths(attn: str, modules: Modules) -> Shape:
 
 
 def by_head_order(attn: str, modules: Modules) -> Tensor:
-    """The row of theirs for each of ours, where theirs has for each key head its queries, its key and its value."""
+    """The row of theirs for each of ours, where theirs has for each key head its queries, its key and its
+    value.
+    """
     q, k, v = qkv_widths(attn, modules)
     module = modules[attn]
     assert isinstance(module, Attention)

@@ -30,9 +30,11 @@ class Codec(Protocol):
 
 
 class GrowingText:
-    """A continuation as it grows: a piece is held back while it may be part of a character or of a stop string."""
+    """A continuation as it grows: a piece is held back while it may be part of a character or of a stop
+    string.
+    """
 
-    def __init__(self, codec: Codec, stop: Sequence[str]):
+    def __init__(self, codec: Codec, stop: Sequence[str]) -> None:
         self.codec, self.stop = codec, stop
         self.ids: Ids = []
         self.shown = 0
@@ -82,7 +84,8 @@ def continue_prompts(
     seed: int,
     draft: Decoder | None = None,
 ) -> Iterator[tuple[int, str | None]]:
-    """(prompt, piece of the text that follows it), until end-of-text, a stop string or `n_tokens`; None when done.
+    """(prompt, piece of the text that follows it), until end-of-text, a stop string or `n_tokens`; None when
+    done.
 
     An empty prompt starts a new document. Raises ValueError, at once, for prompts that the model cannot take.
     """

@@ -39,8 +39,8 @@ def largest_context(decoder: Decoder, asked: int | None) -> int:
 class CachedTexts:
     """Texts that grow side by side over one cache.
 
-    The model sees at most `context` tokens of each: one that gets longer goes on from its last half, as a longer
-    prompt goes on from its last `context`.
+    The model sees at most `context` tokens of each: one that gets longer goes on from its last half, as a
+    longer prompt goes on from its last `context`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CachedTexts:
         room: int,
         precision: str,
         rewinds: bool = False,
-    ):
+    ) -> None:
         self.decoder, self.context, self.room = decoder, context, room
         self.precision, self.rewinds = precision, rewinds
         self.ids = [ids[-context:] for ids in prompts]
@@ -75,7 +75,9 @@ class CachedTexts:
         return logits_BTV[torch.arange(len(lengths)), lengths_B - 1][:, None]
 
     def read(self, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B _ V"]:
-        """Logits of what follows each of these tokens; of the last alone where a full context makes a new start."""
+        """Logits of what follows each of these tokens; of the last alone where a full context makes a new
+        start.
+        """
         for ids, new in zip(self.ids, tokens_BT.tolist(), strict=True):
             ids += new
         self.longest += tokens_BT.shape[1]
@@ -102,9 +104,11 @@ class CachedTexts:
 
 
 class PackedHead(Full):
-    """A full head that multiplies by a copy of the output matrix, where that is the embedding's table and stays one."""
+    """A full head that multiplies by a copy of the output matrix, where that is the embedding's table and
+    stays one.
+    """
 
-    def __init__(self, head: Full, packed_output: Tensor):
+    def __init__(self, head: Full, packed_output: Tensor) -> None:
         nn.Module.__init__(self)
         self.scale, self.softcap, self.packed_output = head.scale, head.softcap, packed_output
 
@@ -115,7 +119,7 @@ class PackedHead(Full):
 class JoinedGates(nn.Module):
     """A gated feed-forward that multiplies by both of its first matrices at once."""
 
-    def __init__(self, ffn: GatedFeedForward):
+    def __init__(self, ffn: GatedFeedForward) -> None:
         super().__init__()
         self.activation, self.out = ffn.activation, ffn.out
         self.gate_up = join_layers(ffn.gate, ffn.up)
@@ -139,9 +143,10 @@ def join_layers(first: Linear, second: Linear) -> Linear:
 def lay_out_for_decoding(decoder: Decoder, rows: int) -> Decoder:
     """The same model for decoding so many texts at once, and for that alone: it is neither trained nor saved.
 
-    Gates are joined. On a CPU matrices stand in memory as they are read fastest: MKL's product with one vector, or a
-    few, is fastest along the longer side of the matrix, so that one of more rows than columns is stored column by column,
-    its values and shape as before. Where oneDNN multiplies, more than a few texts take its own layout of linear layers.
+    Gates are joined. On a CPU matrices stand in memory as they are read fastest: MKL's product with one
+    vector, or a few, is fastest along the longer side of the matrix, so that one of more rows than columns is
+    stored column by column, its values and shape as before. Where oneDNN multiplies, more than a few texts
+    take its own layout of linear layers.
     """
     for module in list(decoder.modules()):
         for name, part in module.named_children():
@@ -183,7 +188,9 @@ def generate(
     generator: torch.Generator,
     done: set[int] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """At each of `n_tokens` steps, (prompt, id of its next token) for all of them; those put into `done` drop out."""
+    """At each of `n_tokens` steps, (prompt, id of its next token) for all of them; those put into `done` drop
+    out.
+    """
     context = largest_context(decoder, settings.context)
     texts = CachedTexts(
         decoder, prompts, context=context, room=settings.n_tokens, precision=settings.precision
@@ -214,9 +221,9 @@ def speculate(
 ) -> Iterator[int]:
     """As `generate` for one prompt, in distribution and, at temperature 0, token for token, in fewer passes.
 
-    The draft draws some tokens x ~ q, the model reads them all at once and keeps each with probability min(1, p/q);
-    in place of the first that it does not keep it draws from max(0, p - q), normalised. Leviathan et al. 2022,
-    arXiv:2211.17192, algorithm 1.
+    The draft draws some tokens x ~ q, the model reads them all at once and keeps each with probability min(1,
+    p/q); in place of the first that it does not keep it draws from max(0, p - q), normalised. Leviathan et
+    al. 2022, arXiv:2211.17192, algorithm 1.
     """
     check_draft(decoder, draft)
     context, small = largest_context(decoder, settings.context), largest_context(draft, None)
@@ -240,7 +247,8 @@ def speculate(
     while yielded < n_tokens:
         written.append(token)
         unread.append(token)
-        # A full context makes a new start after each token as without a draft, so that no proposal may cross it.
+        # A full context makes a new start after each token as without a draft, so that no proposal may cross
+        # it.
         n = min(settings.draft_tokens, n_tokens - yielded - 1, context - texts.longest - 1, small // 2)
         proposed, q = [], []
         for _ in range(n):
@@ -295,9 +303,10 @@ def beam_search(
 ) -> list[Ids]:
     """The best of the texts that end within `n_tokens`, for each prompt.
 
-    Each step keeps the K = `beams` likeliest unfinished texts. Of the 2·K likeliest continuations those among the
-    first K that end in `end_of_text`, or at the last step, are finished; the search ends when the likeliest text
-    under way scores below the worst of K finished ones, as in `transformers` with early_stopping=False.
+    Each step keeps the K = `beams` likeliest unfinished texts. Of the 2·K likeliest continuations those among
+    the first K that end in `end_of_text`, or at the last step, are finished; the search ends when the
+    likeliest text under way scores below the worst of K finished ones, as in `transformers` with
+    early_stopping=False.
     """
     K, P = settings.beams, len(prompts)
     context = largest_context(decoder, settings.context)

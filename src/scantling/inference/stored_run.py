@@ -35,7 +35,9 @@ class StoredRun:
 
     @classmethod
     def load(cls, path: str, checkpoint: str) -> StoredRun:
-        """Raises ValueError where there is no run or no checkpoint, or where its configuration asks for foreign code."""
+        """Raises ValueError where there is no run or no checkpoint, or where its configuration asks for
+        foreign code.
+        """
         directory = RunDirectory(path)
         if not directory.config.exists():
             raise ValueError(
@@ -94,5 +96,7 @@ class StoredRun:
 
 
 def find_run(name: str, config: DictConfig) -> str:
-    """The directory of a run that is given by it, or by its name in any study. Raises ValueError for what is none."""
+    """The directory of a run that is given by it, or by its name in any study. Raises ValueError for what is
+    none.
+    """
     return str(find(Path(config.paths.runs), [name])[0].path)

@@ -14,11 +14,11 @@ from scantling.model.cross_entropy import IGNORED
 class TextLoss:
     """Loss in nats per token and bits per byte over any number of batches.
 
-    Bits per byte = nats / ln 2 / bytes of UTF-8 text the targets stand for; end-of-text stands for none, so that a
-    model pays for document boundaries too. It compares models whatever their tokenizers.
+    Bits per byte = nats / ln 2 / bytes of UTF-8 text the targets stand for; end-of-text stands for none, so
+    that a model pays for document boundaries too. It compares models whatever their tokenizers.
     """
 
-    def __init__(self, token_bytes: np.ndarray):
+    def __init__(self, token_bytes: np.ndarray) -> None:
         self.token_bytes = torch.as_tensor(token_bytes, dtype=torch.float64)
         self.nats = self.n_tokens = self.n_bytes = 0.0
 

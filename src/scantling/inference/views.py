@@ -1,4 +1,6 @@
-"""What a run's checkpoints show: how the embeddings of its tokens lie to each other, and which token attends to which."""
+"""What a run's checkpoints show: how the embeddings of its tokens lie to each other, and which token attends
+to which.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +67,8 @@ class ViewedRun:
 
 
 def views_of(directory: RunDirectory, *, tokens: Sequence[str] | None, prompt: str | None) -> Views:
-    """Of every checkpoint that is kept the embeddings, of the last one the attention to `prompt`; None: the most frequent
-    words, the first ones of the held-out text.
+    """Of every checkpoint that is kept the embeddings, of the last one the attention to `prompt`; None: the
+    most frequent words, the first ones of the held-out text.
 
     Raises ValueError for a run that cannot be read, and for what is asked for and cannot be shown.
     """
@@ -149,14 +151,18 @@ def embedding_views(
 
 @torch.no_grad()
 def embed_tokens(embed: Embedding, weights: dict[str, Tensor], ids: np.ndarray) -> np.ndarray:
-    """What enters the first layer for each of `ids` [n, D], positions aside, with the weights of a checkpoint."""
+    """What enters the first layer for each of `ids` [n, D], positions aside, with the weights of a
+    checkpoint.
+    """
     own = {key.removeprefix("embed."): w for key, w in weights.items() if key.startswith("embed.")}
     embed.load_state_dict(own)
     return embed(torch.from_numpy(ids)[None])[0].double().numpy()
 
 
 def nearest_vectors(vectors: np.ndarray, n_words: int, n_nearest: int) -> list[list[tuple[int, float]]]:
-    """For each of the first `n_words` of `vectors` [n, D] the others of the largest cosine, x·y / |x||y|, and it."""
+    """For each of the first `n_words` of `vectors` [n, D] the others of the largest cosine, x·y / |x||y|, and
+    it.
+    """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(float).tiny)
     cosines = unit[:n_words] @ unit.T
     cosines[np.arange(n_words), np.arange(n_words)] = -np.inf
@@ -165,11 +171,12 @@ def nearest_vectors(vectors: np.ndarray, n_words: int, n_nearest: int) -> list[l
 
 
 def principal_places(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[step, n, D] -> places [step, n, 2] on the first two principal components of the last step, and the share [step, 2]
-    of each step's variance along them.
+    """[step, n, D] -> places [step, n, 2] on the first two principal components of the last step, and the
+    share [step, 2] of each step's variance along them.
 
-    X - mean = U·S·Vᵀ at the last step; other steps are seen from the same mean along the same rows of Vᵀ, whose largest
-    entries are made positive, as their signs are free. Pearson 1901, doi:10.1080/14786440109462720.
+    X - mean = U·S·Vᵀ at the last step; other steps are seen from the same mean along the same rows of Vᵀ,
+    whose largest entries are made positive, as their signs are free. Pearson 1901,
+    doi:10.1080/14786440109462720.
     """
     mean = vectors[-1].mean(0)
     axes = np.linalg.svd(vectors[-1] - mean, full_matrices=False)[2][:2]
@@ -183,7 +190,9 @@ def principal_places(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ids_by_frequency(held_out: np.ndarray | None, vocab_size: int) -> np.ndarray:
-    """Every id, the most frequent first; without a text in the order of the vocabulary, where those learned first are."""
+    """Every id, the most frequent first; without a text in the order of the vocabulary, where those learned
+    first are.
+    """
     if held_out is None:
         return np.arange(vocab_size)
     return np.argsort(-np.bincount(held_out[:COUNTED], minlength=vocab_size), kind="stable")
@@ -226,7 +235,9 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
 def token_label(tokenizer: Tokenizer, id_: int) -> str:
-    """A token that can be seen, what is repeated counted; of what is no text of its own, as a part of a character, the id."""
+    """A token that can be seen, what is repeated counted; of what is no text of its own, as a part of a
+    character, the id.
+    """
     seen = token_text(tokenizer, id_).translate(VISIBLE)
     if not seen.isprintable() or not seen or "\N{REPLACEMENT CHARACTER}" in seen:
         return f"⟨{id_}⟩"
@@ -259,7 +270,9 @@ def attention_view(run: ViewedRun, prompt: str | None, step: int) -> Attention:
 
 
 def prompt_ids(run: ViewedRun, prompt: str | None) -> list[int]:
-    """The start of a document and what follows. Raises ValueError for a prompt that cannot be read, or seen."""
+    """The start of a document and what follows. Raises ValueError for a prompt that cannot be read,
+    or seen.
+    """
     first, encode = run.tokenizer.end_of_text, run.tokenizer.encode
     context = largest_context(run.decoder, None)
     if prompt is not None:

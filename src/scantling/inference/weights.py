@@ -1,5 +1,6 @@
-"""What a run left on disk, read back without Lightning: its decoder, tokenizer and weights. Nothing runs because a file was
-read."""
+"""What a run left on disk, read back without Lightning: its decoder, tokenizer and weights. Nothing runs
+because a file was read.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def load_decoder(
 
 
 def read_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
-    """The decoder's state dict, as it is on disk; of `best_average` and `last_average` with the averaged weights in it.
+    """The decoder's state dict, as it is on disk; of `best_average` and `last_average` with the averaged
+    weights in it.
 
     Raises ValueError where there is no such checkpoint.
     """
@@ -67,8 +69,9 @@ def read_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
 
 
 def read_weights_by_step(directory: RunDirectory) -> tuple[dict[int, dict[str, Tensor]], list[Path]]:
-    """The decoder's state dict after each step that a checkpoint is kept of, in the order of steps, and the files that
-    cannot be read. Tensors stay on disk until they are looked at."""
+    """The decoder's state dict after each step that a checkpoint is kept of, in the order of steps, and the
+    files that cannot be read. Tensors stay on disk until they are looked at.
+    """
     found, unreadable = {}, []
     for file in (directory.best, directory.last, *directory.step_checkpoints()):
         try:
@@ -106,8 +109,8 @@ def check_targets(config: Any, source: Path) -> None:
 
 
 def is_own_part(target: str) -> bool:
-    """Whether it is one of `ACTIVATIONS`, or stands in the module of ours that it names: Hydra would walk on from there,
-    through what the module has imported.
+    """Whether it is one of `ACTIVATIONS`, or stands in the module of ours that it names: Hydra would walk on
+    from there, through what the module has imported.
     """
     module, _, name = target.rpartition(".")
     of_model = module.startswith("scantling.model.")

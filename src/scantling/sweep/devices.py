@@ -27,8 +27,9 @@ class Share:
 class Devices:
     """The cores and GPUs of this launcher, handed out in the order of the jobs.
 
-    With `n_jobs` None as many jobs run at once as have a GPU each, or a core for each of their processes. The number of
-    threads depends on the sweep alone and not on what is left of it, so that a job taken up again computes the same.
+    With `n_jobs` None as many jobs run at once as have a GPU each, or a core for each of their processes. The
+    number of threads depends on the sweep alone and not on what is left of it, so that a job taken up again
+    computes the same.
     """
 
     cores: int

@@ -1,4 +1,6 @@
-"""The models of an IsoFLOP study: for every budget some sizes about its optimum, as shapes that can be built."""
+"""The models of an IsoFLOP study: for every budget some sizes about its optimum, as shapes that can
+be built.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Cell:
 
 
 def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float) -> list[Cell]:
-    """Real models for every budget. Raises ValueError where two sizes come to one shape, or a step is beyond a budget."""
+    """Real models for every budget. Raises ValueError where two sizes come to one shape, or a step is beyond
+    a budget.
+    """
     counted, proportions = counter(config), proportions_of(config)
     rule, reference = LEARNING_RATES[config.isoflop.lr_rule], counted(own_shape(config))[2]
     tokens_per_step = config.batch_size * config.model.seq_len
@@ -71,7 +75,9 @@ def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float
 
 
 def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
-    """Of a shape: all parameters, training FLOPs a token (`exact`), and parameters with the head but without embeddings."""
+    """Of a shape: all parameters, training FLOPs a token (`exact`), and parameters with the head but without
+    embeddings.
+    """
 
     @cache
     def counted(shape: Shape) -> tuple[int, float, int]:
@@ -88,7 +94,9 @@ def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
 
 
 def linear_in_depth(counted: Callable[[Shape], tuple[int, float, int]]) -> Callable[[Shape], float]:
-    """Parameters of a shape from those of one and of two layers, so that a search need not build every depth."""
+    """Parameters of a shape from those of one and of two layers, so that a search need not build
+    every depth.
+    """
 
     def about(shape: Shape) -> float:
         one, two = (counted(replace(shape, n_layers=n))[0] for n in (1, 2))

@@ -37,7 +37,9 @@ class Job:
 
     @cached_property
     def steps_of_run(self) -> int:
-        """Those that the run itself planned, which knows its tokenizer's vocabulary. Ask once it has begun."""
+        """Those that the run itself planned, which knows its tokenizer's vocabulary. Ask once it has
+        begun.
+        """
         return self.directory.environment["steps"]
 
     @property
@@ -67,7 +69,9 @@ class Job:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
 
     def first_line_of_why(self) -> str:
-        """The first that an entry, or the first of several processes that failed, prints for it, else the log's last."""
+        """The first that an entry, or the first of several processes that failed, prints for it, else the
+        log's last.
+        """
         lines = self.log_lines()
         return self.own_word() or (lines[-1] if lines else "it left no word")
 

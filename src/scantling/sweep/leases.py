@@ -1,8 +1,8 @@
 """Leases: of several launchers over one folder, which one runs a job.
 
-A lease is `lease-N.json` in the run's directory, made with O_EXCL; its age is its last heartbeat. A stale one is not
-removed but outnumbered: of those who take a job over only one can make `lease-N+1.json`, and a holder who was only
-asleep sees it at its next heartbeat.
+A lease is `lease-N.json` in the run's directory, made with O_EXCL; its age is its last heartbeat. A stale one
+is not removed but outnumbered: of those who take a job over only one can make `lease-N+1.json`, and a holder
+who was only asleep sees it at its next heartbeat.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from pathlib import Path
 class Lease:
     """The right to run one job, held until `release`. `beat` renews it."""
 
-    def __init__(self, path: Path, token: str):
+    def __init__(self, path: Path, token: str) -> None:
         self.path, self.token = path, token
 
     @classmethod
     def take(cls, folder: Path, seconds: float) -> Lease | None:
-        """None where another holds it, that is, has renewed it within so many `seconds` and is not known to be dead."""
+        """None where another holds it, that is, has renewed it within so many `seconds` and is not known to
+        be dead.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         before = lease_files(folder)
         if any(is_held(path, seconds) for path in before):
@@ -45,7 +47,9 @@ class Lease:
         return lease
 
     def write(self, pids: list[int]) -> bool:
-        """Renew, and note the processes whose death ends the lease; False where another has taken the job over."""
+        """Renew, and note the processes whose death ends the lease; False where another has taken the job
+        over.
+        """
         if not self.beat():
             return False
         self.put(pids)

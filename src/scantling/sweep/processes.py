@@ -23,7 +23,7 @@ TAKEN_OVER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP)
 class Process:
     """A child in a process group of its own, so that the terminal's Ctrl-C goes to the launcher alone."""
 
-    def __init__(self, pid: int):
+    def __init__(self, pid: int) -> None:
         self.pid = pid
         self.code: int | None = None
 
@@ -52,7 +52,8 @@ def fork_job(task: Callable[[], int], log: Path, environment: dict[str, str]) ->
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    # A signal to the child waits until it has handlers of its own: this process's would take it and do nothing there.
+    # A signal to the child waits until it has handlers of its own: this process's would take it and do
+    # nothing there.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN_OVER)
     child = os.fork()
     if child:
@@ -91,7 +92,9 @@ def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[
 
 
 def redirect_output(log: Path) -> None:
-    """Standard output and error of this process and of those it starts go to the end of a file, and input is empty."""
+    """Standard output and error of this process and of those it starts go to the end of a file, and input is
+    empty.
+    """
     source = os.open(os.devnull, os.O_RDONLY)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for ours, standard in ((source, 0), (target, 1), (target, 2)):
@@ -99,13 +102,16 @@ def redirect_output(log: Path) -> None:
 
 
 def run_afresh(overrides: Sequence[str]) -> NoReturn:
-    """This process becomes `python src/train.py` with these overrides, which starts ranks by the same command."""
+    """This process becomes `python src/train.py` with these overrides, which starts ranks by the same
+    command.
+    """
     command = [sys.executable, str(ROOT / "src" / "train.py"), *overrides, "hydra.mode=RUN"]
     os.execv(sys.executable, command)
 
 
 def ask_child(question: Callable[[], Any]) -> Any:
-    """What `question` returns, JSON, asked in a child: it may compute, and look for GPUs, and leaves nothing behind here.
+    """What `question` returns, JSON, asked in a child: it may compute, and look for GPUs, and leaves nothing
+    behind here.
 
     A Mistake that it raises is raised here.
     """

@@ -58,7 +58,7 @@ class Scheduler:
         start: Callable[[Job, Share], Process],
         screen: Screen,
         folder: Path,
-    ):
+    ) -> None:
         self.jobs, self.devices, self.limits, self.start, self.screen = jobs, devices, limits, start, screen
         self.running: list[RunningJob] = []
         self.began = folder_time(folder)
@@ -67,7 +67,9 @@ class Scheduler:
         self.looked = 0.0
 
     def run(self) -> None:
-        """Until every job has ended, here or elsewhere, or a signal came and the running ones have stopped."""
+        """Until every job has ended, here or elsewhere, or a signal came and the running ones have
+        stopped.
+        """
         which = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {s: signal.signal(s, self.ask) for s in which}
         try:
@@ -112,7 +114,9 @@ class Scheduler:
                 self.launch(job, share, lease)
 
     def claim(self, job: Job) -> Lease | None:
-        """The right to run it; None, with the job's state, where there is nothing to do or another does it."""
+        """The right to run it; None, with the job's state, where there is nothing to do or another
+        does it.
+        """
         lease = Lease.take(job.directory.path, self.limits.lease_seconds)
         if job.directory.is_finished:
             self.change(job, "done elsewhere")

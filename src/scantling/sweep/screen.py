@@ -28,7 +28,7 @@ SECONDS_BETWEEN = 0.5
 class Screen:
     """`tell` on every change of a job's state, `draw` as often as you like."""
 
-    def __init__(self, jobs: Sequence[Job], console: Console):
+    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         self.jobs, self.console = jobs, console
         # Without a thread that draws: jobs are forked from this process.
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None

@@ -37,7 +37,9 @@ LEASE_SECONDS = 60
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
-    """Ctrl-C waits for the end: of a job that SLURM has taken the number must be noted, or it would be handed in again."""
+    """Ctrl-C waits for the end: of a job that SLURM has taken the number must be noted, or it would be handed
+    in again.
+    """
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda which, _: asked.append(which))
     try:
@@ -51,8 +53,8 @@ def defer_interrupt() -> Iterator[None]:
 class SlurmQueue:
     """The jobs of a sweep that SLURM has, and those that it is yet to get.
 
-    A run's directory holds the number of its job, `slurm.json`: whoever comes later finds it in SLURM's queue and watches
-    it instead of handing it in again. `settings(job)` are for submitit's executor.
+    A run's directory holds the number of its job, `slurm.json`: whoever comes later finds it in SLURM's queue
+    and watches it instead of handing it in again. `settings(job)` are for submitit's executor.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class SlurmQueue:
         settings: Callable[[Job], dict[str, Any]],
         screen: Screen,
         poll_seconds: float,
-    ):
+    ) -> None:
         self.jobs, self.folder, self.settings = jobs, folder, settings
         self.screen, self.poll_seconds = screen, poll_seconds
         self.numbers: dict[int, str] = {}
@@ -228,7 +230,9 @@ def queue_states() -> dict[str, str]:
 
 
 def become_a_run(log: str, overrides: Sequence[str]) -> None:
-    """In each task of a job: `python src/train.py`, which writes its own record and minds SLURM's signals itself."""
+    """In each task of a job: `python src/train.py`, which writes its own record and minds SLURM's signals
+    itself.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     redirect_output(Path(log))
     run_afresh(overrides)

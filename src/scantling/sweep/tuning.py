@@ -1,7 +1,7 @@
 """`tune=lr`: before a comparison each arm's learning rate is chosen among shorter runs of one seed.
 
-These runs stand in `runs/<study>/tuning/` and are the record of the search: the same command finds them finished, and
-chooses the same.
+These runs stand in `runs/<study>/tuning/` and are the record of the search: the same command finds them
+finished, and chooses the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class TuningSettings:
 class Search:
     """Of one arm: which rates are still to be tried, and which is best.
 
-    `overrides` are the arm's without a seed, matched where arms are; `lr` its own rate, `budget` what of `budget.` it sets.
+    `overrides` are the arm's without a seed, matched where arms are; `lr` its own rate, `budget` what of
+    `budget.` it sets.
     """
 
     label: str
@@ -49,10 +50,14 @@ class Search:
     budget: dict[str, float]
     settings: TuningSettings
     tried: dict[float, float | None] = field(default_factory=dict)
-    """Bits per byte by rate: infinite where the loss was not finite, None where the run failed for another reason."""
+    """Bits per byte by rate: infinite where the loss was not finite, None where the run failed for another
+    reason.
+    """
 
     def wanted(self) -> list[float]:
-        """The grid, then one rate more at a time beyond an outermost best; empty where the search has ended."""
+        """The grid, then one rate more at a time beyond an outermost best; empty where the search has
+        ended.
+        """
         if not self.tried:
             return [round_rate(self.lr * factor) for factor in self.settings.factors]
         rates = sorted(self.tried)

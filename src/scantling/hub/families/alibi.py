@@ -127,7 +127,9 @@ class MPT(Family):
 
 
 class FalconShape(Field):
-    """Key heads and norms, which three switches say together. 7B: one key head, one norm; 40B: several, two."""
+    """Key heads and norms, which three switches say together. 7B: one key head, one norm; 40B:
+    several, two.
+    """
 
     def overrides(self, hf: Config) -> list[str]:
         n_heads = read_field(hf, "num_attention_heads", hf.get("n_head"))

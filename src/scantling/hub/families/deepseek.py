@@ -24,7 +24,9 @@ from scantling.hub.weights import Table
 
 
 class Yarn(Rope):
-    """DeepSeek's YaRN: beside turned queries and keys, the scores grow by the square of `mscale_all_dim`'s factor."""
+    """DeepSeek's YaRN: beside turned queries and keys, the scores grow by the square of `mscale_all_dim`'s
+    factor.
+    """
 
     def overrides(self, hf: Config) -> list[str]:
         parameters = self.parameters(hf)

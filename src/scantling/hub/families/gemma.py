@@ -43,7 +43,9 @@ class Gemma(Family):
 
 
 class Gemma2(Gemma):
-    """Gemma team 2024, arXiv:2408.00118: windows in every other layer, norms on both sides, capped scores and logits."""
+    """Gemma team 2024, arXiv:2408.00118: windows in every other layer, norms on both sides, capped scores and
+    logits.
+    """
 
     model_type, architecture = "gemma2", "Gemma2ForCausalLM"
     fields = change_fields(
@@ -72,7 +74,9 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
-    """Gemma team 2025, arXiv:2503.19786: five windows to one whole layer, each with its rotary base; normed queries, keys."""
+    """Gemma team 2025, arXiv:2503.19786: five windows to one whole layer, each with its rotary base; normed
+    queries, keys.
+    """
 
     model_type, architecture = "gemma3_text", "Gemma3ForCausalLM"
     fields = change_fields(
