@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from scantling.config.composition import build_decoder
 from scantling.data.loading import validation_batches
-from scantling.inference.generation import generate, lay_out_for_decoding
+from scantling.inference.decoding_layout import lay_out_for_decoding
+from scantling.inference.generation import generate
 from scantling.inference.sampling import GenerationSettings
 from scantling.inference.stored_run import StoredRun
 from scantling.model import hardware

@@ -11,7 +11,7 @@ import pytest
 import torch
 from warm import Command
 
-from scantling.inference.weights import read_weights
+from scantling.inference.safe_loading import read_weights
 from scantling.runs.directory import RunDirectory
 
 TRAIN = Path(__file__).parents[1] / "src" / "train.py"

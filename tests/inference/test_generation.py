@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scantling.inference import generation
-from scantling.inference.generation import beam_search, generate, lay_out_for_decoding, speculate
+from scantling.inference import speculation
+from scantling.inference.beam_search import beam_search
+from scantling.inference.decoding_layout import lay_out_for_decoding
+from scantling.inference.generation import generate
 from scantling.inference.sampling import GenerationSettings
+from scantling.inference.speculation import speculate
 from scantling.model.linear import FEW, ONEDNN
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
@@ -318,7 +321,7 @@ def every_outcome(monkeypatch, run):
             probability.append(p[choice].item())
             return choice
 
-        monkeypatch.setattr(generation, "draw_one", draw_one)
+        monkeypatch.setattr(speculation, "draw_one", draw_one)
         result = run()
         yield math.prod(probability), result
 

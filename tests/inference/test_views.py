@@ -151,10 +151,10 @@ REFUSED = [
     ({"prompt": "1 + " * 25}, "and a map is readable up to 48: shorten it"),
     (
         {"tokens": ["self", "selfself"]},
-        'tokens: "selfself" is no token of this run, whose tokenizer cuts it into "self", "self"',
+        'tokens: "selfself" is not a token of this run, whose tokenizer cuts it into "self", "self"',
     ),
     ({"tokens": ["def"]}, 'cuts it into "de", "f"; with a space before it is one: tokens=.*" def"'),
-    ({"tokens": [""]}, 'tokens: "" is no token of this run; with a space before it is one: tokens='),
+    ({"tokens": [""]}, 'tokens: "" is not a token of this run; with a space before it is one: tokens='),
 ]
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from scantling.inference.safe_loading import read_weights
 from scantling.inference.stored_run import StoredRun
-from scantling.inference.weights import read_weights
 from scantling.runs.directory import RunDirectory
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from shop import TRAIN, assert_same_training
 
-from scantling.inference.weights import read_weights
+from scantling.inference.safe_loading import read_weights
 from scantling.runs.directory import RunDirectory
 
 WHOLE = "trainer.strategy.zero_optimization.stage3_param_persistence_threshold=0"  # cut up small tensors too
@@ -223,7 +223,7 @@ def test_a_repeated_run_has_one_directory(shop):
     [
         (
             ("trainer=ddp", "trainer.devices=3"),
-            "batch_size 16 is no multiple of 3 ranks; the nearest that fits is 15 or 18",
+            "batch_size 16 is not a multiple of 3 ranks; the nearest that fits is 15 or 18",
         ),
         (("trainer=ddp", "trainer.devices=0"), "trainer.devices=0: use auto or a positive number"),
         (("trainer=ddp", "trainer.nodes=0"), "trainer.nodes=0 must be a whole number, at least 1"),

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig
 
 from scantling.config.command_line import mistakes
 from scantling.inference.continuation import continue_prompts
-from scantling.inference.generation import lay_out_for_decoding
+from scantling.inference.decoding_layout import lay_out_for_decoding
 from scantling.inference.sampling import GenerationSettings
 from scantling.inference.stored_run import StoredRun, find_run
 
@@ -56,6 +56,7 @@ SAMPLING = (
 
 
 def one_or_more(one: str | None, several: list[str] | None, name: str) -> list[str]:
+    """`one` and `several` as a list. Raises ValueError where both are set."""
     if one and several is not None:
         raise ValueError(f"{name} and {name}s are both set: put all into {name}s")
     return several if several is not None else [one] if one else []

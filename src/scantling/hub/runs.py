@@ -29,8 +29,8 @@ from scantling.hub.family import Family, all_families
 from scantling.hub.fields import Config, fill_nulls
 from scantling.hub.files import TensorFiles, export_tensors, import_tensors, read_json, write_tensors
 from scantling.hub.weights import rules_of, shapes_of
+from scantling.inference.safe_loading import read_weights
 from scantling.inference.stored_run import StoredRun
-from scantling.inference.weights import read_weights
 from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
 
@@ -127,6 +127,9 @@ def write_weights(config: DictConfig) -> str:
 
 
 def find_family(model_type: Any, asked_by: str) -> Family:
+    """The family of this `model_type`. Raises ValueError for an unknown one, naming who asked and the
+    nearest.
+    """
     families = all_families()
     if model_type not in families:
         near = nearest(str(model_type), list(families)) or f": known are {', '.join(families)}"
@@ -158,6 +161,7 @@ def composed(overrides: tuple[str, ...]) -> Config:
 
 
 def build_on_meta(decoder: Config) -> Decoder:
+    """The decoder of this configuration, its tensors without memory."""
     factory = plain(instantiate(decoder, _partial_=True))
     with torch.device("meta"):
         return factory()
@@ -220,15 +224,17 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int, source: Path) -> None:
+    """Raise ValueError where the tokenizer has more entries than the model has rows, or far fewer."""
     n = tokenizer.vocab_size
     if not (1 - PADDING) * rows <= n <= rows:
         raise ValueError(
-            f"{source / 'tokenizer.json'} has {n} entries, but by config.json the model has {rows} (vocab_size): "
-            "they do not belong together"
+            f"{source / 'tokenizer.json'} has {n} entries, but by config.json the model has {rows} "
+            "(vocab_size): they do not belong together"
         )
 
 
 def check_target(target: Path, setting: str) -> None:
+    """Raise ValueError where something is there: it is not overwritten. `setting` names another place."""
     if target.exists():
         raise ValueError(
             f"{target} exists already and is not overwritten: choose another place with {setting}=DIR"
@@ -263,4 +269,5 @@ def tokenizer_config(tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from scantling.inference.generation import (
-    beam_search,
-    check_draft,
-    check_room,
-    generate,
-    largest_context,
-    speculate,
-)
+from scantling.inference.beam_search import beam_search, check_room
+from scantling.inference.cached_texts import largest_context
+from scantling.inference.generation import generate
 from scantling.inference.sampling import GenerationSettings, Ids
+from scantling.inference.speculation import check_draft, speculate
 from scantling.model.decoder import Decoder
 
 
@@ -24,9 +20,13 @@ class Codec(Protocol):
 
     end_of_text: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, broken characters as U+FFFD."""
+        ...
 
 
 class GrowingText:
@@ -49,11 +49,11 @@ class GrowingText:
         ends = [at for stop in self.stop if (at := text.find(stop, self.shown)) >= 0]
         if ends:
             self.is_done = True
-            return self.upto(text, min(ends))
+            return self.show_up_to(text, min(ends))
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         held = max((stop_overlap(text[self.shown :], stop) for stop in self.stop), default=0)
-        return self.upto(text, len(text) - held)
+        return self.show_up_to(text, len(text) - held)
 
     def finish(self) -> str:
         """What was still held back."""
@@ -61,9 +61,10 @@ class GrowingText:
             return ""
         self.is_done = True
         text = self.codec.decode(self.ids)
-        return self.upto(text, len(text))
+        return self.show_up_to(text, len(text))
 
-    def upto(self, text: str, end: int) -> str:
+    def show_up_to(self, text: str, end: int) -> str:
+        """What comes between the text already shown and `end`, which is shown from now on."""
         piece = text[self.shown : end]
         self.shown = max(self.shown, end)
         return piece
@@ -113,6 +114,7 @@ def continue_ids(
     seed: int,
     draft: Decoder | None,
 ) -> Iterator[tuple[int, str | None]]:
+    """As `continue_prompts`, of prompts that are ids already and known to fit."""
     models = [model for model in (decoder, draft) if model is not None]
     was_training = [model.training for model in models]
     for model in models:
@@ -168,7 +170,9 @@ def next_tokens(
             done |= {row for row, text in enumerate(texts) if text.is_done}
 
 
-def continue_text(decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings) -> Iterator[str]:
+def continue_text(
+    decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings: Any
+) -> Iterator[str]:
     """The text that follows one prompt, piece by piece; of a prompt too long the end counts."""
     plain = GenerationSettings(**settings)
     ids = [codec.end_of_text, *codec.encode(prompt)][-largest_context(decoder, plain.context) :]

@@ -88,7 +88,8 @@ class GenerationSettings:
         if self.precision not in BUFFERS:
             raise ValueError(f"cache={self.precision} is unknown: use one of {', '.join(BUFFERS)}")
 
-    def penalised(self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None) -> Tensor:
+    def penalise(self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None) -> Tensor:
+        """Logits with `repetition_penalty` on the tokens in `seen_BV`; None: as they are."""
         if seen_BV is None:
             return logits_BV
         penalty = self.repetition_penalty
@@ -99,7 +100,7 @@ class GenerationSettings:
         self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None = None
     ) -> Float[Tensor, "B V"]:
         """Of the next token, to draw from."""
-        logits_BV = self.penalised(logits_BV.float(), seen_BV)
+        logits_BV = self.penalise(logits_BV.float(), seen_BV)
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).float()
         # From the largest logit on, and no temperature that is 0 in float32: however small, one logit stays
@@ -124,12 +125,16 @@ class GenerationSettings:
     def draw(
         self, logits_BV: Tensor, seen_BV: Tensor | None, generator: torch.Generator
     ) -> Int[Tensor, " B"]:
+        """Ids of the next tokens, at temperature 0 the likeliest."""
         if self.temperature == 0:
-            return self.penalised(logits_BV, seen_BV).argmax(-1)
+            return self.penalise(logits_BV, seen_BV).argmax(-1)
         return draw_tokens(self.probabilities(logits_BV, seen_BV), generator)
 
 
 def keep_typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
+    """Keep the tokens whose -log p is nearest to the entropy until they hold `mass`; the rest becomes 0.
+    Meister et al. 2022, arXiv:2202.00666.
+    """
     surprise_BV = -p_BV.log()
     entropy_B1 = torch.special.entr(p_BV).sum(-1, keepdim=True)
     distance_BV = (surprise_BV - entropy_B1).abs()
@@ -146,10 +151,12 @@ def draw_tokens(p_BV: Float[Tensor, "B V"], generator: torch.Generator) -> Int[T
 
 
 def draw_one(p_V: Float[Tensor, " V"], generator: torch.Generator) -> int:
+    """An index drawn with these probabilities, which need not sum to 1."""
     return int(torch.multinomial(p_V, 1, generator=generator))
 
 
 def seen_tokens(texts: Sequence[Ids], vocab_size: int, device: torch.device) -> Bool[Tensor, "B V"]:
+    """Which tokens occur in each text."""
     seen_BV = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
     for row, ids in zip(seen_BV, texts, strict=True):
         row[ids] = True

@@ -18,8 +18,8 @@ from scantling.data.corpora import Corpus
 from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
 from scantling.data.tokens import TokenizedCorpus, prepare_corpus
+from scantling.inference.safe_loading import check_targets, load_decoder, read_weights
 from scantling.inference.text_loss import TextLoss
-from scantling.inference.weights import check_targets, load_decoder, read_weights
 from scantling.model.cross_entropy import IGNORED
 from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
@@ -28,6 +28,10 @@ from scantling.runs.table import find
 
 @dataclass
 class StoredRun:
+    """A run's directory, its configuration, its decoder with the weights of a checkpoint, and its
+    tokenizer.
+    """
+
     directory: RunDirectory
     config: DictConfig
     decoder: Decoder

@@ -23,12 +23,14 @@ class TextLoss:
         self.nats = self.n_tokens = self.n_bytes = 0.0
 
     def add(self, nats: Tensor, targets_BT: Tensor) -> None:
+        """Count a batch: `nats`, its summed loss, and its targets, of which `IGNORED` ones do not count."""
         valid = targets_BT[targets_BT != IGNORED].cpu()
         self.nats += nats.item()
         self.n_tokens += valid.numel()
         self.n_bytes += self.token_bytes[valid].sum().item()
 
     def results(self) -> dict[str, float]:
+        """`loss` in nats per token, `bpb` in bits per byte, `perplexity` = exp(loss)."""
         loss = self.nats / self.n_tokens
         return {
             "loss": loss,

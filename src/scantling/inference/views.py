@@ -16,8 +16,8 @@ from torch import Tensor
 
 from scantling.data.tokenizers import Tokenizer
 from scantling.data.tokens import cached_tokens
-from scantling.inference.generation import largest_context
-from scantling.inference.weights import load_decoder, read_weights_by_step
+from scantling.inference.cached_texts import largest_context
+from scantling.inference.safe_loading import load_decoder, read_weights_by_step
 from scantling.model.attention_weights import attention_weights
 from scantling.model.decoder import Decoder
 from scantling.model.embed import Embedding
@@ -104,6 +104,7 @@ def views_of(directory: RunDirectory, *, tokens: Sequence[str] | None, prompt: s
 
 
 def describe_steps(steps: Sequence[int]) -> str:
+    """Which checkpoints are shown, and how to keep more."""
     each = [f"{step:,}" for step in steps]
     if len(each) == 1:
         after = f"step {each[0]}, the only one that is kept"
@@ -111,7 +112,10 @@ def describe_steps(steps: Sequence[int]) -> str:
         after = f"steps {', '.join(each[:-1])} and {each[-1]}, all that are kept"
     else:
         after = f"steps {each[0]} to {each[-1]}, {STEPS} of the {len(each)} that are kept"
-    return f"Checkpoints after {after}: train with checkpoint.keep=100 to keep the newest hundred, and to see more of them here."
+    return (
+        f"Checkpoints after {after}: train with checkpoint.keep=100 to keep the newest hundred, "
+        "and to see more of them here."
+    )
 
 
 # --- embeddings ---
@@ -120,6 +124,9 @@ def describe_steps(steps: Sequence[int]) -> str:
 def embedding_views(
     run: ViewedRun, weights: dict[int, dict[str, Tensor]], tokens: Sequence[str] | None
 ) -> tuple[Neighbours, EmbeddingMap]:
+    """For each checkpoint the neighbours of the chosen tokens, and places on a map of the most
+    frequent ones.
+    """
     order = ids_by_frequency(run.held_out, run.tokenizer.vocab_size)
     chosen = list(islice(frequent_words(run.tokenizer, order), WORDS))
     if tokens is not None:
@@ -219,7 +226,7 @@ def single_token(tokenizer: Tokenizer, text: str) -> int:
         cut = f", whose tokenizer cuts it into {pieces}" if ids else ""
         is_one = len(tokenizer.encode(f" {text}")) == 1
         hint = f'; with a space before it is one: tokens=[" {text}"]' if is_one else ""
-        raise ValueError(f'tokens: "{text}" is no token of this run{cut}{hint}')
+        raise ValueError(f'tokens: "{text}" is not a token of this run{cut}{hint}')
     return ids[0]
 
 
@@ -245,6 +252,7 @@ def token_label(tokenizer: Tokenizer, id_: int) -> str:
 
 
 def token_kind(text: str) -> str:
+    """What a token is made of, by which the map colours it."""
     if any(c.isalpha() for c in text):
         return "letters after a space" if text[0].isspace() else "letters"
     return "digits" if text.strip().isdigit() else "signs and space"
@@ -254,6 +262,9 @@ def token_kind(text: str) -> str:
 
 
 def attention_view(run: ViewedRun, prompt: str | None, step: int) -> Attention:
+    """How much each token of the prompt attends to each before it, for as many layers and heads as are
+    readable.
+    """
     ids = prompt_ids(run, prompt)
     weights = attention_weights(run.decoder, torch.tensor([ids]))[:, 0].numpy()
     n_layers, n_heads = weights.shape[:2]

@@ -85,10 +85,12 @@ def read_weights_by_step(directory: RunDirectory) -> tuple[dict[int, dict[str, T
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint's content. Only tensors and plain values are read, and tensors stay on disk until used."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def decoder_weights(stored: dict[str, Any]) -> dict[str, Tensor]:
+    """The decoder's state dict out of a checkpoint's, under the decoder's own names."""
     return {key.removeprefix("decoder."): value for key, value in stored["state_dict"].items()}
 
 
