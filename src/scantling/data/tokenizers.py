@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer as RawTokenizer
@@ -94,7 +94,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a `tokenizer.json`. Raises ValueError where it is none."""
+        """Read a `tokenizer.json`. Raises ValueError for another file."""
         try:
             return cls(RawTokenizer.from_str(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -170,22 +170,37 @@ class Char(TokenizerKind):
         return finish_tokenizer(raw, decoders.Fuse())
 
 
-class BPE(TokenizerKind):
-    """Byte-level byte-pair encoding with GPT-2's pre-tokenisation.
+class LearnedKind(TokenizerKind):
+    """A kind whose pieces of bytes are learned from the training split.
 
-    Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019 (GPT-2).
     `vocab_size`: most tokens in all, end-of-text included; a small corpus gives fewer.
     `train_bytes`: how many bytes from the start of the training split to learn from; None: all.
+
+    Raises ValueError for a vocabulary without room for every byte, and for no bytes to learn from.
     """
 
+    ENTRIES_PER_BYTE: ClassVar[int] = 1
+
     def __init__(self, *, vocab_size: int, train_bytes: int | None) -> None:
-        check_sizes("bpe", vocab_size, train_bytes, len(BYTE_ALPHABET) + 1)
-        self.vocab_size = vocab_size
-        self.train_bytes = train_bytes
+        kind, least = type(self).__name__.lower(), self.ENTRIES_PER_BYTE * len(BYTE_ALPHABET) + 1
+        if vocab_size < least:
+            raise ValueError(
+                f"tokenizer {kind}: vocab_size is {vocab_size}; the bytes and end-of-text alone need {least}"
+            )
+        if train_bytes is not None and train_bytes < 1:
+            raise ValueError(f"tokenizer {kind}: train_bytes is {train_bytes}; it must be positive")
+        self.vocab_size, self.train_bytes = vocab_size, train_bytes
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
+
+
+class BPE(LearnedKind):
+    """Byte-level byte-pair encoding with GPT-2's pre-tokenisation.
+
+    Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019 (GPT-2).
+    """
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
         raw = RawTokenizer(models.BPE())
@@ -199,20 +214,11 @@ class BPE(TokenizerKind):
         return finish_tokenizer(raw, decoders.ByteLevel())
 
 
-class Unigram(TokenizerKind):
+class Unigram(LearnedKind):
     """A unigram language model over pieces of bytes. Kudo 2018, arXiv:1804.10959.
 
-    `vocab_size` and `train_bytes` as in `BPE`. Training is slow: several times BPE's.
+    Training is slow: several times BPE's.
     """
-
-    def __init__(self, *, vocab_size: int, train_bytes: int | None) -> None:
-        check_sizes("unigram", vocab_size, train_bytes, len(BYTE_ALPHABET) + 1)
-        self.vocab_size = vocab_size
-        self.train_bytes = train_bytes
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
         raw = RawTokenizer(models.Unigram())
@@ -240,26 +246,18 @@ class Unigram(TokenizerKind):
         return [(byte, scores.get(byte, lowest)) for byte in BYTE_ALPHABET] + longer
 
 
-class WordPiece(TokenizerKind):
+class WordPiece(LearnedKind):
     """WordPiece on bytes: the longest known piece first. Wu et al. 2016, arXiv:1609.08144.
 
     A piece inside a word is marked with a fullwidth ＃＃ instead of BERT's ##: no byte is
     written that way, so a text containing "##" cannot be taken for the mark. Words are cut after
-    64 bytes, because longest-match takes quadratic time in the length of a word. `vocab_size`
-    and `train_bytes` as in `BPE`, but each byte needs two entries, at the start and inside.
+    64 bytes, because longest-match takes quadratic time in the length of a word. Each byte needs
+    two entries, at the start of a word and inside.
     """
 
+    ENTRIES_PER_BYTE = 2
     INSIDE = "＃＃"
     LONGEST_WORD = 64  # bytes
-
-    def __init__(self, *, vocab_size: int, train_bytes: int | None) -> None:
-        check_sizes("wordpiece", vocab_size, train_bytes, 2 * len(BYTE_ALPHABET) + 1)
-        self.vocab_size = vocab_size
-        self.train_bytes = train_bytes
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
         raw = RawTokenizer(models.WordPiece())
@@ -297,7 +295,7 @@ class Pretrained(TokenizerKind):
 
     `source`: a tokenizer.json, a directory holding one, or a name on the Hugging Face Hub.
     Raises FileNotFoundError for a name that is neither here nor on a Hub that answers, and
-    ValueError where the file is no tokenizer or has no end-of-text token.
+    ValueError where the file is not a tokenizer or has no end-of-text token.
     """
 
     def __init__(self, *, source: str) -> None:
@@ -317,6 +315,7 @@ class Pretrained(TokenizerKind):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Read once, from a file or from the Hub."""
         path = Path(self.source).expanduser()
         if path.is_dir():
             path = path / "tokenizer.json"
@@ -339,15 +338,6 @@ def finish_tokenizer(raw: RawTokenizer, decoder: decoders.Decoder) -> Tokenizer:
     raw.decoder = decoder
     raw.add_special_tokens([END_OF_TEXT])
     return Tokenizer(raw)
-
-
-def check_sizes(kind: str, vocab_size: int, train_bytes: int | None, least: int) -> None:
-    if vocab_size < least:
-        raise ValueError(
-            f"tokenizer {kind}: vocab_size is {vocab_size}; the bytes and end-of-text alone need {least}"
-        )
-    if train_bytes is not None and train_bytes < 1:
-        raise ValueError(f"tokenizer {kind}: train_bytes is {train_bytes}; it must be positive")
 
 
 def take_bytes(documents: Iterator[str], limit: int | None) -> Iterator[str]:
