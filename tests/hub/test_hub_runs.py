@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 from scantling.cli import evaluate, sample
 from scantling.cli.hub import hub
+from scantling.cli.sample import sample
 from scantling.config.command_line import CONF, Mistake
 from scantling.data.tokenizers import BPE, Byte, Char, Unigram, WordPiece
 from scantling.hub.files import INDEX
@@ -264,7 +265,11 @@ def test_a_run_of_ours_in_their_words(directly, stored, family, overrides):
     [
         ("gpt2", [], "pos._target_=scantling.model.pos.RoPE"),
         ("gpt2", [], "norm._target_=scantling.model.norm.RMSNorm"),
-        ("llama", ["norm=layernorm"], "family llama cannot express norm._target_=scantling.model.norm.LayerNorm"),
+        (
+            "llama",
+            ["norm=layernorm"],
+            "family llama cannot express norm._target_=scantling.model.norm.LayerNorm",
+        ),
         ("llama", ["norm=none"], "norm._target_=scantling.model.norm.NoNorm"),
         ("llama", ["attn=mla"], "attn._target_=scantling.model.attn.LatentAttention"),
         ("llama", ["ffn=relu2"], "ffn._target_=scantling.model.ffn.FeedForward"),
@@ -274,11 +279,12 @@ def test_a_run_of_ours_in_their_words(directly, stored, family, overrides):
         ("llama", ["pos=rope_partial"], "config.json: partial_rotary_factor=0.25 is not supported, only 1.0"),
         ("phi3", ["pos=rope_linear"], "config.json: rope_type=linear is not supported, only default"),
         ("qwen2", ["attn=gqa"], "cannot express attn.q_bias=False, attn.k_bias=False, attn.v_bias=False"),
-        ("bloom", ["norm=layernorm", "pos=alibi", "ffn=gelu_tanh", "embed=tied_normed", "model.bias=true", "model.d_ff=96"],
+        ("bloom", ["norm=layernorm", "pos=alibi", "ffn=gelu_tanh", "embed=tied_normed", "model.bias=true",
+            "model.d_ff=96"],
             "blocks.0.ffn.up.weight of shape [96, 32]: with these settings it has [128, 32]"),
         ("olmo", ["norm=layernorm_plain", "model.d_head=16"], "cannot express d_head=16"),
-        ("gemma2", ["norm=rmsnorm_1p", "attn=gqa_gemma2", "ffn=geglu_tanh", "block=sandwich", "embed=tied_scaled", "head=softcap",
-            "attn.scale=0.3"], "cannot express attn.scale=0.3"),
+        ("gemma2", ["norm=rmsnorm_1p", "attn=gqa_gemma2", "ffn=geglu_tanh", "block=sandwich",
+            "embed=tied_scaled", "head=softcap", "attn.scale=0.3"], "cannot express attn.scale=0.3"),
         ("mistral", ["attn=sinks"], "attn.pattern._target_=scantling.model.pattern.Sinks"),
         ("llamma", [], "family=llamma is unknown: did you mean llama"),
         ("zzz", [], "family=zzz is unknown: known are bloom, cohere"),
@@ -317,7 +323,7 @@ DAMAGE = {
     ),
     "no type": (lambda s: change_config(s, model_type="gone"), "model_type=None is unknown"),
     "no size": (lambda s: change_config(s, hidden_size="gone"), "config.json lacks hidden_size"),
-    "code": (lambda s: change_config(s, hidden_size="{_target_: os.abort}"), "is no number"),
+    "code": (lambda s: change_config(s, hidden_size="{_target_: os.abort}"), "is not a number"),
     "activation": (
         lambda s: change_config(s, hidden_act="mish"),
         "hidden_act=mish is not supported, only silu",
@@ -350,11 +356,12 @@ DAMAGE = {
     ),
     "pickle": (to_pickle, "holds pytorch_model.bin, a pickle, which may run code when it is opened"),
     "no tensors": (lambda s: (s / "model.safetensors").unlink(), "holds no *.safetensors"),
-    "broken": (lambda s: (s / "model.safetensors").write_bytes(b"nonsense"), "is no safetensors file"),
+    "broken": (lambda s: (s / "model.safetensors").write_bytes(b"nonsense"), "is not a safetensors file"),
     "no tokenizer": (lambda s: (s / "tokenizer.json").unlink(), "no tokenizer at"),
     "tokenizer": (
         lambda s: Char().train(iter(["abc"])).save(s / "tokenizer.json"),
-        "tokenizer.json has 5 entries, but by config.json the model has 257 (vocab_size): they do not belong together",
+        "tokenizer.json has 5 entries, but by config.json the model has 257 (vocab_size): "
+        "they do not belong together",
     ),
 }
 
