@@ -237,10 +237,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("attn.pattern=sliding",), "an option is chosen with a slash, attn/pattern=sliding"),
         (("budget.steps=0.5",), "below one optimiser step"),
         (("paths.runs=/proc/none",), "cannot be written"),
-        (("micro_batch_size=3",), "batch_size 4 is no multiple of micro_batch_size 3"),
+        (("micro_batch_size=3",), "batch_size 4 is not a multiple of micro_batch_size 3"),
         (
             ("trainer=ddp", "trainer.devices=2", "batch_size=7"),
-            "batch_size 7 is no multiple of 2 ranks; the nearest that fits is 6 or 8",
+            "batch_size 7 is not a multiple of 2 ranks; the nearest that fits is 6 or 8",
         ),
         (("batch_size=0",), "batch_size=0 must be a whole number, at least 1"),
         (("micro_batch_size=0",), "micro_batch_size=0 must be"),

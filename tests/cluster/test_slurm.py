@@ -175,5 +175,6 @@ def test_what_slurm_refuses_is_one_line(shop, slurm):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.strip() == (
-        "error: SLURM does not take the jobs: sbatch: error: Batch job submission failed: Invalid partition name specified"
+        "error: SLURM does not take the jobs: sbatch: error: Batch job submission failed: "
+        "Invalid partition name specified"
     )

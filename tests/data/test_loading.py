@@ -198,7 +198,7 @@ def test_batch_warmup_that_does_not_divide_is_refused():
         BatchSizes(8, 3, 10)
     with pytest.raises(ValueError, match="batch_warmup needs both"):
         BatchSizes(8, 4, 0)
-    with pytest.raises(ValueError, match="start=2 is no multiple of the 4 micro-batches"):
+    with pytest.raises(ValueError, match="start=2 is not a multiple of the 4 micro-batches"):
         TrainBatches(
             tokens=TOKENS,
             seq_len=8,

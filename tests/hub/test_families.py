@@ -423,7 +423,11 @@ def test_older_files_mean_the_same(model_type):
     ("model_type", "parameters", "complaint"),
     [
         ("llama", PARTIAL, "partial_rotary_factor=0.5 is not supported, only 1.0"),
-        ("gemma3_text", {"full_attention": YARN | {"truncate": False}}, "truncate=False is not supported, only True"),
+        (
+            "gemma3_text",
+            {"full_attention": YARN | {"truncate": False}},
+            "truncate=False is not supported, only True",
+        ),
         ("phi3", YARN, "rope_type=yarn is not supported, only default"),
     ],
 )  # fmt: skip
@@ -435,7 +439,7 @@ def test_what_the_code_of_a_family_does_not_read_is_refused(model_type, paramete
 def test_text_in_a_number_never_reaches_hydra():
     """`hidden_size` could name a class to build, were it not refused."""
     settings = {**default("llama"), "hidden_size": "{_target_:os.system,command:ls}"}
-    with pytest.raises(ValueError, match=r"_target_.*is no number, and model.d_model takes nothing else"):
+    with pytest.raises(ValueError, match=r"_target_.*is not a number, and model.d_model takes nothing else"):
         FAMILIES["llama"].overrides(settings)
 
 

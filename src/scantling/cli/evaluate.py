@@ -111,6 +111,7 @@ def context_windows(
 def rows_by_length(
     config: DictConfig, name: str, run: StoredRun, corpus: TokenizedCorpus, windows: ContextWindows
 ) -> list[dict[str, Any]]:
+    """A row for each length and stride of one run: bits per byte, nats per token and perplexity."""
     found = {
         (length, stride): loss
         for length, stride, loss in run.loss_by_length(corpus, windows, batch_size=config.batch_size)

@@ -71,6 +71,7 @@ def remove_abandoned(target: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine, whoever owns it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -40,9 +40,9 @@ class ContextWindows:
         available = (len(self.tokens) - 1 - first) // self.stretch
         if available < 1:
             raise ValueError(
-                f"lengths={self.lengths}{'' if stride is None else f' and stride={stride}'} score the same tokens in "
-                f"stretches of {self.stretch:,}, and the split has {len(self.tokens):,} tokens: take shorter lengths "
-                f"that divide each other, as [64,128,256]"
+                f"lengths={self.lengths}{'' if stride is None else f' and stride={stride}'} score the same "
+                f"tokens in stretches of {self.stretch:,}, and the split has {len(self.tokens):,} tokens: "
+                f"take shorter lengths that divide each other, as [64,128,256]"
             )
         wanted = available if n_windows is None else max(1, n_windows * longest // self.stretch)
         chosen = min(wanted, available)
@@ -57,6 +57,7 @@ class ContextWindows:
 
     @property
     def n_targets(self) -> int:
+        """Tokens that are scored at each length and stride."""
         return len(self.starts) * self.stretch
 
     @property

@@ -46,6 +46,7 @@ class Corpus(ABC):
 
 
 def hash_manifest(manifest: dict[str, Any]) -> str:
+    """A sha256 in hex of JSON with sorted keys."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -59,6 +60,7 @@ def is_held_out(key: str, val_fraction: float) -> bool:
 
 
 def check_val_fraction(val_fraction: float) -> None:
+    """Raise ValueError unless the share lies between 0 and 1."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
 
@@ -130,6 +132,7 @@ class StandardLibrary(Corpus):
 
 
 def is_utf8(data: bytes) -> bool:
+    """Whether the bytes are valid UTF-8."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -179,11 +182,13 @@ class TextFiles(Corpus):
         return [("".join(path.suffixes), *text_files.digest_file(path)) for path in self.paths]
 
     def all_documents(self) -> Iterator[str]:
+        """The documents of all files in order, of both splits."""
         for path in self.paths:
             yield from text_files.read_documents(path, self.column)
 
     @cached_property
     def n_train_characters(self) -> int:
+        """floor(n * (1 - val_fraction)) of all n characters, which "tail" trains on."""
         n = sum(len(document) for document in self.all_documents())
         # An exact fraction: in floating point 1 - 0.3 is not 0.7, and the cut would move.
         return int(n * (1 - Fraction(str(self.val_fraction))))
@@ -202,6 +207,7 @@ class TextFiles(Corpus):
         return require_documents(chosen, split, f"{', '.join(self.patterns)}: {remedy}")
 
     def head(self) -> Iterator[str]:
+        """The first `n_train_characters`, the last document cut there."""
         left = self.n_train_characters
         for document in self.all_documents():
             if left <= 0:
@@ -210,6 +216,7 @@ class TextFiles(Corpus):
             left -= len(document)
 
     def tail(self) -> Iterator[str]:
+        """All but the first `n_train_characters`, the first document cut there."""
         to_skip = self.n_train_characters
         for document in self.all_documents():
             if len(document) > to_skip:
@@ -296,6 +303,9 @@ class HubDataset(Corpus):
         return require_documents(chosen, split, f"{self.path}: change val_fraction or max_documents")
 
     def stream(self, split: str) -> Iterator[str]:
+        """The documents of a split of the dataset, at most `max_documents` rows of it. Raises
+        FileNotFoundError when it is not to be had, ValueError for a missing split or column.
+        """
         import datasets.config  # here, because it takes two seconds
 
         if not self.is_local and not hub_is_reachable():
@@ -384,6 +394,7 @@ class HubDataset(Corpus):
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -47,6 +47,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
 
 
 def is_hidden(relative: Path) -> bool:
+    """Whether the name of the file, or of a directory above it, starts with a dot."""
     return any(part.startswith(".") for part in relative.parts)
 
 
@@ -92,6 +93,7 @@ def decode_utf8(data: bytes, where: str) -> str:
 
 
 def open_file(path: Path) -> io.BufferedReader:
+    """Raises PermissionError for a file that may not be read."""
     try:
         return path.open("rb")
     except PermissionError:
@@ -99,6 +101,7 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def open_unpacked(path: Path) -> io.BufferedIOBase:
+    """The bytes of a file, unpacked where its name ends in `.gz` or `.zst`."""
     file = open_file(path)
     if path.suffix.lower() == ".gz":
         file.close()
@@ -149,6 +152,7 @@ class ZstdReader(io.RawIOBase):
 
 
 def read_text(path: Path) -> Iterator[str]:
+    """The whole file as one document. Raises ValueError for what is not text or does not unpack."""
     try:
         with open_unpacked(path) as file:
             data = file.read()
@@ -158,6 +162,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def read_json_lines(path: Path, column: str) -> Iterator[str]:
+    """A document from each line. Raises ValueError for what does not unpack or is not JSON."""
     try:
         with open_unpacked(path) as file:
             for number, line in enumerate(file, start=1):
@@ -168,6 +173,9 @@ def read_json_lines(path: Path, column: str) -> Iterator[str]:
 
 
 def parse_document(line: bytes, column: str, where: str) -> str:
+    """The text of one line of JSON, empty for null; `where` names the line in errors. Raises ValueError for
+    what is not JSON, a missing column, and a column that is not text.
+    """
     text = decode_utf8(line, where)
     try:
         row = json.loads(text)
@@ -185,6 +193,7 @@ def parse_document(line: bytes, column: str, where: str) -> str:
 
 
 def read_parquet(path: Path, column: str) -> Iterator[str]:
+    """A document from each row. Raises ValueError for other formats, and for a column that is not text."""
     import pyarrow  # here, because most corpora are no Parquet
     import pyarrow.parquet
 

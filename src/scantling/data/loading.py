@@ -75,6 +75,7 @@ class WindowOrder:
         return starts
 
     def starts_of_epoch(self, epoch: int) -> np.ndarray:
+        """int64 [windows_per_epoch]: the offset of each window in the order of the epoch."""
         if epoch != self.epoch:
             assert epoch >= 0, epoch
             n = self.windows_per_epoch
@@ -95,7 +96,7 @@ class BatchSizes:
     A function of the step alone, so that nothing need be remembered. As in GPT-3, Brown et al. 2020,
     arXiv:2005.14165, §2.1, where it grows over the first tokens of training. `start` null is `full`.
 
-    Raises ValueError when `full` is no multiple of `start`.
+    Raises ValueError when `full` is not a multiple of `start`.
     """
 
     full: int
@@ -109,11 +110,13 @@ class BatchSizes:
             )
         if self.steps < 0 or not 0 < self.first <= self.full or self.full % self.first:
             raise ValueError(
-                f"batch_warmup.start={self.start} must divide batch_size={self.full}, and steps={self.steps} be 0 or more"
+                f"batch_warmup.start={self.start} must divide batch_size={self.full}, "
+                f"and steps={self.steps} be 0 or more"
             )
 
     @property
     def first(self) -> int:
+        """Sequences of the first step."""
         return self.full if self.start is None else self.start
 
     def of(self, step: int) -> int:
@@ -133,6 +136,7 @@ class BatchSizes:
 
     @cached_property
     def growing(self) -> np.ndarray:
+        """int64 [steps]: sequences of each step of the warm-up."""
         multiples = 1 + np.arange(self.steps) * (self.full // self.first - 1) // max(1, self.steps)
         return self.first * multiples
 
@@ -251,17 +255,18 @@ def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) 
         if micro_batch_size > 1:
             ranks = f"micro_batch_size {micro_batch_size} x {ranks} = {unit}"
         raise ValueError(
-            f"batch_size {batch_size} is no multiple of {ranks}; the nearest that fits is {nearest}"
+            f"batch_size {batch_size} is not a multiple of {ranks}; the nearest that fits is {nearest}"
         )
     micro_batches = batch_size // micro_batch_size
     if sizes.first % micro_batches:
         raise ValueError(
-            f"batch_warmup.start={sizes.first} is no multiple of the {micro_batches} micro-batches of a step, over all "
-            f"ranks: use one, or a larger micro_batch_size"
+            f"batch_warmup.start={sizes.first} is not a multiple of the {micro_batches} micro-batches of a step, "
+            f"over all ranks: use one, or a larger micro_batch_size"
         )
 
 
 def check_length(n_tokens: int, seq_len: int, split: str) -> None:
+    """Raise ValueError unless the split has a window of `seq_len` inputs with their targets."""
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
     if n_tokens < seq_len + 1:

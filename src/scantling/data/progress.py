@@ -49,6 +49,7 @@ class Progress:
         self.show(read_all=True)
 
     def show(self, *, read_all: bool = False) -> None:
+        """Print or redraw the line where it is due; `read_all` once the last document has come."""
         now = time.monotonic()
         elapsed = now - self.started
         on_terminal = sys.stderr.isatty()

@@ -55,7 +55,7 @@ class Source(Corpus):
         """What decides the text, beside its length."""
 
     @abstractmethod
-    def drawn(self, rngs: Sequence[np.random.Generator]) -> list[str]:
+    def draw(self, rngs: Sequence[np.random.Generator]) -> list[str]:
         """A document of `document` characters from each generator."""
 
     def documents(self, split: Split) -> Iterator[str]:
@@ -63,7 +63,7 @@ class Source(Corpus):
         n = max(1, total // self.document)
         for first in range(0, n, TOGETHER):
             numbers = range(first, min(first + TOGETHER, n))
-            yield from self.drawn([np.random.default_rng([self.seed, split == "val", i]) for i in numbers])
+            yield from self.draw([np.random.default_rng([self.seed, split == "val", i]) for i in numbers])
 
     @property
     def fingerprint(self) -> str:
@@ -78,8 +78,8 @@ class Source(Corpus):
 
     def describe(self) -> str:
         return (
-            f"{type(self).__name__}, {self.characters / 1e6:.1f} MB, entropy rate {self.entropy_rate:.6f} nats a byte, "
-            f"{self.entropy_rate / np.log(2):.6f} bits per byte"
+            f"{type(self).__name__}, {self.characters / 1e6:.1f} MB, "
+            f"entropy rate {self.entropy_rate:.6f} nats a byte, {self.entropy_rate / np.log(2):.6f} bits per byte"
         )
 
 
@@ -117,7 +117,8 @@ class MarkovText(Source):
             raise ValueError(f"data.symbols={symbols} must lie between 2 and {len(ALPHABET)}")
         if len(weights) < 2 or min(weights) < 0 or abs(sum(weights) - 1) > 1e-9 or weights[0] <= 0:
             raise ValueError(
-                f"data.weights={list(weights)}: those of orders 0, 1, … must sum to 1, the first being positive"
+                f"data.weights={list(weights)}: those of orders 0, 1, … must sum to 1, "
+                "the first being positive"
             )
         if symbols ** len(weights) > LARGEST_TABLE:
             raise ValueError(
@@ -131,6 +132,7 @@ class MarkovText(Source):
 
     @property
     def order(self) -> int:
+        """K: how many symbols back the next one depends on."""
         return len(self.weights) - 1
 
     @property
@@ -183,7 +185,7 @@ class MarkovText(Source):
         of_start = entropies(self.stationary.reshape(v**seen, -1).sum(axis=1)[None])[0]
         return float((of_start + (n - seen) * self.entropy_rate) / n)
 
-    def drawn(self, rngs: Sequence[np.random.Generator]) -> list[str]:
+    def draw(self, rngs: Sequence[np.random.Generator]) -> list[str]:
         v, contexts, length = self.symbols, self.symbols**self.order, max(self.document, self.order)
         uniform_TB = np.stack([rng.random(length) for rng in rngs], axis=1)
         # The first context is drawn as one symbol of an alphabet of contexts.
@@ -201,6 +203,7 @@ class MarkovText(Source):
 
     @cached_property
     def cumulative(self) -> Array:
+        """(V^K, V): `transitions` summed from the left, to draw by one uniform number."""
         cumulative = self.transitions.cumsum(axis=1)
         cumulative[:, -1] = 1.0  # above every uniform number, whatever the rounding
         return cumulative
@@ -282,7 +285,7 @@ class GrammarText(Source):
     def entropy_rate(self) -> float:
         return self.sentence_entropy / (float(self.expansions.sum()) + 1)
 
-    def drawn(self, rngs: Sequence[np.random.Generator]) -> list[str]:
+    def draw(self, rngs: Sequence[np.random.Generator]) -> list[str]:
         return [self.sentences(rng) for rng in rngs]
 
     def sentences(self, rng: np.random.Generator) -> str:

@@ -111,6 +111,7 @@ def cached_tokens(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> To
 
 
 def absolute(cache_dir: Path) -> Path:
+    """The path from the root, `~` spelled out."""
     return cache_dir.expanduser().absolute()
 
 
@@ -123,10 +124,13 @@ def tokens_directory(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) ->
 
 
 def cache_key(made_from: dict[str, Any]) -> str:
+    """24 hex digits of the sha256 of what a cached directory was made from."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def prepare_tokenizer(corpus: Corpus, kind: TokenizerKind, directory: Path) -> Tokenizer:
+    """Read the tokenizer from `directory`, or train it on the training split and write it there."""
+
     def usable() -> Tokenizer | None:
         try:
             return Tokenizer.load(directory / "tokenizer.json")
@@ -148,6 +152,7 @@ def prepare_tokenizer(corpus: Corpus, kind: TokenizerKind, directory: Path) -> T
 def prepare_tokens(
     corpus: Corpus, tokenizer: Tokenizer, made_from: dict[str, Any], directory: Path
 ) -> TokenizedCorpus:
+    """Read the tokens from `directory`, or tokenize both splits and write them there."""
     prepared = open_tokens(directory, tokenizer)
     if prepared is not None:
         return prepared
@@ -229,6 +234,7 @@ Piece = tuple[str, bool, bool]  # text, whether it starts a document, whether it
 
 
 def batch_pieces(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[Piece]]:
+    """Pieces of documents in order, in lists of about `BATCH_CHARACTERS`."""
     batch: list[Piece] = []
     size = 0
     for document in documents:

@@ -24,7 +24,7 @@ MISSING = object()
 def setting(path: str, value: Any) -> str:
     """`path=value` in Hydra's words."""
     if value is not None and not isinstance(value, bool | int | float):  # a file's text never reaches Hydra
-        raise ValueError(f"config.json: {value!r} is no number, and {path} takes nothing else")
+        raise ValueError(f"config.json: {value!r} is not a number, and {path} takes nothing else")
     words = {None: "null", True: "true", False: "false"}
     return f"{path}={words[value] if value is None or isinstance(value, bool) else value}"
 
@@ -69,10 +69,14 @@ class Field(ABC):
     """Base of every kind."""
 
     @abstractmethod
-    def overrides(self, hf: Config) -> list[str]: ...
+    def overrides(self, hf: Config) -> list[str]:
+        """What to add to the command line for the decoder of a `config.json`. Raises ValueError for a value
+        that our parts cannot do, or a field that is missing.
+        """
 
     @abstractmethod
-    def hf_config(self, decoder: Config) -> Config: ...
+    def hf_config(self, decoder: Config) -> Config:
+        """The fields for a decoder's configuration; none where it does not have the setting."""
 
     @property
     @abstractmethod
@@ -361,6 +365,7 @@ class LayerTypes(Field):
 
     @staticmethod
     def types(n_layers: int, every: int) -> list[str]:
+        """[n_layers]: full attention in every `every`-th layer, a window in the others."""
         check_whole("config.json: sliding_window_pattern", every)
         return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)]
 

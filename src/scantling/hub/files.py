@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is none, or where it is no object."""
+    """A JSON object. Raises ValueError where there is none, or where it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -42,10 +42,13 @@ class TensorFiles:
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is no safetensors file: {error}") from None
+                raise ValueError(f"{path} is not a safetensors file: {error}") from None
             self.files |= dict.fromkeys(file.keys(), file)
 
     def paths(self) -> list[Path]:
+        """The files of the directory: those that the index names, or all safetensors there. Raises ValueError
+        where one is missing, and where only a pickle is there.
+        """
         if (self.source / INDEX).exists():
             named = read_json(self.source / INDEX).get("weight_map")
             if not isinstance(named, dict):
@@ -69,9 +72,11 @@ class TensorFiles:
         return paths
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
         return tuple(self.files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
+        """A tensor of floating-point numbers. Raises ValueError for a quantised one."""
         tensor = self.files[name].get_tensor(name)
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights are not read")
@@ -123,6 +128,7 @@ def tied_heads(family: Family, ours: Mapping[str, Any]) -> list[str]:
 
 
 def and_more(names: list[str]) -> str:
+    """How many names follow the first, in words."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
@@ -135,6 +141,7 @@ def export_tensors(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def write_tensors(theirs: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as they may other files of this user."""
     path.touch()
     mode = path.stat().st_mode
     save_file(theirs, path, metadata={"format": "pt"})

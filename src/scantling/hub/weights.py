@@ -43,11 +43,13 @@ class Rule:
         return {name: self.stored((n, *shapes[0][1:])) for name, n in rows}
 
     def stored(self, shape: Shape) -> Shape:
+        """The shape that theirs has on disk for `shape`, rows before columns."""
         if self.folded is not None:
             return (self.folded, shape[0] // self.folded)
         return shape[::-1] if self.transposed else shape
 
     def to_ours(self, theirs: list[Tensor], ours: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """Our tensors from theirs, in memory of their own."""
         if self.folded is not None:
             theirs = [tensor.flatten() for tensor in theirs]
         if self.transposed:
@@ -60,6 +62,7 @@ class Rule:
         return {name: piece.clone() for name, piece in zip(self.ours, pieces, strict=True)}
 
     def to_theirs(self, ours: list[Tensor]) -> dict[str, Tensor]:
+        """Their tensors from ours, contiguous."""
         whole = ours[0] if len(ours) == 1 else torch.cat(ours)
         if self.order is not None:
             whole = whole[self.order.argsort()]
@@ -186,6 +189,7 @@ def by_head_order(attn: str, modules: Modules) -> Tensor:
 
 
 def named_children(path: str, modules: Modules) -> list[tuple[str, nn.Module]]:
+    """Name and module of each child, none where the path is not a module."""
     return list(modules[path].named_children()) if path in modules else []
 
 
@@ -223,4 +227,5 @@ def rules_of(table: Table, decoder: Decoder) -> list[Rule]:
 
 
 def shapes_of(decoder: Decoder) -> dict[str, Shape]:
+    """The shape of every tensor of a decoder's state, by name."""
     return {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ class Share:
 
     @property
     def environment(self) -> dict[str, str]:
+        """The variables that hold a process to its share."""
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
         return {"OMP_NUM_THREADS": str(self.threads), **visible}
 
@@ -64,6 +66,7 @@ class Devices:
         return share
 
     def give_back(self, share: Share) -> None:
+        """Free what a job held."""
         self.held.remove(share)
 
 
@@ -75,4 +78,5 @@ def visible_gpus(found: int) -> tuple[str, ...]:
 
 
 def own_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -43,8 +43,8 @@ def forecast_table(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices)
     )
     return Group(
         table,
-        "[dim]time: of training steps, at the share of peak that finished runs of this study reached, else a tenth; "
-        "start-up, validation, checkpoints and samples come on top[/dim]",
+        "[dim]time: of training steps, at the share of peak that finished runs of this study reached, "
+        "else a tenth; start-up, validation, checkpoints and samples come on top[/dim]",
     )
 
 

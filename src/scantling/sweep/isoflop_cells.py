@@ -67,8 +67,8 @@ def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float
             here.append(Cell(name, budget, shape, parameters, steps, tokens, tokens * per_token, lr))
         if len({cell.shape for cell in here}) < len(here):
             raise ValueError(
-                f"at {budget:.3g} FLOPs two sizes come to one shape: take fewer isoflop.sizes, a larger isoflop.spread, or "
-                "more FLOPs"
+                f"at {budget:.3g} FLOPs two sizes come to one shape: take fewer isoflop.sizes, "
+                "a larger isoflop.spread, or more FLOPs"
             )
         cells += here
     return cells
@@ -106,6 +106,7 @@ def linear_in_depth(counted: Callable[[Shape], tuple[int, float, int]]) -> Calla
 
 
 def own_shape(config: DictConfig) -> Shape:
+    """The shape of the preset itself."""
     return Shape(**{name: config.model[name] for name in Shape.__dataclass_fields__})
 
 

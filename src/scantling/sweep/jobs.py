@@ -44,6 +44,7 @@ class Job:
 
     @property
     def log(self) -> Path:
+        """What the job writes to standard output and error, one attempt below the other."""
         return self.directory.path / "log.txt"
 
     @property
@@ -52,6 +53,7 @@ class Job:
         return self.directory.path / "failed.json"
 
     def note_failure(self, reason: str, code: int | None) -> None:
+        """The job has failed for good; a file says so to other launchers."""
         self.state, self.reason = "failed", reason
         replace_text(self.failure, json.dumps({"reason": reason, "code": code}) + "\n")
 
@@ -103,10 +105,10 @@ def label_jobs(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def shorten_number(value: str) -> str:
-    """1e+12 for 1000000000000.0"""
+    """A number in its shortest form, 1e+12 for 1000000000000.0; other values as they are."""
     try:
-        return (
-            min(value, f"{float(value):g}", key=len) if float(f"{float(value):g}") == float(value) else value
-        )
+        number = float(value)
     except ValueError:
         return value
+    short = f"{number:g}"
+    return min(value, short, key=len) if float(short) == number else value

@@ -56,6 +56,7 @@ class Lease:
         return True
 
     def put(self, pids: list[int]) -> None:
+        """Write who holds it and by which processes, whole or not at all."""
         holder = {
             "token": self.token,
             "host": host_name(),
@@ -83,15 +84,18 @@ class Lease:
         return bool(text) and json.loads(text)["token"] == self.token
 
     def release(self) -> None:
+        """Give it up, unless another has taken its place."""
         if self.is_there():
             self.path.unlink(missing_ok=True)
 
 
 def lease_files(folder: Path) -> list[Path]:
+    """The leases in a folder, those under way included."""
     return list(folder.glob("lease-*.json"))
 
 
 def lease_number(path: Path) -> int:
+    """N of `lease-N.json`."""
     return int(path.stem.removeprefix("lease-"))
 
 

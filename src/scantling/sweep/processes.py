@@ -77,6 +77,9 @@ def fork_job(task: Callable[[], int], log: Path, environment: dict[str, str]) ->
 
 
 def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[str, str]) -> None:
+    """Make this fresh child a job: a group, signals, output and environment of its own, and an end with its
+    launcher.
+    """
     os.setpgid(0, 0)
     for which in TAKEN_OVER:
         signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)

@@ -26,6 +26,8 @@ LOOK_AGAIN = 1.0
 
 @dataclass(frozen=True)
 class Limits:
+    """How long jobs may take, and how often they may be tried."""
+
     retries: int
     """After a job was killed, or told to stop, by somebody else."""
     timeout_seconds: float | None
@@ -36,6 +38,8 @@ class Limits:
 
 @dataclass
 class RunningJob:
+    """A job under way here, and what it holds."""
+
     job: Job
     process: Process
     share: Share
@@ -101,6 +105,7 @@ class Scheduler:
     # --- starting ---
 
     def start_more(self) -> None:
+        """Start jobs in their order until one does not fit."""
         look_at_others = time.monotonic() - self.looked >= LOOK_AGAIN
         for job in self.jobs:
             if job.state == "queued" or (job.state == "elsewhere" and look_at_others):
@@ -132,6 +137,7 @@ class Scheduler:
         return None
 
     def launch(self, job: Job, share: Share, lease: Lease) -> None:
+        """Start a job's process under its lease."""
         job.failure.unlink(missing_ok=True)
         job.attempts += 1
         job.begin_log()
@@ -163,6 +169,7 @@ class Scheduler:
         running.process.kill()
 
     def stop_overdue(self) -> None:
+        """Ask jobs beyond their limit to stop, and kill those that take too long over it."""
         now = time.monotonic()
         for running in self.running:
             if running.deadline is not None and now >= running.deadline and not running.overdue:
@@ -173,6 +180,7 @@ class Scheduler:
                 running.process.kill()
 
     def look(self) -> None:
+        """Read the newest metrics of running jobs, once in `LOOK_AGAIN` seconds."""
         now = time.monotonic()
         if now - self.looked < LOOK_AGAIN:
             return
@@ -182,6 +190,7 @@ class Scheduler:
                 running.job.seen = row
 
     def reap(self) -> None:
+        """Take note of processes that ended, and free what they held."""
         for running in list(self.running):
             code = running.process.poll()
             if code is None:
@@ -194,6 +203,7 @@ class Scheduler:
             self.devices.give_back(running.share)
 
     def judge(self, running: RunningJob, code: int) -> None:
+        """Give a job whose process ended its state: done, failed, queued again, or another launcher's."""
         job = running.job
         if job.directory.is_finished:
             self.change(job, "done")
@@ -214,10 +224,12 @@ class Scheduler:
             self.fail(job, job.first_line_of_why(), code)
 
     def fail(self, job: Job, reason: str, code: int) -> None:
+        """Note that a job has failed for good."""
         job.note_failure(reason, code)
         self.screen.tell(job)
 
     def change(self, job: Job, state: str, reason: str | None = None) -> None:
+        """Give a job a state and, unless None, a reason; a new state is shown."""
         if reason is not None or state in ("running", "done"):
             job.reason = reason or ""
         if state != job.state:

@@ -46,6 +46,7 @@ class Screen:
             self.live.stop()
 
     def tell(self, job: Job) -> None:
+        """Say that a job's state changed: a line, or on a terminal the table at its next drawing."""
         if self.live is not None:
             self.drawn = 0.0
             if rows := job.directory.metrics():  # also those since the last look
@@ -58,6 +59,7 @@ class Screen:
         )
 
     def draw(self) -> None:
+        """Redraw the table where there is one, at most once in `SECONDS_BETWEEN`."""
         now = time.monotonic()
         if self.live is not None and now - self.drawn >= SECONDS_BETWEEN:
             self.drawn = now
@@ -78,6 +80,7 @@ class Screen:
         return Group(table, f"[dim]{self.counts()}[/dim]")
 
     def row(self, job: Job) -> tuple[str, str, str, str, str]:
+        """Label, state, step, loss, and the time left at the pace so far."""
         colour = COLOURS.get(job.state, "dim")
         state = f"[{colour}]{job.state}[/{colour}]" + (f" {escape(job.reason)}" if job.reason else "")
         seen = job.seen
@@ -94,6 +97,7 @@ class Screen:
         )
 
     def counts(self) -> str:
+        """How many jobs are in each state, and the time since the start."""
         states = [job.state for job in self.jobs]
         counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         return f"{len(self.jobs)} jobs: {counted}; {clock_of(time.monotonic() - self.began)}"
@@ -133,11 +137,12 @@ def rates_table(searches: Sequence[Search]) -> RenderableType:
 
 
 def score_word(score: float | None) -> str:
+    """Bits per byte, or what became of a run without them."""
     return "failed" if score is None else "diverged" if score == math.inf else f"{score:.4f}"
 
 
 def clock_of(seconds: float) -> str:
-    """1:02:03"""
+    """Hours, minutes and seconds, as 1:02:03."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -88,6 +88,7 @@ class SlurmQueue:
             time.sleep(self.poll_seconds)
 
     def unfinished(self) -> list[str]:
+        """SLURM's numbers of the jobs that have not ended."""
         return [
             self.numbers[job.number]
             for job in self.jobs
@@ -173,6 +174,7 @@ class SlurmQueue:
     # --- watching ---
 
     def look(self, states: dict[str, str]) -> None:
+        """Give each job that SLURM has its state and newest metrics."""
         for job in self.jobs:
             if job.state in ENDED or job.number not in self.numbers:
                 continue
@@ -187,6 +189,7 @@ class SlurmQueue:
                 self.change(job, "queued" if waits else "running", f"SLURM's job {number}")
 
     def judge(self, job: Job, state: str) -> None:
+        """Say how a job ended that SLURM no longer runs: the run's own record decides."""
         os.listdir(job.directory.path)  # a network's file system then looks for what was written elsewhere
         if job.directory.is_finished:
             self.change(job, "done", "")
@@ -196,16 +199,19 @@ class SlurmQueue:
             self.screen.tell(job)
 
     def change(self, job: Job, state: str, reason: str = "") -> None:
+        """Give a job a state and a reason; what is new is shown."""
         if (state, reason) != (job.state, job.reason):
             job.state, job.reason = state, reason
             self.screen.tell(job)
 
 
 def note_file(job: Job) -> Path:
+    """Where a run's directory holds SLURM's number of its job."""
     return job.directory.path / "slurm.json"
 
 
 def task_arguments(cpus: int | None) -> list[str]:
+    """Arguments of srun for each task."""
     return [] if cpus is None else [f"--cpus-per-task={cpus}"]  # srun does not ask sbatch
 
 

@@ -88,10 +88,12 @@ class Search:
 
     @property
     def scores(self) -> dict[float, float]:
+        """Bits per byte by rate, of the tries that gave an answer."""
         return {rate: score for rate, score in self.tried.items() if score is not None}
 
     @property
     def best(self) -> float:
+        """The rate with the fewest bits per byte, of equal ones the lowest."""
         return min(sorted(self.scores), key=self.scores.__getitem__)
 
     @property
@@ -129,6 +131,7 @@ def plan_searches(
 
 
 def round_rate(rate: float) -> float:
+    """To four significant digits, which a command line can hold."""
     return float(f"{rate:.4g}")
 
 
@@ -138,6 +141,9 @@ def stop_reason(directory: RunDirectory) -> str | None:
 
 
 def run_score(directory: RunDirectory) -> float | None:
+    """Bits per byte of a finished run, infinite where the loss was not finite or the guard stopped it; None
+    for a run that gave no answer.
+    """
     if directory.is_finished:
         bpb = directory.summary["val/bpb"]
         return bpb if math.isfinite(bpb) else math.inf

@@ -39,6 +39,7 @@ GPT2_SIZES = (
 
 
 def dropouts(absent: float) -> tuple[Same, ...]:
+    """The three rates of dropout; `absent` is what the family takes where none is given."""
     return (
         Same("embd_pdrop", "decoder.dropout", absent=absent),
         Same("attn_pdrop", "attn.dropout", absent=absent),

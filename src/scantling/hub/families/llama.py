@@ -36,6 +36,7 @@ SIZES = (
 
 
 def kv_heads(absent: object = lambda hf: hf["num_attention_heads"]) -> Same:
+    """The number of key heads; `absent` is what the family takes where none is given."""
     return Same("num_key_value_heads", "model.n_kv_heads", leaf="attn.n_kv_heads", absent=absent)
 
 
@@ -217,6 +218,7 @@ class NopeLayers(Field):
 
     @staticmethod
     def turns(n_layers: int, every: int) -> list[int]:
+        """[n_layers]: 0 for every `every`-th layer, which has no position, 1 for the others."""
         check_whole("config.json: no_rope_layer_interval", every)
         return [int((i + 1) % every != 0) for i in range(n_layers)]
 
