@@ -104,7 +104,7 @@ def test_two_hosts_train_as_one_process(shop, alone, hosts, engine):
     rendezvous = (f"--rdzv-id={runs}", f"--rdzv-endpoint={ADDRESSES[0]}:29500", "--rdzv-backend=c10d")
     processes = [
         Command(
-            [TRAIN, *options, f"paths.runs={runs}"],
+            [str(TRAIN), *options, f"paths.runs={runs}"],
             shop.path,
             torchrun=(
                 *("--nnodes=2", "--nproc-per-node=1", f"--local-addr={address}"),

@@ -8,6 +8,7 @@ import socket
 import sysconfig
 import time
 from pathlib import Path
+from typing import Literal
 
 import huggingface_hub.constants
 import pyarrow
@@ -20,7 +21,9 @@ from scantling.data.corpora import HubDataset, StandardLibrary, TextFiles
 DOCUMENTS = [f"Document {i}: naïve café\r\n\tπ ≈ 3,14 😀\n\n" * (1 + i % 3) for i in range(400)]
 
 
-def text_files(files, *, split="documents", val_fraction=0.1, column="text") -> TextFiles:
+def text_files(
+    files, *, split: Literal["tail", "documents"] = "documents", val_fraction=0.1, column="text"
+) -> TextFiles:
     return TextFiles(files=files, column=column, val_fraction=val_fraction, split=split)
 
 
@@ -297,7 +300,7 @@ def test_a_hub_that_does_not_answer_fails_in_one_line_at_once(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    import datasets  # outside the time measured
+    import datasets.config  # outside the time measured
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     began = time.monotonic()

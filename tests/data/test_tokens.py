@@ -52,7 +52,8 @@ def decode(split: TokenSplit, tokenizer: Tokenizer) -> list[str]:
 
 
 def assert_is(prepared: tokens.TokenizedCorpus, corpus: Corpus) -> None:
-    for split, read in (("train", prepared.train), ("val", prepared.val)):
+    for split in tokens.SPLITS:
+        read = getattr(prepared, split)
         written = list(corpus.documents(split))
         assert decode(read, prepared.tokenizer) == written
         assert read.n_bytes == sum(len(document.encode()) for document in written)
@@ -238,6 +239,7 @@ def test_a_killed_process_leaves_nothing_that_counts(corpus, tmp_path):
     slow = SlowCorpus(corpus, signal_file)
     process = context.Process(target=prepare_corpus, args=(slow, KINDS["byte"], cache))
     process.start()
+    assert process.pid is not None
     deadline = time.monotonic() + 60
     while not signal_file.exists():
         assert time.monotonic() < deadline

@@ -3,8 +3,10 @@
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -38,7 +40,9 @@ def settings(n_tokens: int, **given) -> GenerationSettings:
     return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
 
 
-def generated(decoder, n_tokens: int, *, prompt=PROMPT, seed: int = 0, **given) -> list[int]:
+def generated(
+    decoder, n_tokens: int, *, prompt: Sequence[int] | torch.Tensor = PROMPT, seed: int = 0, **given
+) -> list[int]:
     (ids,) = batch_of(decoder, [list(prompt)], n_tokens, seed=seed, **given)
     return ids
 
@@ -306,7 +310,7 @@ class Table:
 
 def every_outcome(monkeypatch, run):
     """(probability, result) of `run` for each way in which its draws can fall."""
-    paths = [()]
+    paths: list[tuple[int, ...]] = [()]
     while paths:
         path, taken, probability = paths.pop(), [], []
 
@@ -333,10 +337,11 @@ def every_outcome(monkeypatch, run):
 )
 def test_a_draft_leaves_the_distribution_as_it_is(monkeypatch, given):
     """Of all texts of four tokens out of four, exactly: every outcome of every draw is gone through."""
-    decoder, draft, prompt = Table(4, seed=0), Table(4, seed=1), [1, 2]
+    decoder, draft, generator = (cast(Any, each) for each in (Table(4, seed=0), Table(4, seed=1), None))
+    prompt = [1, 2]
     how = settings(4, draft_tokens=2, **given)
     found: dict[tuple[int, ...], float] = {}
-    run = partial(speculate, decoder, draft, prompt, settings=how, generator=None)
+    run = partial(speculate, decoder, draft, prompt, settings=how, generator=generator)
     for probability, text in every_outcome(monkeypatch, lambda: tuple(run())):
         found[text] = found.get(text, 0.0) + probability
     for text in itertools.product(range(4), repeat=4):

@@ -45,6 +45,7 @@ def run(checkpointed, tmp_path):
 def test_neighbours_are_those_of_the_largest_cosine(run):
     directory, decoders, tokenizer = run()
     found = views_of(directory, tokens=["self", " self"], prompt=None).neighbours
+    assert found is not None
     assert (found.steps, found.words) == ((3, 40, 200), ("self", "␣self"))
     for i, decoder in enumerate(decoders):
         table = decoder.embed.tokens.weight.detach().double()
@@ -61,6 +62,7 @@ def test_what_a_token_enters_the_model_with_is_compared(run):
     """A factorised table's rows are narrow, and what the model reads is wide and normed."""
     directory, decoders, tokenizer = run("embed=factorised")
     found = views_of(directory, tokens=["self"], prompt=None).neighbours
+    assert found is not None
     with torch.no_grad():
         entering = decoders[-1].embed(torch.arange(tokenizer.vocab_size)[None])[0]
     (id_,) = tokenizer.encode("self")
@@ -88,6 +90,7 @@ def test_places_are_those_of_an_eigendecomposition():
 def test_the_map_shows_every_step(run):
     directory, decoders, tokenizer = run()
     found = views_of(directory, tokens=["self"], prompt=None).map
+    assert found is not None
     assert found.places.shape == (3, 400, 2)
     assert (found.words[0], found.named[:3]) == ("self", (True, False, False))
     ids = [tokenizer.encode("self")[0], *(i for i in range(400) if i != tokenizer.encode("self")[0])][:400]
@@ -100,6 +103,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(run):
     file = directory.checkpoint(40)
     os.truncate(file, file.stat().st_size // 2)
     found = views_of(directory, tokens=None, prompt=None)
+    assert found.map is not None
     assert found.map.steps == (3, 200)
     assert f"{file} cannot be read, and is left out." in found.notes
     assert "steps 3 and 200, all that are kept" in found.notes[0]
@@ -119,8 +123,10 @@ def test_frequent_tokens_and_the_prompt_are_of_the_held_out_text(run, book, tmp_
     words = {i: n for i, n in zip(ids, counts, strict=True) if token_text(tokenizer, i).strip().isalpha()}
     several = {i: n for i, n in words.items() if len(token_text(tokenizer, i).strip()) > 1}
     expected = sorted(several, key=lambda i: (-several[i], i))[:12]
+    assert found.neighbours is not None
     assert found.neighbours.words == tuple(token_label(tokenizer, i) for i in expected)
     shown = [tokenizer.end_of_text, *tokens[:BEGINNING].tolist()]
+    assert found.attention is not None
     assert found.attention.words == tuple(token_label(tokenizer, i) for i in shown)
     assert len(found.notes) == 1
 
@@ -130,6 +136,7 @@ def test_without_its_text_a_run_begins_as_it_wrote(run):
     directory.samples.write_text(json.dumps({"step": 200, "text": "import os"}) + "\n")
     found = views_of(directory, tokens=None, prompt=None)
     ids = [tokenizer.end_of_text, *tokenizer.encode("import os")]
+    assert found.attention is not None
     assert found.attention.words == tuple(token_label(tokenizer, i) for i in ids)
     assert found.attention.weights.shape == (2, 4, len(ids), len(ids))
     assert any("not in the cache" in note for note in found.notes)

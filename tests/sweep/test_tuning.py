@@ -141,7 +141,7 @@ def test_every_arm_gets_the_rate_of_its_own_search(command, tmp_path, known):
     table = load_tuning(study)
     assert table.groupby("arm").size().to_dict() == {"attn=mha": 3, "attn=mqa": 5}
     for arm, of_arm in table.groupby("arm"):
-        expected = [loss(rate, BEST[arm.removeprefix("attn=")]) for rate in of_arm["lr"]]
+        expected = [loss(rate, BEST[str(arm).removeprefix("attn=")]) for rate in of_arm["lr"]]
         assert of_arm["bpb"].tolist() == pytest.approx(expected, rel=1e-4)
         assert of_arm["bpb"].idxmin() == of_arm["chosen"].idxmax()
         assert of_arm["chosen"].sum() == 1
