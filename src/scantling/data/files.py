@@ -93,7 +93,7 @@ def decode_utf8(data: bytes, where: str) -> str:
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """Raises PermissionError for a file that may not be read."""
+    """A file opened to read its bytes. Raises PermissionError where it may not be read."""
     try:
         return path.open("rb")
     except PermissionError:

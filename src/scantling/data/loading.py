@@ -120,7 +120,7 @@ class BatchSizes:
         return self.full if self.start is None else self.start
 
     def of(self, step: int) -> int:
-        """Of the step after `step` others."""
+        """Sequences of the step that comes after `step` others."""
         return int(self.growing[step]) if step < self.steps else self.full
 
     def before(self, step: int) -> int:

@@ -52,7 +52,7 @@ class Source(Corpus):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides the text, beside its length."""
+        """The settings that decide the text, beside its length."""
 
     @abstractmethod
     def draw(self, rngs: Sequence[np.random.Generator]) -> list[str]:
@@ -304,7 +304,9 @@ class GrammarText(Source):
 
     @cached_property
     def productions(self) -> list[list[tuple[str, list[int]]]]:
-        """By nonterminal and rule: the terminal, and the children in the order that a stack takes them."""
+        """For each nonterminal and rule the terminal, and the children in the order that a stack
+        takes them.
+        """
         _, terminals, children = self.grammar
         return [
             [(ALPHABET[t], [int(c) for c in pair[::-1] if c >= 0]) for t, pair in zip(*both, strict=True)]
@@ -313,12 +315,14 @@ class GrammarText(Source):
 
     @cached_property
     def cumulative(self) -> list[list[float]]:
-        """Without the last, which is 1 but for rounding."""
+        """The rules' probabilities summed from the left, without the last sum, which is 1 but for
+        rounding.
+        """
         return self.grammar[0].cumsum(axis=1)[:, :-1].tolist()
 
 
 def entropies(distributions: Array) -> Array:
-    """Of each row, in nats."""
+    """The entropy -Σ p·log p of each row, in nats."""
     return -np.where(distributions > 0, distributions * np.log(np.maximum(distributions, 1e-300)), 0.0).sum(
         axis=-1
     )

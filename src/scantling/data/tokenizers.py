@@ -113,7 +113,7 @@ class TokenizerKind(ABC):
 
     @property
     def entries(self) -> int | None:
-        """Of the vocabulary, at most; None where the corpus alone says."""
+        """The most entries that the vocabulary can have; None where the corpus alone says."""
         return self.settings.get("vocab_size")
 
     @abstractmethod

@@ -66,7 +66,7 @@ def fill_nulls(decoder: Config) -> Config:
 
 
 class Field(ABC):
-    """Base of every kind."""
+    """Base of every kind of field: a setting of `config.json` and the overrides that stand for it."""
 
     @abstractmethod
     def overrides(self, hf: Config) -> list[str]:

@@ -14,7 +14,9 @@ def yarn_growth(factor: float, mscale: float) -> float:
 
 
 def attention_factor(parameters: Config) -> float | None:
-    """Of YaRN, where no field says it: a ratio if both of its terms are given, else null, the paper's."""
+    """YaRN's factor where no field says it: a ratio if both of its terms are given, else null,
+    the paper's.
+    """
     above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if not (above and below):
         return None
@@ -67,7 +69,7 @@ class Rope(Field):
         self.old_theta, self.old_fraction = old_theta, old_fraction
 
     def parameters(self, hf: Config) -> Config:
-        """In the form of transformers 5, whatever the file's."""
+        """The rotary settings in the form of transformers 5, whatever the file's."""
         old = {"rope_theta": hf.get(self.old_theta), "partial_rotary_factor": hf.get(self.old_fraction)}
         known = {key: value for key, value in old.items() if value is not None}
         return known | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})

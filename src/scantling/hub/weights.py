@@ -36,7 +36,7 @@ class Rule:
     folded: int | None = None  # theirs is a matrix of so many rows, ours as many vectors
 
     def their_shapes(self, ours: Mapping[str, Shape]) -> dict[str, Shape]:
-        """What theirs must be for ours to have these shapes."""
+        """The shapes that their tensors must have for ours to have these."""
         shapes = [ours[name] for name in self.ours]
         total = self.skipped + sum(shape[0] for shape in shapes)
         rows = zip(self.theirs, self.rows or (total,), strict=True)
@@ -171,7 +171,7 @@ class Folded(Layout):
 
 
 def qkv_widths(attn: str, modules: Modules) -> Shape:
-    """Of all queries, keys and values."""
+    """How many rows all queries have, all keys, and all values."""
     module = modules[attn]
     assert isinstance(module, Attention)
     return tuple(heads * module.d_head for heads in module.heads)
@@ -194,7 +194,7 @@ def named_children(path: str, modules: Modules) -> list[tuple[str, nn.Module]]:
 
 
 def fill_places(ours: str, modules: Modules) -> Iterator[dict[str, str]]:
-    """Every way to fill the places of a name with modules that are there."""
+    """Yields each way to fill the places of a name with modules that are there."""
     if "{" not in ours:
         yield {}
         return

@@ -16,7 +16,9 @@ from scantling.model.decoder import Decoder
 
 
 def largest_context(decoder: Decoder, asked: int | None) -> int:
-    """Raises ValueError where more is asked than the position embedding has."""
+    """How many tokens the model can see: `asked`, else its `seq_len`, or no limit where every layer sees a
+    window. Raises ValueError where more is asked than the position embedding has.
+    """
     limit = decoder.pos.max_len
     if asked is not None:
         if limit is not None and asked > limit:

@@ -16,7 +16,7 @@ from scantling.model.decoder import Decoder
 
 
 class Codec(Protocol):
-    """What generation needs of a tokenizer."""
+    """The part of a tokenizer that generation needs."""
 
     end_of_text: int
 
@@ -56,7 +56,7 @@ class GrowingText:
         return self.show_up_to(text, len(text) - held)
 
     def finish(self) -> str:
-        """What was still held back."""
+        """The piece that was still held back."""
         if self.is_done:
             return ""
         self.is_done = True
@@ -64,7 +64,7 @@ class GrowingText:
         return self.show_up_to(text, len(text))
 
     def show_up_to(self, text: str, end: int) -> str:
-        """What comes between the text already shown and `end`, which is shown from now on."""
+        """The piece between what is already shown and `end`, which is shown from now on."""
         piece = text[self.shown : end]
         self.shown = max(self.shown, end)
         return piece

@@ -99,7 +99,7 @@ class GenerationSettings:
     def probabilities(
         self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None = None
     ) -> Float[Tensor, "B V"]:
-        """Of the next token, to draw from."""
+        """The distribution of the next token, penalty, temperature and filters applied."""
         logits_BV = self.penalise(logits_BV.float(), seen_BV)
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).float()
@@ -146,7 +146,7 @@ def keep_typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"
 
 
 def draw_tokens(p_BV: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
-    """On the CPU, so that a seed means the same on every device."""
+    """An id from each row; on the CPU, so that a seed means the same on every device."""
     return torch.multinomial(p_BV.cpu(), 1, generator=generator)[:, 0].to(p_BV.device)
 
 

@@ -55,7 +55,7 @@ def speculate(
 
 
 def next_probabilities(logits_V: Tensor, text: Ids, settings: GenerationSettings) -> Tensor:
-    """Of the token after `text`, [V] on the CPU, where they are drawn from."""
+    """The distribution [V] of the token after `text`, on the CPU, where it is drawn from."""
     seen = None
     if settings.repetition_penalty != 1:
         seen = seen_tokens([text], len(logits_V), logits_V.device)

@@ -39,8 +39,8 @@ class StoredRun:
 
     @classmethod
     def load(cls, path: str, checkpoint: str) -> StoredRun:
-        """Raises ValueError where there is no run or no checkpoint, or where its configuration asks for
-        foreign code.
+        """The run in the directory `path`, with the weights of `checkpoint`. Raises ValueError where there is
+        no run or no checkpoint, or where its configuration asks for foreign code.
         """
         directory = RunDirectory(path)
         if not directory.config.exists():
@@ -63,7 +63,7 @@ class StoredRun:
     def loss(
         self, corpus: TokenizedCorpus, *, split: str, n_windows: int | None, batch_size: int
     ) -> TextLoss:
-        """Over windows of the model's context length, side by side or evenly apart, in float32."""
+        """The loss over windows of the model's context length, side by side or evenly apart, in float32."""
         result = TextLoss(corpus.token_bytes)
         tokens = getattr(corpus, split).tokens
         device = self.decoder.embed.tokens.weight.device
@@ -100,7 +100,7 @@ class StoredRun:
 
 
 def find_run(name: str, config: DictConfig) -> str:
-    """The directory of a run that is given by it, or by its name in any study. Raises ValueError for what is
-    none.
+    """The directory of a run that is given by it, or by its name in any study. Raises ValueError where there
+    is none.
     """
     return str(find(Path(config.paths.runs), [name])[0].path)

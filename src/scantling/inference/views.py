@@ -219,7 +219,7 @@ def frequent_words(tokenizer: Tokenizer, order: np.ndarray) -> Iterator[int]:
 
 
 def single_token(tokenizer: Tokenizer, text: str) -> int:
-    """Raises ValueError for a text that is no token."""
+    """The id of a text that is one token. Raises ValueError for another."""
     ids = tokenizer.encode(text)
     if len(ids) != 1:
         pieces = ", ".join(f'"{token_text(tokenizer, id_)}"' for id_ in ids)
@@ -231,7 +231,9 @@ def single_token(tokenizer: Tokenizer, text: str) -> int:
 
 
 def token_text(tokenizer: Tokenizer, id_: int) -> str:
-    """As it stands inside of a text: decoded alone some tokenizers' words lose the space before them."""
+    """A token's text as it stands inside of a text: decoded alone, some tokenizers' words lose the space
+    before them.
+    """
     if id_ == tokenizer.end_of_text:
         return tokenizer.end_of_text_name
     (before, *_) = tokenizer.encode("a")

@@ -47,12 +47,12 @@ class Devices:
         return min(self.n_jobs or min(most, self.jobs), most)
 
     def threads(self, devices: int, on_gpu: bool) -> int:
-        """Of each process of a job."""
+        """The number of threads of each process of a job."""
         share = max(1, self.cores // (self.at_once(devices, on_gpu) * devices))
         return min(share, int(os.environ.get("OMP_NUM_THREADS", share)))  # the user's own wish
 
     def take(self, job: Job) -> Share | None:
-        """None while others hold what the job needs."""
+        """A share for the job; None while others hold what it needs."""
         if self.n_jobs is not None and len(self.held) >= self.n_jobs:
             return None
         threads = self.threads(job.devices, job.on_gpu)

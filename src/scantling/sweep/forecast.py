@@ -15,7 +15,9 @@ from scantling.sweep.screen import clock_of
 
 
 def forecast_table(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
-    """Of labels and looks. FLOPs by the `exact` convention; what is finished takes no more time."""
+    """A row for each (label, look) of a job, and their sums. FLOPs by the `exact` convention; what is
+    finished takes no more time.
+    """
     looks = [look for _, look in jobs]
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("job", overflow="fold")

@@ -75,8 +75,8 @@ def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float
 
 
 def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
-    """Of a shape: all parameters, training FLOPs a token (`exact`), and parameters with the head but without
-    embeddings.
+    """A function of a shape: all its parameters, training FLOPs a token (`exact`), and parameters with the
+    head but without embeddings.
     """
 
     @cache
@@ -111,7 +111,7 @@ def own_shape(config: DictConfig) -> Shape:
 
 
 def proportions_of(config: DictConfig) -> Proportions:
-    """Those of the preset; `isoflop.aspect` beats its d_model per layer."""
+    """The proportions of the preset; `isoflop.aspect` beats its d_model per layer."""
     model = config.model
     return Proportions(
         aspect=config.isoflop.aspect or model.d_model / model.n_layers,

@@ -37,7 +37,7 @@ class Job:
 
     @cached_property
     def steps_of_run(self) -> int:
-        """Those that the run itself planned, which knows its tokenizer's vocabulary. Ask once it has
+        """The steps that the run itself planned, which knows its tokenizer's vocabulary. Ask once it has
         begun.
         """
         return self.directory.environment["steps"]
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def failure(self) -> Path:
-        """Says to the other launchers of a sweep that a job is not to be tried again."""
+        """The file that says to the other launchers of a sweep that a job is not to be tried again."""
         return self.directory.path / "failed.json"
 
     def note_failure(self, reason: str, code: int | None) -> None:
@@ -67,23 +67,23 @@ class Job:
         return None
 
     def begin_log(self) -> None:
-        """What an earlier attempt wrote stays above."""
+        """Begin an attempt's part of the log, below what earlier attempts wrote."""
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
 
-    def first_line_of_why(self) -> str:
+    def failure_reason(self) -> str:
         """The first that an entry, or the first of several processes that failed, prints for it, else the
         log's last.
         """
         lines = self.log_lines()
-        return self.own_word() or (lines[-1] if lines else "it left no word")
+        return self.own_reason() or (lines[-1] if lines else "it left no word")
 
-    def own_word(self) -> str | None:
-        """What this attempt itself said it failed of."""
+    def own_reason(self) -> str | None:
+        """The reason that this attempt itself gave for its failure."""
         named = [line.removeprefix("error: ") for line in self.log_lines() if line.startswith("error: ")]
         return named[0] if named else None
 
     def log_lines(self) -> list[str]:
-        """Of this attempt."""
+        """The lines that this attempt wrote."""
         text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
         return [line.strip() for line in text.splitlines() if line.strip()]
 

@@ -23,8 +23,8 @@ class Lease:
 
     @classmethod
     def take(cls, folder: Path, seconds: float) -> Lease | None:
-        """None where another holds it, that is, has renewed it within so many `seconds` and is not known to
-        be dead.
+        """The right to run the job of a folder; None where another holds it, that is, has renewed it within
+        so many `seconds` and is not known to be dead.
         """
         folder.mkdir(parents=True, exist_ok=True)
         before = lease_files(folder)
@@ -76,7 +76,7 @@ class Lease:
         return True
 
     def is_there(self) -> bool:
-        """And no other's in its place: once all are released, numbers begin anew."""
+        """Whether its file is still its own: once all are released, numbers begin anew."""
         try:
             text = self.path.read_text()
         except FileNotFoundError:
@@ -125,7 +125,7 @@ def folder_time(folder: Path) -> float:
 
 
 def host_name() -> str:
-    """This machine, and inside of a container the container."""
+    """A name of this machine, and inside of a container of the container."""
     space = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {os.readlink(space) if space.exists() else ''}".strip()
 

@@ -41,7 +41,7 @@ class Process:
             os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """With all that it started."""
+        """Kill it with all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -105,9 +105,7 @@ def redirect_output(log: Path) -> None:
 
 
 def run_afresh(overrides: Sequence[str]) -> NoReturn:
-    """This process becomes `python src/train.py` with these overrides, which starts ranks by the same
-    command.
-    """
+    """Become `python src/train.py` with these overrides, which starts ranks by the same command."""
     command = [sys.executable, str(ROOT / "src" / "train.py"), *overrides, "hydra.mode=RUN"]
     os.execv(sys.executable, command)
 

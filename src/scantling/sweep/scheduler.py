@@ -71,7 +71,7 @@ class Scheduler:
         self.looked = 0.0
 
     def run(self) -> None:
-        """Until every job has ended, here or elsewhere, or a signal came and the running ones have
+        """Run until every job has ended, here or elsewhere, or a signal came and the running ones have
         stopped.
         """
         which = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -155,7 +155,7 @@ class Scheduler:
     # --- watching ---
 
     def renew(self) -> None:
-        """Leases, four times in their life; a job that another launcher took over is killed."""
+        """Renew leases, four times in their life; a job that another launcher took over is killed."""
         now = time.monotonic()
         for running in self.running:
             if now - running.beat_at >= self.limits.lease_seconds / 4:
@@ -164,7 +164,7 @@ class Scheduler:
                     self.lose(running)
 
     def lose(self, running: RunningJob) -> None:
-        """To another launcher, which has started it anew."""
+        """Give a job up to another launcher, which has started it anew."""
         running.lost = True
         running.process.kill()
 
@@ -214,14 +214,14 @@ class Scheduler:
             self.fail(job, f"ran beyond its limit of {self.limits.timeout_seconds / 60:g} minutes", code)
         elif self.asked:
             self.change(job, "interrupted")
-        elif (code < 0 or code == 130) and job.own_word() is None:
+        elif (code < 0 or code == 130) and job.own_reason() is None:
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else "interrupted by a signal"
             if job.attempts <= self.limits.retries:
                 self.change(job, "queued", f"again, {reason}")
             else:
                 self.fail(job, f"{reason}, {job.attempts} times", code)
         else:
-            self.fail(job, job.first_line_of_why(), code)
+            self.fail(job, job.failure_reason(), code)
 
     def fail(self, job: Job, reason: str, code: int) -> None:
         """Note that a job has failed for good."""

@@ -71,7 +71,7 @@ class SlurmQueue:
         """SLURM's number of each job that it has."""
 
     def run(self) -> None:
-        """Until every job has ended. Raises Mistake where SLURM does not take them."""
+        """Run until every job has ended. Raises Mistake where SLURM does not take them."""
         answered = False
         while True:
             try:
@@ -98,7 +98,7 @@ class SlurmQueue:
     # --- handing in ---
 
     def hand_in(self, states: dict[str, str]) -> None:
-        """What nobody has handed in, as one array for each kind of job."""
+        """Hand in what nobody has handed in, as one array for each kind of job."""
         leases: dict[int, Lease] = {}
         kinds: dict[str, list[Job]] = {}
         try:
@@ -195,7 +195,7 @@ class SlurmQueue:
             self.change(job, "done", "")
         else:
             by_itself = state in ("COMPLETED", "FAILED", FORGOTTEN) and job.log_lines()
-            job.note_failure(job.first_line_of_why() if by_itself else f"SLURM's job is {state}", None)
+            job.note_failure(job.failure_reason() if by_itself else f"SLURM's job is {state}", None)
             self.screen.tell(job)
 
     def change(self, job: Job, state: str, reason: str = "") -> None:
@@ -216,7 +216,7 @@ def task_arguments(cpus: int | None) -> list[str]:
 
 
 class Unanswered(Exception):
-    """What squeue says instead."""
+    """SLURM's controller does not answer; the message is what squeue says instead."""
 
 
 def queue_states() -> dict[str, str]:
@@ -236,8 +236,8 @@ def queue_states() -> dict[str, str]:
 
 
 def become_a_run(log: str, overrides: Sequence[str]) -> None:
-    """In each task of a job: `python src/train.py`, which writes its own record and minds SLURM's signals
-    itself.
+    """Become `python src/train.py`, which writes its own record and minds SLURM's signals itself. Called in
+    each task of a job.
     """
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     redirect_output(Path(log))

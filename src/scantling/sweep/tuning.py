@@ -38,10 +38,8 @@ class TuningSettings:
 
 @dataclass
 class Search:
-    """Of one arm: which rates are still to be tried, and which is best.
-
-    `overrides` are the arm's without a seed, matched where arms are; `lr` its own rate, `budget` what of
-    `budget.` it sets.
+    """The search of one arm: which rates are still to be tried, and which is best. `overrides` are the arm's
+    without a seed, matched where arms are; `lr` its own rate, `budget` what of `budget.` it sets.
     """
 
     label: str
@@ -131,7 +129,7 @@ def plan_searches(
 
 
 def round_rate(rate: float) -> float:
-    """To four significant digits, which a command line can hold."""
+    """A rate to four significant digits, which a command line can hold."""
     return float(f"{rate:.4g}")
 
 
