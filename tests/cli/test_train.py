@@ -280,7 +280,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
             "~budget.tokens: there is no budget.tokens to take away: did you mean budget.steps",
         ),
         (("budget.steps=1.5",), "budget.steps=1.5 must be a whole number"),
-        (("seed=1.5",), "seed is 1.5; it must be a whole number, at least 0"),
+        (("seed=1.5",), "seed=1.5 must be a whole number, at least 0"),
         (("resume=nowhere",), "holds no run"),
         (("data.files=???",), "data.files is not set"),
         (("nonsense",), "nonsense"),

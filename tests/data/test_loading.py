@@ -119,7 +119,7 @@ def test_a_batch_that_does_not_divide_names_what_would():
         train_batches(batch_size=10, micro_batch_size=4, world_size=2)
     with pytest.raises(ValueError, match="the nearest that fits is 8"):
         train_batches(batch_size=3, micro_batch_size=4, world_size=2)
-    with pytest.raises(ValueError, match="micro_batch_size is 0"):
+    with pytest.raises(ValueError, match="micro_batch_size=0 must"):
         train_batches(micro_batch_size=0)
 
 

@@ -216,9 +216,9 @@ def test_train_bytes_stops_reading():
 @pytest.mark.parametrize(("kind", "least"), [(BPE, 257), (Unigram, 257), (WordPiece, 513)])
 def test_a_vocabulary_too_small_for_the_bytes_is_refused(kind, least):
     kind(vocab_size=least, train_bytes=None)
-    with pytest.raises(ValueError, match=f"vocab_size is {least - 1}.*need {least}"):
+    with pytest.raises(ValueError, match=f"vocab_size={least - 1} .*need {least}"):
         kind(vocab_size=least - 1, train_bytes=None)
-    with pytest.raises(ValueError, match="train_bytes is 0"):
+    with pytest.raises(ValueError, match="train_bytes=0"):
         kind(vocab_size=least, train_bytes=0)
 
 

@@ -62,7 +62,7 @@ def is_held_out(key: str, val_fraction: float) -> bool:
 def check_val_fraction(val_fraction: float) -> None:
     """Raise ValueError unless the share lies between 0 and 1."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
+        raise ValueError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
 
 
 def require_documents(documents: Iterator[str], split: Split, remedy: str) -> Iterator[str]:
@@ -165,7 +165,7 @@ class TextFiles(Corpus):
     ) -> None:
         check_val_fraction(val_fraction)
         if split not in ("tail", "documents"):
-            raise ValueError(f"split is {split!r}; it must be 'tail' or 'documents'")
+            raise ValueError(f"data.split={split} is unknown: use tail or documents")
         patterns = [files] if isinstance(files, str | Path) else list(files)
         self.column = column
         self.val_fraction = val_fraction
@@ -277,9 +277,11 @@ class HubDataset(Corpus):
     ) -> None:
         check_val_fraction(val_fraction)
         if max_documents is not None and max_documents < 1:
-            raise ValueError(f"max_documents is {max_documents}; it must be positive or null")
+            raise ValueError(f"data.max_documents={max_documents} must be at least 1; null takes all")
         if val_split == train_split:
-            raise ValueError(f"val_split={val_split} is the split trained on: null holds documents of it out")
+            raise ValueError(
+                f"data.val_split={val_split} is the split trained on: null holds documents of it out"
+            )
         self.path = path
         self.name = name
         self.column = column

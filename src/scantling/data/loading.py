@@ -50,7 +50,7 @@ class WindowOrder:
     def __init__(self, n_tokens: int, seq_len: int, seed: int) -> None:
         check_length(n_tokens, seq_len, "train")
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed is {seed}; it must be a whole number, at least 0 and below 2**64")
+            raise ValueError(f"seed={seed} must be a whole number, at least 0 and below 2**64")
         self.n_tokens = n_tokens
         self.seq_len = seq_len
         self.seed = seed
@@ -246,7 +246,7 @@ def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) 
         ("world_size", world_size),
     ):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise ValueError(f"{name}={value} must be at least 1")
     unit = micro_batch_size * world_size
     if batch_size % unit:
         below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
@@ -268,7 +268,7 @@ def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) 
 def check_length(n_tokens: int, seq_len: int, split: str) -> None:
     """Raise ValueError unless the split has a window of `seq_len` inputs with their targets."""
     if seq_len < 1:
-        raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
+        raise ValueError(f"seq_len={seq_len} must be at least 1")
     if n_tokens < seq_len + 1:
         fits = f"a seq_len of at most {n_tokens - 1}" if n_tokens > 1 else "more text"
         raise ValueError(

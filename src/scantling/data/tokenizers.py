@@ -185,10 +185,11 @@ class LearnedKind(TokenizerKind):
         kind, least = type(self).__name__.lower(), self.ENTRIES_PER_BYTE * len(BYTE_ALPHABET) + 1
         if vocab_size < least:
             raise ValueError(
-                f"tokenizer {kind}: vocab_size is {vocab_size}; the bytes and end-of-text alone need {least}"
+                f"tokenizer.vocab_size={vocab_size} is too small for {kind}: "
+                f"the bytes and end-of-text alone need {least}"
             )
         if train_bytes is not None and train_bytes < 1:
-            raise ValueError(f"tokenizer {kind}: train_bytes is {train_bytes}; it must be positive")
+            raise ValueError(f"tokenizer.train_bytes={train_bytes} must be at least 1; null takes all")
         self.vocab_size, self.train_bytes = vocab_size, train_bytes
 
     @property
