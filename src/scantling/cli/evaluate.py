@@ -18,7 +18,7 @@ from scantling.report.lengths import FILES, write_lengths
 
 
 def evaluate(config: DictConfig) -> None:
-    """Print a table of losses, one row a run, or with `lengths` one row for each length of context of
+    """Print a table of losses, a row for each run, or with `lengths` a row for each length of context of
     each.
     """
     keep_freed_memory()
@@ -57,6 +57,7 @@ def evaluate(config: DictConfig) -> None:
 
 
 def loss_table(config: DictConfig, runs: list[StoredRun], corpora: list[TokenizedCorpus]) -> Table:
+    """A row for each run: its loss over windows of its own context length."""
     table = Table("run", "bits/byte", "nats/token", "perplexity", "tokens", box=None)
     for name, run, corpus in zip(label_runs(runs), runs, corpora, strict=True):
         loss = run.loss(corpus, split=config.split, n_windows=config.n_windows, batch_size=config.batch_size)
@@ -67,9 +68,7 @@ def loss_table(config: DictConfig, runs: list[StoredRun], corpora: list[Tokenize
 
 
 def label_runs(runs: list[StoredRun]) -> list[str]:
-    """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by
-    choices.
-    """
+    """The choices by which runs differ, as `pos=rope`; where they do not, the directories' names."""
     chosen = [{**run.config.choices, "seed": run.config.seed} for run in runs]
     groups = {group: None for choices in chosen for group in choices}
     differing = [g for g in groups if len({choices[g] for choices in chosen if g in choices}) > 1]
@@ -80,8 +79,9 @@ def label_runs(runs: list[StoredRun]) -> list[str]:
 def context_windows(
     config: DictConfig, runs: list[StoredRun], corpora: list[TokenizedCorpus]
 ) -> list[ContextWindows]:
-    """Those of each run's text. Raises ValueError for lengths that a model cannot take, and files that are
-    there.
+    """The windows of each run's text.
+
+    Raises ValueError for lengths that a model cannot take, and for files that are there already.
     """
     if not isinstance(config.lengths, ListConfig):
         raise ValueError(f"lengths={config.lengths} must be a list of tokens, as [64,128,256]")
@@ -135,6 +135,7 @@ def rows_by_length(
 
 
 def table_by_length(rows: list[dict[str, Any]]) -> Table:
+    """The rows of `rows_by_length` as a table, the length of training marked."""
     table = Table(box=None, caption="* length of training; no stride: side by side", caption_justify="left")
     for heading in ("run", "context", "stride", "bits/byte", "nats/token", "perplexity"):
         table.add_column(heading, no_wrap=heading != "run", overflow="fold")

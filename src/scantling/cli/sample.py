@@ -16,7 +16,7 @@ from scantling.inference.stored_run import StoredRun, find_run
 
 
 def sample(config: DictConfig) -> None:
-    """Print each prompt and its continuation: of the first that is not done as it comes, of others when it is
+    """Print each prompt and its continuation: the first that is not done as it comes, others when they are
     done.
     """
     with mistakes():

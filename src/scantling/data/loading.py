@@ -203,9 +203,7 @@ class TrainBatches:
 
 
 def place_in_order(step: int, left_out: Collection[int]) -> int:
-    """Where in the order of data step number `step`, counted from 0, finds its samples, some places being
-    left out.
-    """
+    """The place in the order of data of step number `step`, counted from 0, some places being left out."""
     for place in sorted(left_out):
         step += place <= step
     return step
@@ -236,9 +234,7 @@ def validation_batches(
 
 
 def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) -> None:
-    """Raise ValueError unless every step is a whole number of micro-batches on every rank, as many as a full
-    one.
-    """
+    """Raise ValueError unless every step is the same whole number of micro-batches on every rank."""
     batch_size = sizes.full
     for name, value in (
         ("batch_size", batch_size),

@@ -1,6 +1,4 @@
-"""Text drawn from sources whose entropy is known exactly: what a fitted law says cannot be learned has a true
-value.
-"""
+"""Text drawn from sources whose entropy is known exactly: what cannot be learned has a true value."""
 
 from __future__ import annotations
 
@@ -146,8 +144,9 @@ class MarkovText(Source):
 
     @cached_property
     def transitions(self) -> Array:
-        """(V^K, V): the next symbol's distribution after each context, whose last symbol counts least in its
-        number.
+        """(V^K, V): the next symbol's distribution after each context.
+
+        A context's last symbol counts least in its number.
         """
         rng, base = np.random.default_rng([self.seed, 2]), zipf(self.symbols, self.zipf)
         mixed = self.weights[0] * base[None]
@@ -178,9 +177,7 @@ class MarkovText(Source):
         return float(self.stationary @ entropies(self.transitions))
 
     def window_entropy(self, n: int) -> float:
-        """Nats per character of a window of n, of which nothing before is seen: the least mean loss over its
-        n symbols.
-        """
+        """Nats per character of a window of n that shows nothing before it: the least mean loss over it."""
         v, seen = self.symbols, min(n, self.order)
         of_start = entropies(self.stationary.reshape(v**seen, -1).sum(axis=1)[None])[0]
         return float((of_start + (n - seen) * self.entropy_rate) / n)
@@ -304,9 +301,7 @@ class GrammarText(Source):
 
     @cached_property
     def productions(self) -> list[list[tuple[str, list[int]]]]:
-        """For each nonterminal and rule the terminal, and the children in the order that a stack
-        takes them.
-        """
+        """By nonterminal and rule: the terminal, and the children in the order that a stack takes them."""
         _, terminals, children = self.grammar
         return [
             [(ALPHABET[t], [int(c) for c in pair[::-1] if c >= 0]) for t, pair in zip(*both, strict=True)]
@@ -315,9 +310,7 @@ class GrammarText(Source):
 
     @cached_property
     def cumulative(self) -> list[list[float]]:
-        """The rules' probabilities summed from the left, without the last sum, which is 1 but for
-        rounding.
-        """
+        """The rules' probabilities summed from the left, without the last sum, which is 1."""
         return self.grammar[0].cumsum(axis=1)[:, :-1].tolist()
 
 

@@ -116,9 +116,7 @@ def absolute(cache_dir: Path) -> Path:
 
 
 def tokens_directory(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    """The tokens belong to the tokenizer, however it came about: trained here or read from a run's
-    directory.
-    """
+    """Where a tokenizer's ids of a corpus are kept, however the tokenizer came about."""
     tokens_from = {"format": FORMAT, "corpus": fingerprint, "tokenizer": tokenizer.fingerprint}
     return cache_dir / "tokens" / cache_key(tokens_from)
 

@@ -1,6 +1,4 @@
-"""What a family of Hugging Face models is: its fields of `config.json` and its tensors, in tables that read
-both ways.
-"""
+"""A family of Hugging Face models: fields of `config.json` and tensors, in tables that read both ways."""
 
 from __future__ import annotations
 

@@ -157,9 +157,7 @@ class Only(Field):
 
 
 class Switch(Field):
-    """A field of few values, each with overrides of its own; export finds the value by what stands at
-    `leaf`.
-    """
+    """A field of few values, each with overrides of its own; export finds the value by what is at `leaf`."""
 
     def __init__(
         self,
@@ -338,8 +336,9 @@ class Window(Field):
 
 
 class LayerTypes(Field):
-    """Windows in all layers but each `every`-th; `config.json` lists the layers, or gives the period
-    alone.
+    """Windows in all layers but each `every`-th.
+
+    `config.json` lists the layers, or gives the period alone.
     """
 
     period = ("sliding_window_pattern", "_sliding_window_pattern")

@@ -84,8 +84,9 @@ class TensorFiles:
 
 
 def import_tensors(family: Family, decoder: Decoder, tensors: TensorFiles) -> dict[str, Tensor]:
-    """The decoder's state from theirs. Raises ValueError when a tensor is missing, one too many, or of
-    another shape.
+    """The decoder's state from their tensors.
+
+    Raises ValueError when a tensor is missing, one too many, or of another shape.
     """
     rules, ours = rules_of(family.tensors, decoder), shapes_of(decoder)
     wanted: dict[str, tuple[int, ...]] = {}

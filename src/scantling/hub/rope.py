@@ -75,9 +75,7 @@ class Rope(Field):
         return known | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
 
     def read(self, parameters: Config, node: str) -> list[str]:
-        """`node` is the part of the configuration that holds the rotation: `pos`, or one of several
-        below it.
-        """
+        """Overrides for the rotation at `node`, which is `pos`, or one of several below it."""
         given = {key: value for key, value in parameters.items() if value is not None}
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in self.kinds:

@@ -1,6 +1,4 @@
-"""Import makes a run of a Hugging Face directory, export a Hugging Face directory of a run, weights one file
-of it.
-"""
+"""Runs out of Hugging Face directories, such directories out of runs, and a run's weights as one file."""
 
 from __future__ import annotations
 
@@ -110,9 +108,7 @@ def export_run(config: DictConfig) -> str:
 
 
 def write_weights(config: DictConfig) -> str:
-    """Writes one safetensors file with the decoder's tensors under their own names, whatever engine trained
-    them.
-    """
+    """Write one safetensors file with the decoder's tensors under their own names."""
     target = Path(config.to).expanduser()
     check_target(target, "to")
     state = read_weights(RunDirectory(config.run), config.checkpoint)
@@ -127,8 +123,9 @@ def write_weights(config: DictConfig) -> str:
 
 
 def find_family(model_type: Any, asked_by: str) -> Family:
-    """The family of this `model_type`. Raises ValueError for an unknown one, naming who asked and the
-    nearest.
+    """The family of this `model_type`.
+
+    Raises ValueError for an unknown one, with the key that asked for it and the nearest family.
     """
     families = all_families()
     if model_type not in families:

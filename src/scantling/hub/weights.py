@@ -178,9 +178,7 @@ def qkv_widths(attn: str, modules: Modules) -> Shape:
 
 
 def by_head_order(attn: str, modules: Modules) -> Tensor:
-    """The row of theirs for each of ours, where theirs has for each key head its queries, its key and its
-    value.
-    """
+    """The row of theirs for each of ours, where theirs has for each key head its queries, key and value."""
     q, k, v = qkv_widths(attn, modules)
     module = modules[attn]
     assert isinstance(module, Attention)

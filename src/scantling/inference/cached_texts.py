@@ -70,8 +70,9 @@ class CachedTexts:
         return logits_BTV[torch.arange(len(lengths)), lengths_B - 1][:, None]
 
     def read(self, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B _ V"]:
-        """Logits of what follows each of these tokens; of the last alone where a full context makes a new
-        start.
+        """Logits of what follows each of these tokens.
+
+        Where a full context makes a new start, those of the last token alone.
         """
         for ids, new in zip(self.ids, tokens_BT.tolist(), strict=True):
             ids += new

@@ -30,8 +30,9 @@ class Codec(Protocol):
 
 
 class GrowingText:
-    """A continuation as it grows: a piece is held back while it may be part of a character or of a stop
-    string.
+    """A continuation as it grows.
+
+    A piece is held back while it may be part of a character or of a stop string.
     """
 
     def __init__(self, codec: Codec, stop: Sequence[str]) -> None:

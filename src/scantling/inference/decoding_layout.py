@@ -14,9 +14,7 @@ from scantling.model.linear import FEW, ONEDNN, Linear, linear, packed
 
 
 class PackedHead(Full):
-    """A full head that multiplies by a copy of the output matrix, where that is the embedding's table and
-    stays one.
-    """
+    """A full head over a copy of the output matrix, where that is the embedding's table and stays one."""
 
     def __init__(self, head: Full, packed_output: Tensor) -> None:
         nn.Module.__init__(self)

@@ -20,8 +20,9 @@ def generate(
     generator: torch.Generator,
     done: set[int] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """At each of `n_tokens` steps, (prompt, id of its next token) for all of them; those put into `done` drop
-    out.
+    """At each of `n_tokens` steps, (prompt, id of its next token) for all of them.
+
+    Those put into `done` drop out.
     """
     context = largest_context(decoder, settings.context)
     texts = CachedTexts(

@@ -1,5 +1,6 @@
-"""What a run left on disk, read back without Lightning: its decoder, tokenizer and weights. Nothing runs
-because a file was read.
+"""What a run left on disk, read back without Lightning: its decoder, tokenizer and weights.
+
+Nothing runs because a file was read.
 """
 
 from __future__ import annotations

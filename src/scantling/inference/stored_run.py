@@ -28,9 +28,7 @@ from scantling.runs.table import find
 
 @dataclass
 class StoredRun:
-    """A run's directory, its configuration, its decoder with the weights of a checkpoint, and its
-    tokenizer.
-    """
+    """A run opened again: directory, configuration, decoder with the weights of a checkpoint, tokenizer."""
 
     directory: RunDirectory
     config: DictConfig
@@ -100,7 +98,8 @@ class StoredRun:
 
 
 def find_run(name: str, config: DictConfig) -> str:
-    """The directory of a run that is given by it, or by its name in any study. Raises ValueError where there
-    is none.
+    """The directory of a run that is given by it, or by its name in any study.
+
+    Raises ValueError where there is none.
     """
     return str(find(Path(config.paths.runs), [name])[0].path)

@@ -1,6 +1,4 @@
-"""What a run's checkpoints show: how the embeddings of its tokens lie to each other, and which token attends
-to which.
-"""
+"""What checkpoints show: how the embeddings of tokens lie to each other, and which attends to which."""
 
 from __future__ import annotations
 
@@ -124,9 +122,7 @@ def describe_steps(steps: Sequence[int]) -> str:
 def embedding_views(
     run: ViewedRun, weights: dict[int, dict[str, Tensor]], tokens: Sequence[str] | None
 ) -> tuple[Neighbours, EmbeddingMap]:
-    """For each checkpoint the neighbours of the chosen tokens, and places on a map of the most
-    frequent ones.
-    """
+    """The neighbours of the chosen tokens in each checkpoint, and a map of the most frequent ones."""
     order = ids_by_frequency(run.held_out, run.tokenizer.vocab_size)
     chosen = list(islice(frequent_words(run.tokenizer, order), WORDS))
     if tokens is not None:
@@ -158,17 +154,15 @@ def embedding_views(
 
 @torch.no_grad()
 def embed_tokens(embed: Embedding, weights: dict[str, Tensor], ids: np.ndarray) -> np.ndarray:
-    """What enters the first layer for each of `ids` [n, D], positions aside, with the weights of a
-    checkpoint.
-    """
+    """What enters the first layer for each of `ids` [n, D], positions aside, by a checkpoint's weights."""
     own = {key.removeprefix("embed."): w for key, w in weights.items() if key.startswith("embed.")}
     embed.load_state_dict(own)
     return embed(torch.from_numpy(ids)[None])[0].double().numpy()
 
 
 def nearest_vectors(vectors: np.ndarray, n_words: int, n_nearest: int) -> list[list[tuple[int, float]]]:
-    """For each of the first `n_words` of `vectors` [n, D] the others of the largest cosine, x·y / |x||y|, and
-    it.
+    """The nearest others of each of the first `n_words` of `vectors` [n, D], and their cosine x·y
+    / |x||y|.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(float).tiny)
     cosines = unit[:n_words] @ unit.T
@@ -197,8 +191,9 @@ def principal_places(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ids_by_frequency(held_out: np.ndarray | None, vocab_size: int) -> np.ndarray:
-    """Every id, the most frequent first; without a text in the order of the vocabulary, where those learned
-    first are.
+    """Every id, the most frequent first.
+
+    Without a text in the order of the vocabulary, where those learned first are.
     """
     if held_out is None:
         return np.arange(vocab_size)
@@ -231,7 +226,7 @@ def single_token(tokenizer: Tokenizer, text: str) -> int:
 
 
 def token_text(tokenizer: Tokenizer, id_: int) -> str:
-    """A token's text as it stands inside of a text: decoded alone, some tokenizers' words lose the space
+    """A token's text as it stands inside of a text: alone, some tokenizers' words lose the space
     before them.
     """
     if id_ == tokenizer.end_of_text:
@@ -244,8 +239,9 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
 def token_label(tokenizer: Tokenizer, id_: int) -> str:
-    """A token that can be seen, what is repeated counted; of what is no text of its own, as a part of a
-    character, the id.
+    """A token that can be seen, repetitions counted.
+
+    Of what is not a text of its own, as a part of a character, the id.
     """
     seen = token_text(tokenizer, id_).translate(VISIBLE)
     if not seen.isprintable() or not seen or "\N{REPLACEMENT CHARACTER}" in seen:
@@ -264,9 +260,7 @@ def token_kind(text: str) -> str:
 
 
 def attention_view(run: ViewedRun, prompt: str | None, step: int) -> Attention:
-    """How much each token of the prompt attends to each before it, for as many layers and heads as are
-    readable.
-    """
+    """How much each token of the prompt attends to each before it, in as many maps as are readable."""
     ids = prompt_ids(run, prompt)
     weights = attention_weights(run.decoder, torch.tensor([ids]))[:, 0].numpy()
     n_layers, n_heads = weights.shape[:2]
@@ -283,8 +277,9 @@ def attention_view(run: ViewedRun, prompt: str | None, step: int) -> Attention:
 
 
 def prompt_ids(run: ViewedRun, prompt: str | None) -> list[int]:
-    """The start of a document and what follows. Raises ValueError for a prompt that cannot be read,
-    or seen.
+    """The start of a document and what follows.
+
+    Raises ValueError for a prompt that cannot be read, or whose maps cannot be seen.
     """
     first, encode = run.tokenizer.end_of_text, run.tokenizer.encode
     context = largest_context(run.decoder, None)

@@ -15,8 +15,9 @@ from scantling.sweep.screen import clock_of
 
 
 def forecast_table(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
-    """A row for each (label, look) of a job, and their sums. FLOPs by the `exact` convention; what is
-    finished takes no more time.
+    """A row for each (label, look) of a job, and their sums.
+
+    FLOPs by the `exact` convention; what is finished takes no more time.
     """
     looks = [look for _, look in jobs]
     table = Table(box=None, header_style="dim", pad_edge=False)

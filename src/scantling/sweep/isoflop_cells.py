@@ -1,6 +1,4 @@
-"""The models of an IsoFLOP study: for every budget some sizes about its optimum, as shapes that can
-be built.
-"""
+"""The models of an IsoFLOP study: for every budget some sizes about its optimum, as real shapes."""
 
 from __future__ import annotations
 
@@ -40,8 +38,9 @@ class Cell:
 
 
 def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float) -> list[Cell]:
-    """Real models for every budget. Raises ValueError where two sizes come to one shape, or a step is beyond
-    a budget.
+    """Real models for every budget.
+
+    Raises ValueError where two sizes come to one shape, or a step is beyond a budget.
     """
     counted, proportions = counter(config), proportions_of(config)
     rule, reference = LEARNING_RATES[config.isoflop.lr_rule], counted(own_shape(config))[2]
@@ -75,8 +74,10 @@ def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float
 
 
 def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
-    """A function of a shape: all its parameters, training FLOPs a token (`exact`), and parameters with the
-    head but without embeddings.
+    """A function that gives a shape's sizes.
+
+    They are all parameters, training FLOPs a token (`exact`), and parameters with the head but without
+    embeddings.
     """
 
     @cache
@@ -94,9 +95,7 @@ def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
 
 
 def linear_in_depth(counted: Callable[[Shape], tuple[int, float, int]]) -> Callable[[Shape], float]:
-    """Parameters of a shape from those of one and of two layers, so that a search need not build
-    every depth.
-    """
+    """Parameters of a shape from those of one and two layers, so that a search need not build every depth."""
 
     def about(shape: Shape) -> float:
         one, two = (counted(replace(shape, n_layers=n))[0] for n in (1, 2))

@@ -37,9 +37,7 @@ class Job:
 
     @cached_property
     def steps_of_run(self) -> int:
-        """The steps that the run itself planned, which knows its tokenizer's vocabulary. Ask once it has
-        begun.
-        """
+        """The steps that the run planned, which knows its tokenizer's vocabulary. Ask once it has begun."""
         return self.directory.environment["steps"]
 
     @property
@@ -71,8 +69,8 @@ class Job:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
 
     def failure_reason(self) -> str:
-        """The first that an entry, or the first of several processes that failed, prints for it, else the
-        log's last.
+        """Why it failed, in a line: what an entry, or the first process that failed, says, else the log's
+        last.
         """
         lines = self.log_lines()
         return self.own_reason() or (lines[-1] if lines else "it left no word")

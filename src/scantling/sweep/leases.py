@@ -47,9 +47,7 @@ class Lease:
         return lease
 
     def write(self, pids: list[int]) -> bool:
-        """Renew, and note the processes whose death ends the lease; False where another has taken the job
-        over.
-        """
+        """Renew, and note the processes whose death ends the lease; False where another has the job now."""
         if not self.beat():
             return False
         self.put(pids)

@@ -77,7 +77,7 @@ def fork_job(task: Callable[[], int], log: Path, environment: dict[str, str]) ->
 
 
 def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[str, str]) -> None:
-    """Make this fresh child a job: a group, signals, output and environment of its own, and an end with its
+    """Give this fresh child a group, signals, output and environment of its own; it dies with its
     launcher.
     """
     os.setpgid(0, 0)
@@ -95,8 +95,8 @@ def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[
 
 
 def redirect_output(log: Path) -> None:
-    """Standard output and error of this process and of those it starts go to the end of a file, and input is
-    empty.
+    """Send standard output and error of this process and its children to the end of a file; input
+    is empty.
     """
     source = os.open(os.devnull, os.O_RDONLY)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -111,10 +111,9 @@ def run_afresh(overrides: Sequence[str]) -> NoReturn:
 
 
 def ask_child(question: Callable[[], Any]) -> Any:
-    """What `question` returns, JSON, asked in a child: it may compute, and look for GPUs, and leaves nothing
-    behind here.
+    """What `question` returns, as JSON, asked in a child, which leaves nothing behind here.
 
-    A Mistake that it raises is raised here.
+    It may compute, and look for GPUs. A Mistake that it raises is raised here.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()

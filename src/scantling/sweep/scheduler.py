@@ -71,9 +71,7 @@ class Scheduler:
         self.looked = 0.0
 
     def run(self) -> None:
-        """Run until every job has ended, here or elsewhere, or a signal came and the running ones have
-        stopped.
-        """
+        """Run until every job has ended, here or elsewhere, or a signal has stopped the running ones."""
         which = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {s: signal.signal(s, self.ask) for s in which}
         try:
@@ -119,9 +117,7 @@ class Scheduler:
                 self.launch(job, share, lease)
 
     def claim(self, job: Job) -> Lease | None:
-        """The right to run it; None, with the job's state, where there is nothing to do or another
-        does it.
-        """
+        """The right to run a job; None, with the job's state, where it has ended or another runs it."""
         lease = Lease.take(job.directory.path, self.limits.lease_seconds)
         if job.directory.is_finished:
             self.change(job, "done elsewhere")

@@ -37,8 +37,9 @@ LEASE_SECONDS = 60
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
-    """Ctrl-C waits for the end: of a job that SLURM has taken the number must be noted, or it would be handed
-    in again.
+    """Hold Ctrl-C back to the end.
+
+    Of a job that SLURM has taken the number must be noted, or it would be handed in again.
     """
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda which, _: asked.append(which))
@@ -236,8 +237,9 @@ def queue_states() -> dict[str, str]:
 
 
 def become_a_run(log: str, overrides: Sequence[str]) -> None:
-    """Become `python src/train.py`, which writes its own record and minds SLURM's signals itself. Called in
-    each task of a job.
+    """Become `python src/train.py`, in each task of a job.
+
+    The run writes its own record and minds SLURM's signals itself.
     """
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     redirect_output(Path(log))

@@ -53,7 +53,7 @@ class Search:
     """
 
     def wanted(self) -> list[float]:
-        """The grid, then one rate more at a time beyond an outermost best; empty where the search has
+        """The rates to try: the grid, then one at a time beyond an outermost best; none once the search has
         ended.
         """
         if not self.tried:
@@ -139,8 +139,9 @@ def stop_reason(directory: RunDirectory) -> str | None:
 
 
 def run_score(directory: RunDirectory) -> float | None:
-    """Bits per byte of a finished run, infinite where the loss was not finite or the guard stopped it; None
-    for a run that gave no answer.
+    """Bits per byte of a run that finished.
+
+    Infinite where the loss was not finite, or the guard stopped the run; None for a run that gave no answer.
     """
     if directory.is_finished:
         bpb = directory.summary["val/bpb"]

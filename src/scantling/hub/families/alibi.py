@@ -127,8 +127,9 @@ class MPT(Family):
 
 
 class FalconShape(Field):
-    """Key heads and norms, which three switches say together. 7B: one key head, one norm; 40B:
-    several, two.
+    """Key heads and norms, which three switches say together.
+
+    7B has one key head and one norm, 40B several and two.
     """
 
     def overrides(self, hf: Config) -> list[str]:

@@ -24,9 +24,7 @@ from scantling.hub.weights import Table
 
 
 class Yarn(Rope):
-    """DeepSeek's YaRN: beside turned queries and keys, the scores grow by the square of `mscale_all_dim`'s
-    factor.
-    """
+    """DeepSeek's YaRN: scores grow by the square of `mscale_all_dim`'s factor, too."""
 
     def overrides(self, hf: Config) -> list[str]:
         parameters = self.parameters(hf)

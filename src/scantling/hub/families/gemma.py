@@ -36,8 +36,9 @@ class Gemma(Llama):
 
 
 class Gemma2(Gemma):
-    """Gemma team 2024, arXiv:2408.00118: windows in every other layer, norms on both sides, capped scores and
-    logits.
+    """Gemma team 2024, arXiv:2408.00118.
+
+    Windows in every other layer, norms on both sides, capped scores and logits.
     """
 
     model_type, architecture = "gemma2", "Gemma2ForCausalLM"
@@ -67,8 +68,9 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
-    """Gemma team 2025, arXiv:2503.19786: five windows to one whole layer, each with its rotary base; normed
-    queries, keys.
+    """Gemma team 2025, arXiv:2503.19786.
+
+    Five windows to one whole layer, each with its rotary base; normed queries and keys.
     """
 
     model_type, architecture = "gemma3_text", "Gemma3ForCausalLM"

@@ -100,8 +100,9 @@ class RotaryDim(Field):
 
 
 class GPTJ(Family):
-    """Wang & Komatsuzaki 2021: attention and feed-forward side by side, rotary positions on pairs of
-    neighbours.
+    """Wang & Komatsuzaki 2021.
+
+    Attention and feed-forward side by side, rotary positions on pairs of neighbours.
     """
 
     model_type, architecture = "gptj", "GPTJForCausalLM"
@@ -130,8 +131,9 @@ N = "gpt_neox.layers.{i}"
 
 
 class GPTNeoX(Family):
-    """Black et al. 2022, arXiv:2204.06745, and Pythia, arXiv:2304.01373: attention and feed-forward side by
-    side, two norms.
+    """Black et al. 2022, arXiv:2204.06745, and Pythia, arXiv:2304.01373.
+
+    Attention and feed-forward side by side, two norms.
     """
 
     model_type, architecture = "gpt_neox", "GPTNeoXForCausalLM"

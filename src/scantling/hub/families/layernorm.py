@@ -105,8 +105,9 @@ class StableLm(Llama):
 
 
 class Cohere(Llama):
-    """Cohere 2024, Command R: attention and feed-forward side by side behind one LayerNorm without bias,
-    scaled logits.
+    """Cohere 2024, Command R.
+
+    Attention and feed-forward side by side behind one LayerNorm without bias, scaled logits.
     """
 
     model_type, architecture = "cohere", "CohereForCausalLM"

@@ -11,9 +11,7 @@ from scantling.hub.weights import Table
 
 
 class Olmo(Llama):
-    """Groeneveld et al. 2024, arXiv:2402.00838: norms without parameters, bounded queries, keys and
-    values.
-    """
+    """Groeneveld et al. 2024, arXiv:2402.00838: norms without parameters, bounded queries, keys, values."""
 
     model_type, architecture = "olmo", "OlmoForCausalLM"
     fields = change_fields(
