@@ -129,7 +129,7 @@ def test_too_little_text_names_both_numbers():
         WindowOrder(8, 8, seed=0)
     with pytest.raises(ValueError, match="8 tokens"):
         validation_batches(TOKENS[:8], 8, None, 4)
-    with pytest.raises(ValueError, match="seed is -1"):
+    with pytest.raises(ValueError, match="seed=-1 must"):
         WindowOrder(9, 8, seed=-1)
 
 
