@@ -211,7 +211,7 @@ def test_a_draft_and_a_low_cache_write_and_a_stop_string_ends(command, stored):
 
 
 def test_escapes_in_stop_strings():
-    assert sample.unescaped(r"a\n\tb\\n\x é") == "a\n\tb\\n\\x é"
+    assert sample.unescape(r"a\n\tb\\n\x é") == "a\n\tb\\n\\x é"
 
 
 @pytest.mark.parametrize(

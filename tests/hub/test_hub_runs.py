@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from scantling.cli import evaluate, sample
+from scantling.cli.evaluate import evaluate
 from scantling.cli.hub import hub
 from scantling.cli.sample import sample
 from scantling.config.command_line import CONF, Mistake
@@ -30,7 +30,7 @@ from scantling.runs.directory import RunDirectory
 
 TOKENS = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
 TEXT = 'def größe(x):\n\treturn "<|endoftext|>" + x  # naïve ☃ 🙂\n'
-ENTRIES = {"hub": hub, "sample": sample.sample, "evaluate": evaluate.evaluate}
+ENTRIES = {"hub": hub, "sample": sample, "evaluate": evaluate}
 
 
 @pytest.fixture
