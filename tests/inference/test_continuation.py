@@ -1,6 +1,7 @@
 """Pieces of text against the tokenizer's own decoding, and several prompts against each alone."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from scantling.inference.generation import generate
 from scantling.inference.sampling import GenerationSettings
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
-PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
+PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
 
 
 def settings(n_tokens: int, **given) -> GenerationSettings:

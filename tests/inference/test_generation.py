@@ -21,7 +21,7 @@ from scantling.inference.speculation import speculate
 from scantling.model.linear import FEW, ONEDNN
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
-PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
+PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
 PROMPT = torch.randint(512, (9,), generator=torch.Generator().manual_seed(0))
 PROMPTS = [
     torch.randint(512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 3, 14, 1)
@@ -155,11 +155,12 @@ def test_the_layout_for_decoding_changes_memory_alone(nano, embed):
         nano(f"embed={embed}", gain=8),
         lay_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
     )
+    first, head = (cast(Any, part) for part in (laid_out.blocks[0], laid_out.head))
     if ONEDNN:
-        assert laid_out.blocks[0].ffn.gate_up.weight.is_mkldnn
-        assert (laid_out.embed.output if embed == "untied" else laid_out.head.packed_output).is_mkldnn
+        assert first.ffn.gate_up.weight.is_mkldnn
+        assert (laid_out.embed.output if embed == "untied" else head.packed_output).is_mkldnn
     else:
-        assert laid_out.blocks[0].ffn.gate_up.weight.stride() == (1, 2 * 88)
+        assert first.ffn.gate_up.weight.stride() == (1, 2 * 88)
     expected = dict(plain.named_parameters())
     for name, p in laid_out.named_parameters():
         parts = [expected.pop(name.replace("gate_up", part), None) for part in ("gate", "up")]

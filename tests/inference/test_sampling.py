@@ -1,6 +1,6 @@
 """Filters of the next token's distribution against those of `transformers`."""
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from transformers import (
 from scantling.inference.sampling import GenerationSettings, seen_tokens
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
-PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
+PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
 NO_IDS = cast(torch.LongTensor, None)
 """Filters look at the scores alone."""
 LOGITS = 3 * torch.randn(50, 200, generator=torch.Generator().manual_seed(0))

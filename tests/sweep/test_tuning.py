@@ -3,6 +3,7 @@ of it.
 """
 
 import math
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,7 +15,7 @@ from scantling.runs.table import load_runs, load_tuning
 from scantling.sweep.tuning import Search, TuningSettings
 from scantling.training import run
 
-SETTINGS = {"factors": [0.25, 0.5, 1, 2, 4], "extend": 2, "budget": 0.25, "seed": 7}
+SETTINGS: dict[str, Any] = {"factors": [0.25, 0.5, 1, 2, 4], "extend": 2, "budget": 0.25, "seed": 7}
 
 
 def loss(rate: float, best: float) -> float:
@@ -140,8 +141,9 @@ def test_every_arm_gets_the_rate_of_its_own_search(command, tmp_path, known):
     assert set(frame["arm"]) == {"attn=mha", "attn=mqa"}
     table = load_tuning(study)
     assert table.groupby("arm").size().to_dict() == {"attn=mha": 3, "attn=mqa": 5}
-    for arm, of_arm in table.groupby("arm"):
-        expected = [loss(rate, BEST[str(arm).removeprefix("attn=")]) for rate in of_arm["lr"]]
+    groups: Any = table.groupby("arm")
+    for arm, of_arm in groups:
+        expected = [loss(rate, BEST[arm.removeprefix("attn=")]) for rate in of_arm["lr"]]
         assert of_arm["bpb"].tolist() == pytest.approx(expected, rel=1e-4)
         assert of_arm["bpb"].idxmin() == of_arm["chosen"].idxmax()
         assert of_arm["chosen"].sum() == 1
