@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from scantling.config.composition import build_decoder
 from scantling.data.loading import validation_batches
-from scantling.inference.generation import generate, laid_out_for_decoding
-from scantling.inference.sampling import Settings
-from scantling.inference.stored_run import TrainedRun
+from scantling.inference.decoding_layout import lay_out_for_decoding
+from scantling.inference.generation import generate
+from scantling.inference.sampling import GenerationSettings
+from scantling.inference.stored_run import StoredRun
 from scantling.model import hardware
 from scantling.model.cache import BUFFERS
 from scantling.model.decoder import Decoder
@@ -105,7 +106,7 @@ def hugging_face(ours: Decoder) -> transformers.LlamaForCausalLM:
 
 
 def written_by(decoder: Decoder, prompts_BT: Tensor) -> list[list[int]]:
-    settings = Settings(n_tokens=NEW, temperature=0.0, top_k=None, top_p=None)
+    settings = GenerationSettings(n_tokens=NEW, temperature=0.0, top_k=None, top_p=None)
     prompts, texts = prompts_BT.tolist(), [[] for _ in prompts_BT]
     for step in generate(decoder, prompts, settings=settings, generator=torch.Generator()):
         for row, token in step:
@@ -165,7 +166,7 @@ def cache_table(ours: Decoder) -> Table:
 @torch.inference_mode()
 def loss_table(path: str, cached: Path, n_windows: int) -> Table:
     """Of a trained run, every key and value read back from the cache."""
-    run = TrainedRun.load(path, "best")
+    run = StoredRun.load(path, "best")
     windows = validation_batches(
         run.corpus(None, cached).val.tokens, run.decoder.seq_len, n_windows=n_windows, batch_size=8
     )
@@ -232,8 +233,8 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "contestant" else "right")
     for batch in arguments.batches:
         prompts = torch.randint(VOCABULARY, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
-        ours = laid_out_for_decoding(our_model(), batch)
-        low = laid_out_for_decoding(our_model().bfloat16(), batch)
+        ours = lay_out_for_decoding(our_model(), batch)
+        low = lay_out_for_decoding(our_model().bfloat16(), batch)
         contestants = {
             "ours": lambda m=ours, p=prompts: written_by(m, p),
             "ours, by rows": lambda p=prompts: written_by(plain, p),

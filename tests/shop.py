@@ -11,7 +11,7 @@ import pytest
 import torch
 from warm import Command
 
-from scantling.inference.weights import stored_weights
+from scantling.inference.safe_loading import read_weights
 from scantling.runs.directory import RunDirectory
 
 TRAIN = Path(__file__).parents[1] / "src" / "train.py"
@@ -77,7 +77,7 @@ def assert_same_training(run: RunDirectory, alone: RunDirectory) -> None:
         # The norm is a difference away from its rounding: 20 steps leave it a little more.
         tolerance = 1e-4 if key == "grad_norm" else 1e-5
         assert ours == pytest.approx([row[key] for row in expected if key in row], rel=tolerance)
-    weights, single = stored_weights(run, "last"), stored_weights(alone, "last")
+    weights, single = read_weights(run, "last"), read_weights(alone, "last")
     assert weights.keys() == single.keys()
     for name, weight in single.items():
         torch.testing.assert_close(

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from scantling.cli import sample
 from scantling.data.context_windows import ContextWindows
 from scantling.data.tokenizers import Byte, Char
-from scantling.inference.stored_run import TrainedRun
+from scantling.inference.stored_run import StoredRun
 from scantling.runs.directory import RunDirectory
 
 
@@ -102,8 +102,10 @@ def test_windows_side_by_side_are_those_of_validation():
 
 @torch.no_grad()
 def test_losses_by_length_equal_one_token_at_a_time(stored, tmp_path):
-    """-log p of each token given exactly the tokens that its window shows, far beyond the training length of 64."""
-    run = TrainedRun.load(stored("run", "pos=rope"), "best")
+    """-log p of each token given exactly the tokens that its window shows, far beyond the training length of
+    64.
+    """
+    run = StoredRun.load(stored("run", "pos=rope"), "best")
     corpus = run.corpus(None, tmp_path / "cache")
     windows = ContextWindows(corpus.val.tokens, [32, 96], stride=24, n_windows=1)
     tokens = torch.from_numpy(corpus.val.tokens.astype(np.int64))
@@ -209,7 +211,7 @@ def test_a_draft_and_a_low_cache_write_and_a_stop_string_ends(command, stored):
 
 
 def test_escapes_in_stop_strings():
-    assert sample.unescaped(r"a\n\tb\\n\x é") == "a\n\tb\\n\\x é"
+    assert sample.unescape(r"a\n\tb\\n\x é") == "a\n\tb\\n\\x é"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
     assert code == 0
     assert [row["step"] for row in rows] == list(range(1, 13))
 
-    run = stored_run.TrainedRun.load(str(directory.path), "last")
+    run = stored_run.StoredRun.load(str(directory.path), "last")
     torch.manual_seed(0)
     decoder = stored_run.instantiate(run.config.decoder, vocab_size=257)
     decoder.initialise(0)
@@ -237,10 +237,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("attn.pattern=sliding",), "an option is chosen with a slash, attn/pattern=sliding"),
         (("budget.steps=0.5",), "below one optimiser step"),
         (("paths.runs=/proc/none",), "cannot be written"),
-        (("micro_batch_size=3",), "batch_size 4 is no multiple of micro_batch_size 3"),
+        (("micro_batch_size=3",), "batch_size 4 is not a multiple of micro_batch_size 3"),
         (
             ("trainer=ddp", "trainer.devices=2", "batch_size=7"),
-            "batch_size 7 is no multiple of 2 ranks; the nearest that fits is 6 or 8",
+            "batch_size 7 is not a multiple of 2 ranks; the nearest that fits is 6 or 8",
         ),
         (("batch_size=0",), "batch_size=0 must be a whole number, at least 1"),
         (("micro_batch_size=0",), "micro_batch_size=0 must be"),
@@ -280,7 +280,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
             "~budget.tokens: there is no budget.tokens to take away: did you mean budget.steps",
         ),
         (("budget.steps=1.5",), "budget.steps=1.5 must be a whole number"),
-        (("seed=1.5",), "seed is 1.5; it must be a whole number, at least 0"),
+        (("seed=1.5",), "seed=1.5 must be a whole number, at least 0"),
         (("resume=nowhere",), "holds no run"),
         (("data.files=???",), "data.files is not set"),
         (("nonsense",), "nonsense"),
@@ -423,7 +423,7 @@ def test_stored_configuration_cannot_name_foreign_code(command, tmp_path, entry)
         "scantling.model.attn.nn.Linear",
         "scantling.model.attn.Linear",
         "scantling.model.attn.Attention.bias",
-        "scantling.data.files.digest",
+        "scantling.data.files.digest_file",
         "torch.nn.ReLU.register_module",
     ):
         directory.config.write_text(stored.replace("scantling.model.norm.RMSNorm", foreign))

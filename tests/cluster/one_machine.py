@@ -1,4 +1,6 @@
-"""A real SLURM of this machine alone, for tests: munged, slurmctld and slurmd in a folder, on loopback, on ports of its own."""
+"""A real SLURM of this machine alone, for tests: munged, slurmctld and slurmd in a folder, on loopback, on
+ports of its own.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment in which SLURM's commands find it. Two CPUs, one partition; everything ends with the block."""
+    """The environment in which SLURM's commands find it. Two CPUs, one partition; everything ends with the
+    block.
+    """
     for name in ("state", "spool"):
         (folder / name).mkdir()
     key = folder / "munge.key"

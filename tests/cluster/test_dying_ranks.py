@@ -62,7 +62,7 @@ def test_all_processes_end_with_the_first(shop, tmp_path, engine, torchrun, swee
         "trainer.devices=2",
     )
     process = Command(
-        [TRAIN, *shop.options(*sweep, f"trainer={engine}", *faulty)],
+        [str(TRAIN), *shop.options(*sweep, f"trainer={engine}", *faulty)],
         tmp_path,
         torchrun=torchrun,
         environment={"PYTHONPATH": str(tmp_path), "WHO": str(who), "OF": of},

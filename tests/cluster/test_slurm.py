@@ -1,4 +1,6 @@
-"""A real SLURM of this machine: single jobs from docs/cluster.md's sbatch file, and sweeps by hydra/launcher=submitit_slurm."""
+"""A real SLURM of this machine: single jobs from docs/cluster.md's sbatch file, and sweeps by
+hydra/launcher=submitit_slurm.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,9 @@ def queue(environment) -> dict[str, str]:
 
 
 def hurry(environment: dict[str, str], number: str) -> None:
-    """Once a job is queued again, let it start soon: SLURM would wait for two minutes. Within the same second it would hold
-    its credential for that of the time before, which it has revoked."""
+    """Once a job is queued again, let it start soon: SLURM would wait for two minutes. Within the same second
+    it would hold its credential for that of the time before, which it has revoked.
+    """
     wait_for(lambda: queue(environment).get(number) == "PENDING")
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now+3"], env=environment, check=True)
 
@@ -79,8 +82,9 @@ def wandb_runs(path: Path) -> set[str]:
 
 
 def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, slurm, tmp_path):
-    """Ctrl-C comes to the first launcher while sbatch has taken the jobs and not yet said their numbers, to the second while
-    it watches; the third sees them end."""
+    """Ctrl-C comes to the first launcher while sbatch has taken the jobs and not yet said their numbers, to
+    the second while it watches; the third sees them end.
+    """
     runs = shop.path / "sweep"
     held = "+hydra.launcher.additional_parameters.hold=true"
     arguments = (*SWEEP, "seed=0,1,2", "budget.steps=2", held)
@@ -171,5 +175,6 @@ def test_what_slurm_refuses_is_one_line(shop, slurm):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.strip() == (
-        "error: SLURM does not take the jobs: sbatch: error: Batch job submission failed: Invalid partition name specified"
+        "error: SLURM does not take the jobs: sbatch: error: Batch job submission failed: "
+        "Invalid partition name specified"
     )

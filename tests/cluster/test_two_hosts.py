@@ -1,4 +1,6 @@
-"""Two hosts, simulated: two network namespaces, each with an end of a cable, and torchrun's rendezvous over it."""
+"""Two hosts, simulated: two network namespaces, each with an end of a cable, and torchrun's rendezvous over
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ ADDRESSES = ("10.199.77.1", "10.199.77.2")
 
 
 class Hosts:
-    """Two processes in network namespaces of their own, which end with them, and `cable`, a pair of virtual network cards."""
+    """Two processes in network namespaces of their own, which end with them, and `cable`, a pair of virtual
+    network cards.
+    """
 
     cable = "cable"
 
@@ -100,7 +104,7 @@ def test_two_hosts_train_as_one_process(shop, alone, hosts, engine):
     rendezvous = (f"--rdzv-id={runs}", f"--rdzv-endpoint={ADDRESSES[0]}:29500", "--rdzv-backend=c10d")
     processes = [
         Command(
-            [TRAIN, *options, f"paths.runs={runs}"],
+            [str(TRAIN), *options, f"paths.runs={runs}"],
             shop.path,
             torchrun=(
                 *("--nnodes=2", "--nproc-per-node=1", f"--local-addr={address}"),

@@ -119,7 +119,7 @@ def test_a_batch_that_does_not_divide_names_what_would():
         train_batches(batch_size=10, micro_batch_size=4, world_size=2)
     with pytest.raises(ValueError, match="the nearest that fits is 8"):
         train_batches(batch_size=3, micro_batch_size=4, world_size=2)
-    with pytest.raises(ValueError, match="micro_batch_size is 0"):
+    with pytest.raises(ValueError, match="micro_batch_size=0 must"):
         train_batches(micro_batch_size=0)
 
 
@@ -129,7 +129,7 @@ def test_too_little_text_names_both_numbers():
         WindowOrder(8, 8, seed=0)
     with pytest.raises(ValueError, match="8 tokens"):
         validation_batches(TOKENS[:8], 8, None, 4)
-    with pytest.raises(ValueError, match="seed is -1"):
+    with pytest.raises(ValueError, match="seed=-1 must"):
         WindowOrder(9, 8, seed=-1)
 
 
@@ -158,7 +158,9 @@ def test_validation_on_some_is_evenly_spaced(n_windows):
     ("full", "start", "steps"), [(16, 4, 9), (16, 2, 3), (12, 12, 5), (8, None, 0), (64, 8, 100)]
 )
 def test_sizes_of_growing_steps(full, start, steps):
-    """Counted one by one: from `start` to `full` by `start` at a time, never down, as many before as they add up to."""
+    """Counted one by one: from `start` to `full` by `start` at a time, never down, as many before as they add
+    up to.
+    """
     sizes = BatchSizes(full, start, steps)
     each = [sizes.of(step) for step in range(steps + 20)]
     assert each[0] == (start or full)
@@ -196,7 +198,7 @@ def test_batch_warmup_that_does_not_divide_is_refused():
         BatchSizes(8, 3, 10)
     with pytest.raises(ValueError, match="batch_warmup needs both"):
         BatchSizes(8, 4, 0)
-    with pytest.raises(ValueError, match="start=2 is no multiple of the 4 micro-batches"):
+    with pytest.raises(ValueError, match="start=2 is not a multiple of the 4 micro-batches"):
         TrainBatches(
             tokens=TOKENS,
             seq_len=8,

@@ -64,7 +64,9 @@ def test_markov_contexts_are_read_in_the_order_they_stand():
 
 
 def test_every_order_tells_more():
-    """At the shipped settings the best loss falls with each symbol of context: there is something left to learn."""
+    """At the shipped settings the best loss falls with each symbol of context: there is something left to
+    learn.
+    """
     source = MarkovText(
         symbols=32, weights=[0.05, 0.15, 0.3, 0.5], zipf=1.0, concentration=2.0, seed=0, **LENGTHS
     )

@@ -17,7 +17,7 @@ import pytest
 from scantling.data import cache_directory, tokens
 from scantling.data.corpora import Corpus, TextFiles
 from scantling.data.tokenizers import BPE, Byte, Char, Pretrained, Tokenizer, Unigram, WordPiece
-from scantling.data.tokens import TokenSplit, prepare
+from scantling.data.tokens import TokenSplit, prepare_corpus
 
 DOCUMENTS = [
     f"Chapter {i}\r\n\tIt was a dark and <|endoftext|> stormy night; 雨 fell. 😀\n" * (1 + i % 5)
@@ -52,7 +52,8 @@ def decode(split: TokenSplit, tokenizer: Tokenizer) -> list[str]:
 
 
 def assert_is(prepared: tokens.TokenizedCorpus, corpus: Corpus) -> None:
-    for split, read in (("train", prepared.train), ("val", prepared.val)):
+    for split in tokens.SPLITS:
+        read = getattr(prepared, split)
         written = list(corpus.documents(split))
         assert decode(read, prepared.tokenizer) == written
         assert read.n_bytes == sum(len(document.encode()) for document in written)
@@ -66,18 +67,18 @@ def leftovers(cache: Path) -> list[Path]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_come_back_exactly(corpus, tmp_path, kind):
-    prepared = prepare(corpus, KINDS[kind], tmp_path / "cache")
+    prepared = prepare_corpus(corpus, KINDS[kind], tmp_path / "cache")
     assert_is(prepared, corpus)
     assert not prepared.train.tokens.flags.writeable
     assert prepared.val.bytes_per_token == prepared.val.n_bytes / len(prepared.val.tokens)
-    again = prepare(corpus, KINDS[kind], tmp_path / "cache")
+    again = prepare_corpus(corpus, KINDS[kind], tmp_path / "cache")
     assert np.array_equal(again.train.tokens, prepared.train.tokens)
     assert again.tokenizer.fingerprint == prepared.tokenizer.fingerprint
     assert leftovers(tmp_path / "cache") == []
 
 
 def test_meta_says_what_it_was_made_from(corpus, tmp_path):
-    prepared = prepare(corpus, KINDS["bpe"], tmp_path)
+    prepared = prepare_corpus(corpus, KINDS["bpe"], tmp_path)
     [path] = (tmp_path / "tokens").glob("*/meta.json")
     meta = json.loads(path.read_text())
     assert meta["corpus"]["fingerprint"] == corpus.fingerprint
@@ -93,19 +94,19 @@ def test_meta_says_what_it_was_made_from(corpus, tmp_path):
 
 
 def test_the_second_time_neither_reads_nor_trains(corpus, tmp_path, monkeypatch):
-    prepare(corpus, KINDS["bpe"], tmp_path)
+    prepare_corpus(corpus, KINDS["bpe"], tmp_path)
 
     def never(*args):
         raise AssertionError("the cache was not used")
 
     monkeypatch.setattr(BPE, "train", never)
     monkeypatch.setattr(TextFiles, "documents", never)
-    prepare(corpus, KINDS["bpe"], tmp_path)
+    prepare_corpus(corpus, KINDS["bpe"], tmp_path)
 
 
 def test_a_tokenizer_from_its_file_finds_the_tokens_it_made(corpus, tmp_path, monkeypatch):
     """As `evaluate.py` opens a run: with the tokenizer that stands in its directory."""
-    first = prepare(corpus, KINDS["bpe"], tmp_path / "cache")
+    first = prepare_corpus(corpus, KINDS["bpe"], tmp_path / "cache")
     first.tokenizer.save(tmp_path / "tokenizer.json")
 
     def unread(*args):
@@ -113,15 +114,15 @@ def test_a_tokenizer_from_its_file_finds_the_tokens_it_made(corpus, tmp_path, mo
         yield
 
     monkeypatch.setattr(TextFiles, "documents", unread)
-    again = prepare(corpus, Pretrained(source=str(tmp_path / "tokenizer.json")), tmp_path / "cache")
+    again = prepare_corpus(corpus, Pretrained(source=str(tmp_path / "tokenizer.json")), tmp_path / "cache")
     assert np.array_equal(again.val.tokens, first.val.tokens)
 
 
 def test_another_setting_or_text_is_another_cache(corpus, tmp_path):
-    first = prepare(corpus, KINDS["bpe"], tmp_path)
-    prepare(corpus, BPE(vocab_size=300, train_bytes=None), tmp_path)
+    first = prepare_corpus(corpus, KINDS["bpe"], tmp_path)
+    prepare_corpus(corpus, BPE(vocab_size=300, train_bytes=None), tmp_path)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
-    assert len(first.train.tokens) == len(prepare(corpus, KINDS["bpe"], tmp_path).train.tokens)
+    assert len(first.train.tokens) == len(prepare_corpus(corpus, KINDS["bpe"], tmp_path).train.tokens)
 
 
 def test_a_vocabulary_past_65536_is_kept_in_uint32(tmp_path):
@@ -130,7 +131,7 @@ def test_a_vocabulary_past_65536_is_kept_in_uint32(tmp_path):
     text = "".join(characters[:70_000])
     (tmp_path / "many.txt").write_text(text + text[:10_000], encoding="utf-8")
     corpus = TextFiles(files=str(tmp_path / "many.txt"), column="text", val_fraction=0.125, split="tail")
-    prepared = prepare(corpus, Char(), tmp_path / "cache")
+    prepared = prepare_corpus(corpus, Char(), tmp_path / "cache")
     assert prepared.tokenizer.vocab_size == 70_002
     assert prepared.train.tokens.dtype == np.uint32
     assert_is(prepared, corpus)
@@ -143,9 +144,9 @@ def test_a_long_document_in_pieces_encodes_as_the_whole(tmp_path, monkeypatch, k
     corpus = TextFiles(files=str(tmp_path / "long.txt"), column="text", val_fraction=0.1, split="tail")
     monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 1000)
     monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 5000)
-    prepared = prepare(corpus, KINDS[kind], tmp_path / "cache")
+    prepared = prepare_corpus(corpus, KINDS[kind], tmp_path / "cache")
     [train] = corpus.documents("train")
-    assert len(list(tokens._pieces(train, prepared.tokenizer))) > 10
+    assert len(list(tokens.cut_document(train, prepared.tokenizer))) > 10
     whole = prepared.tokenizer.encode(train)
     assert prepared.train.tokens.tolist() == [*whole, prepared.tokenizer.end_of_text]
     assert prepared.train.document_starts.tolist() == [0]
@@ -168,27 +169,27 @@ def test_a_long_document_in_pieces_encodes_as_the_whole(tmp_path, monkeypatch, k
     ],
 )
 def test_a_damaged_cache_is_made_again(corpus, tmp_path, damage):
-    prepare(corpus, KINDS["bpe"], tmp_path)
+    prepare_corpus(corpus, KINDS["bpe"], tmp_path)
     [directory] = (tmp_path / "tokens").iterdir()
     damage(directory)
-    assert_is(prepare(corpus, KINDS["bpe"], tmp_path), corpus)
+    assert_is(prepare_corpus(corpus, KINDS["bpe"], tmp_path), corpus)
     assert leftovers(tmp_path) == []
 
 
 def test_tokens_of_another_tokenizer_are_not_used(corpus, tmp_path):
     """A tokenizer that was trained again may differ from the one the tokens were made with."""
-    prepare(corpus, KINDS["bpe"], tmp_path)
+    prepare_corpus(corpus, KINDS["bpe"], tmp_path)
     [path] = (tmp_path / "tokenizers").glob("*/tokenizer.json")
     other = BPE(vocab_size=300, train_bytes=None).train(corpus.documents("train"))
     other.save(path)
-    prepared = prepare(corpus, KINDS["bpe"], tmp_path)
+    prepared = prepare_corpus(corpus, KINDS["bpe"], tmp_path)
     assert prepared.tokenizer.fingerprint == other.fingerprint
     assert_is(prepared, corpus)
 
 
 def _prepare_at_once(corpus, cache, barrier, results):
     barrier.wait()
-    prepared = prepare(corpus, KINDS["bpe"], cache)
+    prepared = prepare_corpus(corpus, KINDS["bpe"], cache)
     results.put((prepared.tokenizer.fingerprint, prepared.train.tokens.tolist()))
 
 
@@ -206,7 +207,7 @@ def test_two_processes_at_once_get_the_same_whole_cache(corpus, tmp_path):
         process.join()
     assert first == second
     assert leftovers(cache) == []
-    assert_is(prepare(corpus, KINDS["bpe"], cache), corpus)
+    assert_is(prepare_corpus(corpus, KINDS["bpe"], cache), corpus)
 
 
 class SlowCorpus(Corpus):
@@ -236,8 +237,9 @@ def test_a_killed_process_leaves_nothing_that_counts(corpus, tmp_path):
     context = multiprocessing.get_context("spawn")
     cache, signal_file = tmp_path / "cache", tmp_path / "half way"
     slow = SlowCorpus(corpus, signal_file)
-    process = context.Process(target=prepare, args=(slow, KINDS["byte"], cache))
+    process = context.Process(target=prepare_corpus, args=(slow, KINDS["byte"], cache))
     process.start()
+    assert process.pid is not None
     deadline = time.monotonic() + 60
     while not signal_file.exists():
         assert time.monotonic() < deadline
@@ -246,7 +248,7 @@ def test_a_killed_process_leaves_nothing_that_counts(corpus, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert len(leftovers(cache)) == 1  # half the tokens, under another name
-    assert_is(prepare(corpus, KINDS["byte"], cache), corpus)
+    assert_is(prepare_corpus(corpus, KINDS["byte"], cache), corpus)
     assert leftovers(cache) == []  # and swept up
 
 
@@ -254,7 +256,7 @@ def test_a_failing_corpus_leaves_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 50 + '{"body": 1}\n')
     corpus = TextFiles(files=str(tmp_path / "a.jsonl"), column="text", val_fraction=0.5, split="documents")
     with pytest.raises(ValueError, match="line 51 has no column 'text'"):
-        prepare(corpus, Byte(), tmp_path / "cache")
+        prepare_corpus(corpus, Byte(), tmp_path / "cache")
     assert leftovers(tmp_path / "cache") == []
     assert not list(tmp_path.glob("cache/tokens/*"))
 
@@ -265,7 +267,7 @@ def test_a_full_disk_gets_one_line(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tokens.os, "fsync", full)
     with pytest.raises(ValueError, match="no space left") as caught:
-        prepare(corpus, Byte(), tmp_path / "cache")
+        prepare_corpus(corpus, Byte(), tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "cache") in str(caught.value)
     assert leftovers(tmp_path / "cache") == []
@@ -274,7 +276,7 @@ def test_a_full_disk_gets_one_line(corpus, tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written_gets_one_line(corpus, tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(PermissionError, match="cannot write to") as caught:
-        prepare(corpus, Byte(), tmp_path / "file" / "cache")
+        prepare_corpus(corpus, Byte(), tmp_path / "file" / "cache")
     assert "\n" not in str(caught.value)
 
 

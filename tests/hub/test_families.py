@@ -1,4 +1,6 @@
-"""Every family against its class in `transformers`: logits, one step of training, and the way there and back."""
+"""Every family against its class in `transformers`: logits, one step of training, and the way there
+and back.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from hydra.utils import instantiate
 from torch.testing import assert_close
 
 from scantling.hub.family import Family, all_families
-from scantling.hub.files import Tensors, exported, imported, read_json, write_tensors
-from scantling.hub.runs import composed, expressed, train_overrides
+from scantling.hub.files import TensorFiles, export_tensors, import_tensors, read_json, write_tensors
+from scantling.hub.runs import composed, express_decoder, train_overrides
 from scantling.hub.weights import rules_of
 from scantling.model.decoder import Decoder
 
@@ -206,7 +208,7 @@ def pair(request, tmp_path_factory) -> Pair:
     theirs.save_pretrained(source)
     config = composed(tuple(train_overrides(family, read_json(source / "config.json"))))["decoder"]
     ours = instantiate(config)
-    state = imported(family, ours, Tensors(source))
+    state = import_tensors(family, ours, TensorFiles(source))
     ours.load_state_dict(state)
     return Pair(family, theirs, source, config, ours.eval(), state)
 
@@ -236,26 +238,28 @@ def test_logits_are_theirs(pair):
 
 
 def test_the_way_there_and_back_changes_no_bit(pair, tmp_path):
-    written = exported(rules_of(pair.family.tensors, pair.ours), pair.state)
-    stored = Tensors(pair.source)
+    written = export_tensors(rules_of(pair.family.tensors, pair.ours), pair.state)
+    stored = TensorFiles(pair.source)
     assert written.keys() == stored.files.keys()
     for name, tensor in written.items():
         assert torch.equal(tensor, stored.read(name)), name
     write_tensors(written, tmp_path / "model.safetensors")
-    for name, tensor in imported(pair.family, pair.ours, Tensors(tmp_path)).items():
+    for name, tensor in import_tensors(pair.family, pair.ours, TensorFiles(tmp_path)).items():
         assert torch.equal(tensor, pair.state[name]), name
 
 
 @torch.no_grad()
 def test_transformers_opens_what_is_written(pair, tmp_path):
-    opened = opened_by_transformers(pair, expressed(pair.family, pair.config), tmp_path)
+    opened = opened_by_transformers(pair, express_decoder(pair.family, pair.config), tmp_path)
     assert type(opened) is type(pair.theirs)
     assert_close(opened(TOKENS).logits, pair.theirs(TOKENS).logits, rtol=0, atol=1e-6)
 
 
 def opened_by_transformers(pair: Pair, settings: dict, path: Path) -> Any:
     (path / "config.json").write_text(json.dumps({**settings, "pad_token_id": None}))
-    write_tensors(exported(rules_of(pair.family.tensors, pair.ours), pair.state), path / "model.safetensors")
+    write_tensors(
+        export_tensors(rules_of(pair.family.tensors, pair.ours), pair.state), path / "model.safetensors"
+    )
     return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
 
 
@@ -290,7 +294,7 @@ def test_what_is_not_refused_is_computed_alike(pair, tmp_path):
         if config == pair.config:  # the family's parts have no such setting
             continue
         try:
-            settings = expressed(pair.family, config)
+            settings = express_decoder(pair.family, config)
         except ValueError:
             continue
         ours = instantiate(config)
@@ -309,8 +313,8 @@ def test_one_step_of_training_gives_their_weights(pair, tmp_path):
         loss.backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
     pair.theirs.save_pretrained(tmp_path)
-    theirs, before = Tensors(tmp_path), Tensors(pair.source)
-    ours = exported(rules_of(pair.family.tensors, pair.ours), pair.ours.state_dict())
+    theirs, before = TensorFiles(tmp_path), TensorFiles(pair.source)
+    ours = export_tensors(rules_of(pair.family.tensors, pair.ours), pair.ours.state_dict())
     for name, tensor in ours.items():
         assert_close(
             tensor, theirs.read(name), rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -419,7 +423,11 @@ def test_older_files_mean_the_same(model_type):
     ("model_type", "parameters", "complaint"),
     [
         ("llama", PARTIAL, "partial_rotary_factor=0.5 is not supported, only 1.0"),
-        ("gemma3_text", {"full_attention": YARN | {"truncate": False}}, "truncate=False is not supported, only True"),
+        (
+            "gemma3_text",
+            {"full_attention": YARN | {"truncate": False}},
+            "truncate=False is not supported, only True",
+        ),
         ("phi3", YARN, "rope_type=yarn is not supported, only default"),
     ],
 )  # fmt: skip
@@ -431,7 +439,7 @@ def test_what_the_code_of_a_family_does_not_read_is_refused(model_type, paramete
 def test_text_in_a_number_never_reaches_hydra():
     """`hidden_size` could name a class to build, were it not refused."""
     settings = {**default("llama"), "hidden_size": "{_target_:os.system,command:ls}"}
-    with pytest.raises(ValueError, match=r"_target_.*is no number, and model.d_model takes nothing else"):
+    with pytest.raises(ValueError, match=r"_target_.*is not a number, and model.d_model takes nothing else"):
         FAMILIES["llama"].overrides(settings)
 
 

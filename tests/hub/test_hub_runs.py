@@ -1,4 +1,6 @@
-"""`python src/hub.py`: what it writes is a run and a Hugging Face directory, and what it refuses leaves nothing behind."""
+"""`python src/hub.py`: what it writes is a run and a Hugging Face directory, and what it refuses leaves
+nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,19 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from scantling.cli import evaluate, sample
+from scantling.cli.evaluate import evaluate
 from scantling.cli.hub import hub
+from scantling.cli.sample import sample
 from scantling.config.command_line import CONF, Mistake
 from scantling.data.tokenizers import BPE, Byte, Char, Unigram, WordPiece
 from scantling.hub.files import INDEX
 from scantling.hub.runs import composed
-from scantling.inference.stored_run import TrainedRun
+from scantling.inference.stored_run import StoredRun
 from scantling.runs.directory import RunDirectory
 
 TOKENS = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
 TEXT = 'def größe(x):\n\treturn "<|endoftext|>" + x  # naïve ☃ 🙂\n'
-ENTRIES = {"hub": hub, "sample": sample.sample, "evaluate": evaluate.evaluate}
+ENTRIES = {"hub": hub, "sample": sample, "evaluate": evaluate}
 
 
 @pytest.fixture
@@ -40,7 +43,9 @@ def command(tmp_path, monkeypatch, entry):
 
 @pytest.fixture
 def directly(tmp_path, monkeypatch):
-    """`directly(action="import")` is the same without Hydra's start, which takes longest: the mistake, or ""."""
+    """`directly(action="import")` is the same without Hydra's start, which takes longest: the
+    mistake, or "".
+    """
     monkeypatch.chdir(tmp_path)
     usual: Any = OmegaConf.load(CONF / "hub.yaml")
     usual = OmegaConf.masked_copy(usual, ["source", "run", "checkpoint", "family", "to", "paths"])
@@ -85,7 +90,9 @@ def source(saved, tmp_path) -> Path:
 
 @pytest.fixture
 def stored(tmp_path, nano, composed):
-    """`stored("pos=alibi")` is the directory of a run with the nano model, its weights those of the start times 8."""
+    """`stored("pos=alibi")` is the directory of a run with the nano model, its weights those of the start
+    times 8.
+    """
 
     def stored(*overrides, tokenizer=None):
         codec = tokenizer or Byte().train(iter(()))
@@ -111,7 +118,7 @@ def test_an_imported_model_is_a_run(command, source, tmp_path):
     assert (code, err) == (0, "")
     assert "llama" in out
     assert "33,504 parameters" in out  # 2·257·32 + 2·(2·32² + 2·16·32 + 3·32·56 + 2·32) + 32
-    run = TrainedRun.load("runs/imported/tiny", "best")
+    run = StoredRun.load("runs/imported/tiny", "best")
     assert_close(run.decoder(TOKENS), logits(source), rtol=0, atol=1e-4)
     again = composed(tuple(run.directory.environment["overrides"]))  # what train.py would make of them
     assert again["decoder"] == OmegaConf.to_container(run.config.decoder)
@@ -177,7 +184,7 @@ def test_a_model_in_several_files(directly, source):
     assert len(list(source.glob("*.safetensors"))) > 2
     assert not directly(action="import", source=str(source))
     assert_close(
-        TrainedRun.load("runs/imported/tiny", "best").decoder(TOKENS), model(TOKENS).logits, rtol=0, atol=1e-4
+        StoredRun.load("runs/imported/tiny", "best").decoder(TOKENS), model(TOKENS).logits, rtol=0, atol=1e-4
     )
     lost = next(source.glob("model-00002*"))
     lost.unlink()
@@ -202,7 +209,7 @@ def test_a_file_of_the_body_alone(directly, source, tmp_path):
     body["lm_head.weight"] = body["wte.weight"].clone()
     save_file(body, path / "model.safetensors")
     assert not directly(action="import", source=str(path), run="run")
-    assert_close(TrainedRun.load("run", "best").decoder(TOKENS), model(TOKENS).logits, rtol=0, atol=1e-4)
+    assert_close(StoredRun.load("run", "best").decoder(TOKENS), model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
 # --- runs of ours ---
@@ -229,7 +236,7 @@ def test_transformers_reads_the_same_text(directly, stored, kind, text):
     assert theirs.decode([ours.end_of_text], skip_special_tokens=True) == ""
     tokens = TOKENS % ours.vocab_size
     model = transformers.AutoModelForCausalLM.from_pretrained("out")
-    assert_close(model(tokens).logits, TrainedRun.load("run", "best").decoder(tokens), rtol=0, atol=1e-4)
+    assert_close(model(tokens).logits, StoredRun.load("run", "best").decoder(tokens), rtol=0, atol=1e-4)
     assert model.generation_config.eos_token_id == ours.end_of_text
 
 
@@ -250,7 +257,7 @@ def test_transformers_reads_the_same_text(directly, stored, kind, text):
 def test_a_run_of_ours_in_their_words(directly, stored, family, overrides):
     run = stored(*overrides)
     assert not directly(action="export", run=run, family=family, to="out")
-    assert_close(logits("out"), TrainedRun.load(run, "best").decoder(TOKENS), rtol=0, atol=1e-4)
+    assert_close(logits("out"), StoredRun.load(run, "best").decoder(TOKENS), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +265,11 @@ def test_a_run_of_ours_in_their_words(directly, stored, family, overrides):
     [
         ("gpt2", [], "pos._target_=scantling.model.pos.RoPE"),
         ("gpt2", [], "norm._target_=scantling.model.norm.RMSNorm"),
-        ("llama", ["norm=layernorm"], "family llama cannot express norm._target_=scantling.model.norm.LayerNorm"),
+        (
+            "llama",
+            ["norm=layernorm"],
+            "family llama cannot express norm._target_=scantling.model.norm.LayerNorm",
+        ),
         ("llama", ["norm=none"], "norm._target_=scantling.model.norm.NoNorm"),
         ("llama", ["attn=mla"], "attn._target_=scantling.model.attn.LatentAttention"),
         ("llama", ["ffn=relu2"], "ffn._target_=scantling.model.ffn.FeedForward"),
@@ -268,11 +279,12 @@ def test_a_run_of_ours_in_their_words(directly, stored, family, overrides):
         ("llama", ["pos=rope_partial"], "config.json: partial_rotary_factor=0.25 is not supported, only 1.0"),
         ("phi3", ["pos=rope_linear"], "config.json: rope_type=linear is not supported, only default"),
         ("qwen2", ["attn=gqa"], "cannot express attn.q_bias=False, attn.k_bias=False, attn.v_bias=False"),
-        ("bloom", ["norm=layernorm", "pos=alibi", "ffn=gelu_tanh", "embed=tied_normed", "model.bias=true", "model.d_ff=96"],
+        ("bloom", ["norm=layernorm", "pos=alibi", "ffn=gelu_tanh", "embed=tied_normed", "model.bias=true",
+            "model.d_ff=96"],
             "blocks.0.ffn.up.weight of shape [96, 32]: with these settings it has [128, 32]"),
         ("olmo", ["norm=layernorm_plain", "model.d_head=16"], "cannot express d_head=16"),
-        ("gemma2", ["norm=rmsnorm_1p", "attn=gqa_gemma2", "ffn=geglu_tanh", "block=sandwich", "embed=tied_scaled", "head=softcap",
-            "attn.scale=0.3"], "cannot express attn.scale=0.3"),
+        ("gemma2", ["norm=rmsnorm_1p", "attn=gqa_gemma2", "ffn=geglu_tanh", "block=sandwich",
+            "embed=tied_scaled", "head=softcap", "attn.scale=0.3"], "cannot express attn.scale=0.3"),
         ("mistral", ["attn=sinks"], "attn.pattern._target_=scantling.model.pattern.Sinks"),
         ("llamma", [], "family=llamma is unknown: did you mean llama"),
         ("zzz", [], "family=zzz is unknown: known are bloom, cohere"),
@@ -311,7 +323,7 @@ DAMAGE = {
     ),
     "no type": (lambda s: change_config(s, model_type="gone"), "model_type=None is unknown"),
     "no size": (lambda s: change_config(s, hidden_size="gone"), "config.json lacks hidden_size"),
-    "code": (lambda s: change_config(s, hidden_size="{_target_: os.abort}"), "is no number"),
+    "code": (lambda s: change_config(s, hidden_size="{_target_: os.abort}"), "is not a number"),
     "activation": (
         lambda s: change_config(s, hidden_act="mish"),
         "hidden_act=mish is not supported, only silu",
@@ -344,11 +356,12 @@ DAMAGE = {
     ),
     "pickle": (to_pickle, "holds pytorch_model.bin, a pickle, which may run code when it is opened"),
     "no tensors": (lambda s: (s / "model.safetensors").unlink(), "holds no *.safetensors"),
-    "broken": (lambda s: (s / "model.safetensors").write_bytes(b"nonsense"), "is no safetensors file"),
+    "broken": (lambda s: (s / "model.safetensors").write_bytes(b"nonsense"), "is not a safetensors file"),
     "no tokenizer": (lambda s: (s / "tokenizer.json").unlink(), "no tokenizer at"),
     "tokenizer": (
         lambda s: Char().train(iter(["abc"])).save(s / "tokenizer.json"),
-        "tokenizer.json has 5 entries, but by config.json the model has 257 (vocab_size): they do not belong together",
+        "tokenizer.json has 5 entries, but by config.json the model has 257 (vocab_size): "
+        "they do not belong together",
     ),
 }
 
@@ -371,7 +384,7 @@ def test_a_padded_table_is_as_usual(directly, source):
     save_file(padded, source / "model.safetensors")
     change_config(source, vocab_size=264)
     assert not directly(action="import", source=str(source), run="run")
-    assert TrainedRun.load("run", "best").decoder(TOKENS).shape[-1] == 264
+    assert StoredRun.load("run", "best").decoder(TOKENS).shape[-1] == 264
     assert not directly(action="export", run="run", family="llama", to="out")
     assert logits("out").shape[-1] == 264
 

@@ -1,21 +1,22 @@
 """Pieces of text against the tokenizer's own decoding, and several prompts against each alone."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from scantling.data.tokenizers import Byte
-from scantling.inference.continuation import Text, continuation, continuations
+from scantling.inference.continuation import GrowingText, continue_prompts, continue_text
 from scantling.inference.generation import generate
-from scantling.inference.sampling import Settings
+from scantling.inference.sampling import GenerationSettings
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
-PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
+PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
 
 
-def settings(n_tokens: int, **given) -> Settings:
-    return Settings(**({"n_tokens": n_tokens} | PLAIN | given))
+def settings(n_tokens: int, **given) -> GenerationSettings:
+    return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,12 @@ def codec():
 
 
 def stream(decoder, codec, *, n_tokens: int = 60, seed: int = 0, **given) -> list[str]:
-    return list(continuation(decoder, codec, "Où ?", n_tokens=n_tokens, seed=seed, **(PLAIN | given)))
+    return list(continue_text(decoder, codec, "Où ?", n_tokens=n_tokens, seed=seed, **(PLAIN | given)))
 
 
 def pieces_of(codec, ids: list[int], *stop: str) -> list[str]:
     """What a text of these ids comes in, until it is done."""
-    text, pieces = Text(codec, stop), []
+    text, pieces = GrowingText(codec, stop), []
     for token in ids:
         pieces.append(text.add(token))
         if text.is_done:
@@ -98,7 +99,7 @@ def test_several_prompts_give_the_texts_of_each_alone(nano, codec, how):
 
     def texts(prompts):
         found, done = [""] * len(prompts), []
-        for row, piece in continuations(decoder, codec, prompts, settings=given, seed=0, draft=draft):
+        for row, piece in continue_prompts(decoder, codec, prompts, settings=given, seed=0, draft=draft):
             assert row not in done
             if piece is None:
                 done.append(row)
@@ -116,9 +117,11 @@ def test_a_prompt_that_does_not_fit_is_refused_at_once(nano, codec):
     with pytest.raises(
         ValueError, match="70 tokens and the model reads 64: shorten it, or let it read on with context=70"
     ):
-        continuations(nano("model.vocab_size=257"), codec, ["x" * 69], settings=given, seed=0)
+        continue_prompts(nano("model.vocab_size=257"), codec, ["x" * 69], settings=given, seed=0)
     with pytest.raises(ValueError, match=r"the model reads 64: shorten it$"):
-        continuations(nano("model.vocab_size=257", "pos=learned"), codec, ["x" * 69], settings=given, seed=0)
+        continue_prompts(
+            nano("model.vocab_size=257", "pos=learned"), codec, ["x" * 69], settings=given, seed=0
+        )
     beams = settings(5, beams=2)
     with pytest.raises(ValueError, match="room for n_tokens=4"):
-        continuations(nano("model.vocab_size=257"), codec, ["x" * 59], settings=beams, seed=0)
+        continue_prompts(nano("model.vocab_size=257"), codec, ["x" * 59], settings=beams, seed=0)

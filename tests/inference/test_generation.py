@@ -3,20 +3,25 @@
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from scantling.inference import generation
-from scantling.inference.generation import beam_search, generate, laid_out_for_decoding, speculate
-from scantling.inference.sampling import Settings
+from scantling.inference import speculation
+from scantling.inference.beam_search import beam_search
+from scantling.inference.decoding_layout import lay_out_for_decoding
+from scantling.inference.generation import generate
+from scantling.inference.sampling import GenerationSettings
+from scantling.inference.speculation import speculate
 from scantling.model.linear import FEW, ONEDNN
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
-PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
+PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
 PROMPT = torch.randint(512, (9,), generator=torch.Generator().manual_seed(0))
 PROMPTS = [
     torch.randint(512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 3, 14, 1)
@@ -25,15 +30,19 @@ PROMPTS = [
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """`transformers` initialises its models from the global generator: the same weights whatever ran before."""
+    """`transformers` initialises its models from the global generator: the same weights whatever ran
+    before.
+    """
     torch.manual_seed(0)
 
 
-def settings(n_tokens: int, **given) -> Settings:
-    return Settings(**({"n_tokens": n_tokens} | PLAIN | given))
+def settings(n_tokens: int, **given) -> GenerationSettings:
+    return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
 
 
-def generated(decoder, n_tokens: int, *, prompt=PROMPT, seed: int = 0, **given) -> list[int]:
+def generated(
+    decoder, n_tokens: int, *, prompt: Sequence[int] | torch.Tensor = PROMPT, seed: int = 0, **given
+) -> list[int]:
     (ids,) = batch_of(decoder, [list(prompt)], n_tokens, seed=seed, **given)
     return ids
 
@@ -105,7 +114,7 @@ def test_prompts_of_different_length_go_on_as_each_alone(nano, overrides):
     alone = [generated(decoder, 40, prompt=prompt, **GREEDY) for prompt in PROMPTS]
     assert batch_of(decoder, PROMPTS, 40, **GREEDY) == alone
     done = set()
-    context = Settings(n_tokens=40, **GREEDY)
+    context = GenerationSettings(n_tokens=40, **GREEDY)
     found = [[] for _ in PROMPTS]
     for step in generate(decoder, PROMPTS, settings=context, generator=torch.Generator(), done=done):
         for row, token in step:
@@ -144,13 +153,14 @@ def test_greedy_equals_transformers_gpt2(gpt2_pair):
 def test_the_layout_for_decoding_changes_memory_alone(nano, embed):
     plain, laid_out = (
         nano(f"embed={embed}", gain=8),
-        laid_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
+        lay_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
     )
+    first, head = (cast(Any, part) for part in (laid_out.blocks[0], laid_out.head))
     if ONEDNN:
-        assert laid_out.blocks[0].ffn.gate_up.weight.is_mkldnn
-        assert (laid_out.embed.output if embed == "untied" else laid_out.head.packed_output).is_mkldnn
+        assert first.ffn.gate_up.weight.is_mkldnn
+        assert (laid_out.embed.output if embed == "untied" else head.packed_output).is_mkldnn
     else:
-        assert laid_out.blocks[0].ffn.gate_up.weight.stride() == (1, 2 * 88)
+        assert first.ffn.gate_up.weight.stride() == (1, 2 * 88)
     expected = dict(plain.named_parameters())
     for name, p in laid_out.named_parameters():
         parts = [expected.pop(name.replace("gate_up", part), None) for part in ("gate", "up")]
@@ -171,7 +181,7 @@ def test_joined_gates_are_the_same_function(nano, overrides, rows):
     for p in decoder.parameters():
         if p.ndim == 1:
             p.add_(torch.randn(p.shape))
-    laid_out = laid_out_for_decoding(copy.deepcopy(decoder), rows)
+    laid_out = lay_out_for_decoding(copy.deepcopy(decoder), rows)
     assert any("gate_up" in name for name, _ in laid_out.named_parameters())
     assert not any("up.weight" in name and "gate_up" not in name for name, _ in laid_out.named_parameters())
     tokens = torch.randint(512, (rows, 9), generator=torch.Generator().manual_seed(0))
@@ -301,11 +311,11 @@ class Table:
 
 def every_outcome(monkeypatch, run):
     """(probability, result) of `run` for each way in which its draws can fall."""
-    paths = [()]
+    paths: list[tuple[int, ...]] = [()]
     while paths:
         path, taken, probability = paths.pop(), [], []
 
-        def one_of(p, generator, path=path, taken=taken, probability=probability):
+        def draw_one(p, generator, path=path, taken=taken, probability=probability):
             p = p.double() / p.double().sum()
             if len(taken) < len(path):
                 choice = path[len(taken)]
@@ -316,7 +326,7 @@ def every_outcome(monkeypatch, run):
             probability.append(p[choice].item())
             return choice
 
-        monkeypatch.setattr(generation, "one_of", one_of)
+        monkeypatch.setattr(speculation, "draw_one", draw_one)
         result = run()
         yield math.prod(probability), result
 
@@ -328,10 +338,11 @@ def every_outcome(monkeypatch, run):
 )
 def test_a_draft_leaves_the_distribution_as_it_is(monkeypatch, given):
     """Of all texts of four tokens out of four, exactly: every outcome of every draw is gone through."""
-    decoder, draft, prompt = Table(4, seed=0), Table(4, seed=1), [1, 2]
+    decoder, draft, generator = (cast(Any, each) for each in (Table(4, seed=0), Table(4, seed=1), None))
+    prompt = [1, 2]
     how = settings(4, draft_tokens=2, **given)
     found: dict[tuple[int, ...], float] = {}
-    run = partial(speculate, decoder, draft, prompt, settings=how, generator=None)
+    run = partial(speculate, decoder, draft, prompt, settings=how, generator=generator)
     for probability, text in every_outcome(monkeypatch, lambda: tuple(run())):
         found[text] = found.get(text, 0.0) + probability
     for text in itertools.product(range(4), repeat=4):

@@ -1,5 +1,7 @@
 """Filters of the next token's distribution against those of `transformers`."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,15 +14,17 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from scantling.inference.sampling import Settings, seen_tokens
+from scantling.inference.sampling import GenerationSettings, seen_tokens
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
-PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
+PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
+NO_IDS = cast(torch.LongTensor, None)
+"""Filters look at the scores alone."""
 LOGITS = 3 * torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
 
 
-def settings(n_tokens: int, **given) -> Settings:
-    return Settings(**({"n_tokens": n_tokens} | PLAIN | given))
+def settings(n_tokens: int, **given) -> GenerationSettings:
+    return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])
@@ -30,15 +34,15 @@ def settings(n_tokens: int, **given) -> Settings:
 @pytest.mark.parametrize("typical_p", [None, 0.2, 0.9])
 def test_filters_equal_transformers(temperature, top_k, top_p, min_p, typical_p):
     """In the order in which `transformers` applies them: temperature, top-k, top-p, min-p, typical."""
-    scores = TemperatureLogitsWarper(temperature)(None, LOGITS)
+    scores = TemperatureLogitsWarper(temperature)(NO_IDS, LOGITS)
     if top_k is not None:
-        scores = TopKLogitsWarper(top_k)(None, scores)
+        scores = TopKLogitsWarper(top_k)(NO_IDS, scores)
     if top_p is not None:
-        scores = TopPLogitsWarper(top_p)(None, scores)
+        scores = TopPLogitsWarper(top_p)(NO_IDS, scores)
     if min_p is not None:
-        scores = MinPLogitsWarper(min_p)(None, scores)
+        scores = MinPLogitsWarper(min_p)(NO_IDS, scores)
     if typical_p is not None:
-        scores = TypicalLogitsWarper(typical_p)(None, scores)
+        scores = TypicalLogitsWarper(typical_p)(NO_IDS, scores)
     given = settings(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
     assert_close(given.probabilities(LOGITS), scores.softmax(-1), rtol=1e-4, atol=1e-7)
 
@@ -46,7 +50,7 @@ def test_filters_equal_transformers(temperature, top_k, top_p, min_p, typical_p)
 @pytest.mark.parametrize("penalty", [0.7, 1.2, 3.0])
 def test_repetition_penalty_equals_transformers(penalty):
     texts = torch.randint(200, (50, 9), generator=torch.Generator().manual_seed(1))
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(texts, LOGITS)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(cast(torch.LongTensor, texts), LOGITS)
     given = settings(1, repetition_penalty=penalty)
     seen = seen_tokens(texts.tolist(), 200, LOGITS.device)
     assert_close(given.probabilities(LOGITS, seen), expected.softmax(-1))

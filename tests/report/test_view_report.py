@@ -103,7 +103,7 @@ def test_what_cannot_be_shown_is_one_line(run, report):
         ("prompt=", "the prompt is empty"),
         (
             "tokens=[self,selfself]",
-            '"selfself" is no token of this run, whose tokenizer cuts it into "self", "self"',
+            '"selfself" is not a token of this run, whose tokenizer cuts it into "self", "self"',
         ),
         ("tokens=def", "tokens=def must be a list, as tokens=[def,self]"),
         ("tokens=[]", "must be a list"),

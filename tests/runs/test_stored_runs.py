@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scantling.inference.weights import stored_weights
+from scantling.inference.safe_loading import read_weights
 from scantling.model import hardware
 from scantling.runs.directory import RunDirectory
 
@@ -58,7 +58,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(stored, entry, monkeypatch):
     assert whole.name == cut.name
     assert final_losses(cut) == pytest.approx(final_losses(whole), rel=1e-5)
     for checkpoint in ("last", "last_average"):
-        before, after = stored_weights(whole, checkpoint), stored_weights(cut, checkpoint)
+        before, after = read_weights(whole, checkpoint), read_weights(cut, checkpoint)
         assert before.keys() == after.keys()
         for name, weight in before.items():
             torch.testing.assert_close(after[name], weight, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 
 from scantling.runs.directory import RunDirectory
 from scantling.sweep.devices import Devices, visible_gpus
-from scantling.sweep.jobs import Job, labels
+from scantling.sweep.jobs import Job, label_jobs
 
 
 def job(devices: int, *, on_gpu: bool = False) -> Job:
@@ -34,7 +34,8 @@ def no_wish(monkeypatch):
 )
 def test_cores_are_shared_out(cores, n_jobs, jobs, processes, at_once, threads):
     devices = Devices(cores, (), n_jobs, jobs)
-    shares = list(itertools.takewhile(bool, (devices.take(job(processes)) for _ in range(jobs))))
+    taken = (devices.take(job(processes)) for _ in range(jobs))
+    shares = [share for share in itertools.takewhile(bool, taken) if share is not None]
     assert (len(shares), shares[0].threads) == (at_once, threads)
     devices.give_back(shares[0])
     assert devices.take(job(processes)) is not None
@@ -59,20 +60,22 @@ def test_a_users_own_choice_of_devices_stands(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert visible_gpus(2) == ("4", "GPU-abc")
-    assert Devices(8, (), 1, jobs=1).take(job(1)).threads == 1
+    share = Devices(8, (), 1, jobs=1).take(job(1))
+    assert share is not None
+    assert share.threads == 1
 
 
 def test_a_label_says_what_differs():
     common = ["sweeps=norms", "model=nano"]
-    assert labels([[*common, "norm=none", "seed=0"], [*common, "norm=none", "seed=1"]]) == [
+    assert label_jobs([[*common, "norm=none", "seed=0"], [*common, "norm=none", "seed=1"]]) == [
         "seed=0",
         "seed=1",
     ]
     arms = [[*common, "arm=plain"], [*common, "norm=none", "arm=bare"], [*common, "pos=alibi", "arm=alibi"]]
-    assert labels(arms) == ["arm=plain", "arm=bare", "arm=alibi"]
+    assert label_jobs(arms) == ["arm=plain", "arm=bare", "arm=alibi"]
     cells = [
         ["lr=1", "arm=small", "d=1", "l=1"],
         ["lr=2", "arm=small", "d=1", "l=1"],
         ["lr=1", "arm=large", "d=2", "l=1"],
     ]
-    assert labels(cells) == ["lr=1 arm=small", "lr=2 arm=small", "lr=1 arm=large"]
+    assert label_jobs(cells) == ["lr=1 arm=small", "lr=2 arm=small", "lr=1 arm=large"]

@@ -5,12 +5,20 @@ import multiprocessing
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from scantling.sweep.leases import Lease, host, is_held, leases, start_of
+from scantling.sweep.leases import Lease, host_name, is_held, lease_files, process_start
 
 SECONDS = 60
+
+
+def take(folder: Path) -> Lease:
+    """A lease that nobody else may hold."""
+    lease = Lease.take(folder, SECONDS)
+    assert lease is not None
+    return lease
 
 
 def age(lease: Lease, seconds: float) -> None:
@@ -19,8 +27,7 @@ def age(lease: Lease, seconds: float) -> None:
 
 
 def test_a_held_lease_is_nobody_elses(tmp_path):
-    mine = Lease.take(tmp_path, SECONDS)
-    assert mine is not None
+    mine = take(tmp_path)
     assert Lease.take(tmp_path, SECONDS) is None
     age(mine, SECONDS - 5)
     assert mine.beat()
@@ -30,17 +37,16 @@ def test_a_held_lease_is_nobody_elses(tmp_path):
 
 
 def test_a_stale_lease_is_taken_over_and_its_holder_learns_of_it(tmp_path):
-    sleeper = Lease.take(tmp_path, SECONDS)
+    sleeper = take(tmp_path)
     age(sleeper, SECONDS + 5)
-    heir = Lease.take(tmp_path, SECONDS)
-    assert heir is not None
+    heir = take(tmp_path)
     assert not sleeper.beat()
     assert heir.beat()
     sleeper.release()  # at its end, as always
     assert heir.beat()
     # The heir is done; a third comes to the number that the sleeper had.
     heir.release()
-    third = Lease.take(tmp_path, SECONDS)
+    third = take(tmp_path)
     assert third.path == sleeper.path
     assert not sleeper.beat()
     assert not sleeper.write([os.getpid()])
@@ -50,12 +56,12 @@ def test_a_stale_lease_is_taken_over_and_its_holder_learns_of_it(tmp_path):
 
 
 def test_a_dead_process_of_this_host_holds_nothing(tmp_path):
-    lease = Lease.take(tmp_path, SECONDS)
+    lease = take(tmp_path)
     process = subprocess.Popen(["sleep", "60"])
     lease.write([process.pid])
     assert is_held(lease.path, SECONDS)
     process.kill()
-    while start_of(process.pid) is not None:  # not yet waited for: a zombie is dead too
+    while process_start(process.pid) is not None:  # not yet waited for: a zombie is dead too
         time.sleep(0.01)
     assert not is_held(lease.path, SECONDS)
     process.wait()
@@ -67,7 +73,7 @@ def test_a_dead_process_of_this_host_holds_nothing(tmp_path):
     # Of another host only the clock tells.
     lease.path.write_text(json.dumps(holder | {"host": "elsewhere"}))
     assert is_held(lease.path, SECONDS)
-    assert host() != "elsewhere"
+    assert host_name() != "elsewhere"
 
 
 def contend(folder, start, winners):
@@ -85,7 +91,7 @@ def test_of_many_at_once_one_wins(tmp_path, stale):
         folder = tmp_path / str(attempt)
         if stale:
             folder.mkdir()
-            age(Lease.take(folder, SECONDS), SECONDS + 5)
+            age(take(folder), SECONDS + 5)
         start, winners = context.Event(), context.SimpleQueue()
         many = [context.Process(target=contend, args=(folder, start, winners)) for _ in range(8)]
         for process in many:
@@ -97,4 +103,4 @@ def test_of_many_at_once_one_wins(tmp_path, stale):
         while not winners.empty():
             tokens.append(winners.get())
         assert len(tokens) == 1
-        assert [json.loads(path.read_text())["token"] for path in leases(folder)] == tokens
+        assert [json.loads(path.read_text())["token"] for path in lease_files(folder)] == tokens

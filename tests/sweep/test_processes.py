@@ -17,7 +17,7 @@ def test_a_job_that_is_told_to_stop_while_it_is_started_stops(tmp_path, monkeypa
     monkeypatch.setattr(processes, "become_a_job", slowly)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        process = processes.fork(lambda: time.sleep(20) or 0, tmp_path / "log.txt", {})
+        process = processes.fork_job(lambda: time.sleep(20) or 0, tmp_path / "log.txt", {})
         process.ask_to_stop()
         while (code := process.poll()) is None:
             time.sleep(0.01)

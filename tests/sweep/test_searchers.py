@@ -1,7 +1,7 @@
 """Searches that others' programs lead: Optuna's through its Hydra sweeper, and W&B's agents.
 
-`wandb_sweep_schema.json` is that of W&B's package `sweeps` 0.3.0 (MIT, © 2021 Weights and Biases), which asks for a NumPy
-below 2 and cannot be installed here.
+`wandb_sweep_schema.json` is that of W&B's package `sweeps` 0.3.0 (MIT, © 2021 Weights and Biases), which asks
+for a NumPy below 2 and cannot be installed here.
 """
 
 import json
@@ -82,7 +82,9 @@ def first_values(sweep: dict) -> dict[str, float | str]:
 
 
 def command_of_an_agent(sweep: dict, monkeypatch, tmp_path) -> tuple[list[str], dict[str, str]]:
-    """What W&B's agent starts for these, and in which environment: its own code, stopped before the process."""
+    """What W&B's agent starts for these, and in which environment: its own code, stopped before the
+    process.
+    """
     started = {}
     monkeypatch.setattr(wandb.wandb_agent, "AgentProcess", lambda **made: started.update(made) or Started())
     for name, value in {"WANDB_SWEEP_ID": "a1b2c3", "WANDB_RUN_ID": "", "WANDB_SWEEP_PARAM_PATH": ""}.items():

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hydra.core.plugins import Plugins
 
+from scantling.cli.train import train
 from scantling.config.command_line import ROOT, run_entry
-from scantling.sweep.jobs import labels
+from scantling.sweep.jobs import label_jobs
 from scantling.sweep.outlook import look_ahead
-from scantling.training import run
 
 LAUNCHER = "hydra_plugins.scantling_launcher.processes.ProcessLauncher"
 STUDIES = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -40,7 +40,7 @@ def looks(tmp_path, monkeypatch):
 
     def looks(study):
         def only_look(self, overrides, initial_job_idx):
-            named = labels(overrides)
+            named = label_jobs(overrides)
             LOOKS[study] = look_ahead(
                 self.compose, overrides, named, self.cores, self.n_jobs, elsewhere=False
             )
@@ -51,7 +51,7 @@ def looks(tmp_path, monkeypatch):
             monkeypatch.setattr(Plugins.instance().class_name_to_class[LAUNCHER], "launch", only_look)
             monkeypatch.setattr(sys, "argv", ["train", *command_of(study), "seed=0"])
             with pytest.raises(SystemExit) as stop:
-                run_entry(run.train, config_name="train")
+                run_entry(train, config_name="train")
             assert stop.value.code == 0
         return LOOKS[study]
 

@@ -41,7 +41,9 @@ def starts(directory: RunDirectory) -> int:
 
 @pytest.fixture
 def fate(monkeypatch):
-    """`fate[seed] = call` makes a job of that seed do something else than train; jobs are forked and inherit it."""
+    """`fate[seed] = call` makes a job of that seed do something else than train; jobs are forked and inherit
+    it.
+    """
     fates = {}
     fit = run.fit
 

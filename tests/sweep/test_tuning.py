@@ -1,6 +1,9 @@
-"""`tune=lr`: each arm gets the best rate of its own search, the search is run once, and the study holds none of it."""
+"""`tune=lr`: each arm gets the best rate of its own search, the search is run once, and the study holds none
+of it.
+"""
 
 import math
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -9,10 +12,10 @@ from scantling.config.command_line import Mistake
 from scantling.config.composition import choices
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import load_runs, load_tuning
-from scantling.sweep.tuning import Search, Settings
+from scantling.sweep.tuning import Search, TuningSettings
 from scantling.training import run
 
-SETTINGS = {"factors": [0.25, 0.5, 1, 2, 4], "extend": 2, "budget": 0.25, "seed": 7}
+SETTINGS: dict[str, Any] = {"factors": [0.25, 0.5, 1, 2, 4], "extend": 2, "budget": 0.25, "seed": 7}
 
 
 def loss(rate: float, best: float) -> float:
@@ -21,7 +24,7 @@ def loss(rate: float, best: float) -> float:
 
 
 def searched(best: float, **settings) -> Search:
-    search = Search("arm", [], 1e-3, {"tokens": 1000}, Settings(**{**SETTINGS, **settings}))
+    search = Search("arm", [], 1e-3, {"tokens": 1000}, TuningSettings(**{**SETTINGS, **settings}))
     while wanted := search.wanted():
         search.tried |= {rate: loss(rate, best) for rate in wanted}
     return search
@@ -29,7 +32,9 @@ def searched(best: float, **settings) -> Search:
 
 @pytest.mark.parametrize("factor", [0.02, 0.06, 0.12, 0.25, 0.6, 1, 1.3, 3, 4.1, 8, 15, 17, 40])
 def test_the_best_of_the_grid_is_found_and_an_edge_is_told(factor):
-    """The rates are 2^k · 1e-3, k from −2 to 2, and two more where the best lies outside: against all of them."""
+    """The rates are 2^k · 1e-3, k from −2 to 2, and two more where the best lies outside: against all of
+    them.
+    """
     best = factor * 1e-3
     search = searched(best)
     reachable = [2.0**k * 1e-3 for k in range(-4, 5)]
@@ -63,11 +68,13 @@ def test_a_failed_try_leaves_the_arm_without_a_rate():
 )
 def test_numbers_that_make_no_search_are_refused(wrong):
     with pytest.raises(Mistake, match=f"tune.{next(iter(wrong))}="):
-        Settings(**{**SETTINGS, **wrong})
+        TuningSettings(**{**SETTINGS, **wrong})
 
 
 BEST = {"mha": 3e-3, "mqa": 1e-3}
-"""Of the runs that do not train here. The second lies beyond the grid about the preset's 3e-3, as that is here."""
+"""Of the runs that do not train here. The second lies beyond the grid about the preset's 3e-3, as that is
+here.
+"""
 
 
 @pytest.fixture
@@ -134,7 +141,8 @@ def test_every_arm_gets_the_rate_of_its_own_search(command, tmp_path, known):
     assert set(frame["arm"]) == {"attn=mha", "attn=mqa"}
     table = load_tuning(study)
     assert table.groupby("arm").size().to_dict() == {"attn=mha": 3, "attn=mqa": 5}
-    for arm, of_arm in table.groupby("arm"):
+    groups: Any = table.groupby("arm")
+    for arm, of_arm in groups:
         expected = [loss(rate, BEST[arm.removeprefix("attn=")]) for rate in of_arm["lr"]]
         assert of_arm["bpb"].tolist() == pytest.approx(expected, rel=1e-4)
         assert of_arm["bpb"].idxmin() == of_arm["chosen"].idxmax()

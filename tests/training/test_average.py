@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scantling.inference.stored_run import TrainedRun
-from scantling.inference.weights import stored_weights
+from scantling.inference.safe_loading import read_weights
+from scantling.inference.stored_run import StoredRun
 from scantling.runs.directory import RunDirectory
 
 
@@ -26,18 +26,18 @@ def test_average_by_formula_and_what_sees_it(command, tmp_path, nano, entry):
         for name in average:
             average[name] += (1 - decay) * (weights[f"decoder.{name}"].double() - average[name])
     assert t == 12
-    stored = stored_weights(run, "last_average")
+    stored = read_weights(run, "last_average")
     for name, expected in average.items():
         assert_close(stored[name].double(), expected, rtol=1e-5, atol=1e-7)
     # Validation saw it, and training did not: the weights are those of a run without.
-    opened = TrainedRun.load(str(run.path), "last_average")
+    opened = StoredRun.load(str(run.path), "last_average")
     corpus = opened.corpus(None, tmp_path / "cache")
     loss = opened.loss(corpus, split="val", n_windows=8, batch_size=4).results()["loss"]
     assert run.metrics()[-1]["val/loss"] == pytest.approx(loss, rel=1e-5)
     assert command(*every_step, "paths.runs=without/runs")[0] == 0
     without = only_run(tmp_path / "without")
-    for name, weight in stored_weights(without, "last").items():
-        assert torch.equal(stored_weights(run, "last")[name], weight)
+    for name, weight in read_weights(without, "last").items():
+        assert torch.equal(read_weights(run, "last")[name], weight)
     assert without.metrics()[-1]["train/loss"] == run.metrics()[-1]["train/loss"]
     assert without.metrics()[-1]["val/loss"] != run.metrics()[-1]["val/loss"]
     code, _, err = entry("evaluate", "paths.cache=cache", f"run={without.path}", "checkpoint=last_average")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from shop import TRAIN, assert_same_training
 
-from scantling.inference.weights import stored_weights
+from scantling.inference.safe_loading import read_weights
 from scantling.runs.directory import RunDirectory
 
 WHOLE = "trainer.strategy.zero_optimization.stage3_param_persistence_threshold=0"  # cut up small tensors too
@@ -105,12 +105,12 @@ def test_processes_average_weights_and_grow_batches_as_one(shop):
     """What a process averages is its own share, and of a batch that grows it trains as much as the others."""
     common = ("micro_batch_size=4", "batch_warmup.start=4", "batch_warmup.steps=6", "ema.decay=0.9")
     single = shop.run("trainer=cpu", *common, runs="averaged")
-    expected = stored_weights(single, "last_average")
+    expected = read_weights(single, "last_average")
     for engine in ("fsdp", "zero2"):
         run = shop.run(*ENGINES[engine], *common, "trainer.devices=2", runs=f"averaged-{engine}")
         assert_same_training(run, single)
         assert [row["tokens"] for row in run.metrics()] == [row["tokens"] for row in single.metrics()]
-        average = stored_weights(run, "last_average")
+        average = read_weights(run, "last_average")
         assert average.keys() == expected.keys()
         for name, weight in expected.items():
             torch.testing.assert_close(average[name], weight, rtol=1e-4, atol=2e-5)
@@ -186,7 +186,7 @@ def test_entries_read_what_an_engine_trained(shop, alone):
     file = shop.path / "zero3.safetensors"
     shop.entry("hub", "action=weights", f"run={run.path}", f"to={file}", "checkpoint=last")
     weights = load_file(file)
-    single = stored_weights(alone, "last")
+    single = read_weights(alone, "last")
     assert weights.keys() == single.keys()
     for name, weight in single.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5)
@@ -223,7 +223,7 @@ def test_a_repeated_run_has_one_directory(shop):
     [
         (
             ("trainer=ddp", "trainer.devices=3"),
-            "batch_size 16 is no multiple of 3 ranks; the nearest that fits is 15 or 18",
+            "batch_size 16 is not a multiple of 3 ranks; the nearest that fits is 15 or 18",
         ),
         (("trainer=ddp", "trainer.devices=0"), "trainer.devices=0: use auto or a positive number"),
         (("trainer=ddp", "trainer.nodes=0"), "trainer.nodes=0 must be a whole number, at least 1"),

@@ -32,7 +32,7 @@ def plant(monkeypatch, what: str) -> None:
         loss = training_step(self, batch, index)
         loader = self.trainer.train_dataloader
         start = loader.order.start(BAD * 4)
-        if not np.array_equal(batch["inputs"][0], loader._tokens[start : start + loader.seq_len]):
+        if not np.array_equal(batch["inputs"][0], loader.tokens[start : start + loader.seq_len]):
             return loss
         if what == "gradient":
             return loss + (loss - loss.detach()).abs().sqrt()  # whose slope at 0 is not finite

@@ -13,7 +13,7 @@ from hydra_plugins.scantling_launcher.sweep import SweepLauncher
 from scantling.config.command_line import Mistake
 from scantling.sweep.devices import Share, own_cores
 from scantling.sweep.jobs import Job
-from scantling.sweep.processes import Process, fork, run_afresh
+from scantling.sweep.processes import Process, fork_job, run_afresh
 from scantling.sweep.scheduler import Limits, Scheduler
 from scantling.sweep.screen import Screen
 
@@ -89,7 +89,7 @@ class ProcessLauncher(SweepLauncher):
             task = lambda: run_afresh(job.overrides)  # noqa: E731
         else:
             task = lambda: self.run_here(job, share)  # noqa: E731
-        return fork(task, job.log, {**share.environment, "HYDRA_FULL_ERROR": "0"})
+        return fork_job(task, job.log, {**share.environment, "HYDRA_FULL_ERROR": "0"})
 
     def run_here(self, job: Job, share: Share) -> int:
         """In the child."""

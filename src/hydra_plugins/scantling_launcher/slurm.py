@@ -11,7 +11,7 @@ from scantling.config.command_line import Mistake
 from scantling.sweep.devices import own_cores
 from scantling.sweep.jobs import Job
 from scantling.sweep.screen import Screen
-from scantling.sweep.slurm import Queue
+from scantling.sweep.slurm import SlurmQueue
 
 
 class SlurmLauncher(SweepLauncher):
@@ -55,7 +55,7 @@ class SlurmLauncher(SweepLauncher):
 
     def carry_out(self, jobs: Sequence[Job], looks: Sequence[dict[str, Any]], console: Console) -> str | None:
         with Screen(jobs, console) as screen:
-            queue = Queue(jobs, self.folder, self.settings, screen, self.poll_seconds)
+            queue = SlurmQueue(jobs, self.folder, self.settings, screen, self.poll_seconds)
             try:
                 queue.run()
             except KeyboardInterrupt:

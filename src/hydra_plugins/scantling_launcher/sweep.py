@@ -18,11 +18,11 @@ from scantling.config.command_line import Failed, Mistake
 from scantling.report.terminal import open_console
 from scantling.runs.directory import RunDirectory, replace_text
 from scantling.sweep.devices import Devices, visible_gpus
-from scantling.sweep.forecast import forecast
-from scantling.sweep.jobs import FAILED, Job, labels
-from scantling.sweep.processes import answer_of_a_child
-from scantling.sweep.screen import outcome, rates
-from scantling.sweep.tuning import Search, Settings, diverged, score, searches
+from scantling.sweep.forecast import forecast_table
+from scantling.sweep.jobs import FAILED, Job, label_jobs
+from scantling.sweep.processes import ask_child
+from scantling.sweep.screen import outcome_table, rates_table
+from scantling.sweep.tuning import Search, TuningSettings, plan_searches, run_score, stop_reason
 
 
 class SweepLauncher(Launcher):
@@ -61,14 +61,14 @@ class SweepLauncher(Launcher):
                 soft_wrap=True,
             )
         commands = [list(overrides) for overrides in job_overrides]
-        named = labels(commands)
+        named = label_jobs(commands)
         looks = self.look(commands, named)
         if not self.config.dry_run:
             self.claim_study(Path(looks[0]["directory"]).parent)
         searched: list[Search] = []
         tries: list[tuple[str, dict[str, Any]]] = []
         if self.config.tune is not None:
-            searched = searches(looks, named, Settings(**OmegaConf.to_container(self.config.tune)))  # type: ignore[arg-type]
+            searched = plan_searches(looks, named, TuningSettings(**OmegaConf.to_container(self.config.tune)))  # type: ignore[arg-type]
             tries = self.search(list({id(search): search for search in searched}.values()))
             for i, search in enumerate(searched):
                 if not search.failed:
@@ -76,14 +76,14 @@ class SweepLauncher(Launcher):
                     named[i] += f" lr={search.best:g}"
             looks = self.look(commands, named)
         if self.config.dry_run:
-            self.console.print(forecast([*tries, *zip(named, looks, strict=True)], self.devices(looks)))
+            self.console.print(forecast_table([*tries, *zip(named, looks, strict=True)], self.devices(looks)))
             return self.ends_here(job_overrides)
         jobs = self.jobs(named, looks, initial_job_idx)
         for job, search in zip(jobs, searched, strict=False):
             if search.failed:
                 job.state, job.reason = "failed", "no learning rate: its search failed"
         self.run(jobs, looks)
-        self.console.print(outcome(jobs))
+        self.console.print(outcome_table(jobs))
         failed = [job for job in jobs if job.state in FAILED]
         return [ended(job.overrides, job, f"{len(failed)} of {len(jobs)} jobs failed") for job in jobs]
 
@@ -97,24 +97,24 @@ class SweepLauncher(Launcher):
             tries += zip(named, looks, strict=True)
             jobs = self.jobs(named, looks, 0)
             for job in jobs:
-                if (reason := diverged(job.directory)) is not None:
+                if (reason := stop_reason(job.directory)) is not None:
                     job.state, job.reason = "failed", reason
             if not self.config.dry_run:
                 self.run(jobs, looks)
             for (arm, rate), job in zip(wanted, jobs, strict=True):
-                arm.tried[rate] = score(job.directory)
-            broken = [job for job in jobs if job.state in FAILED and score(job.directory) is None]
+                arm.tried[rate] = run_score(job.directory)
+            broken = [job for job in jobs if job.state in FAILED and run_score(job.directory) is None]
             if broken:
-                self.console.print(outcome(broken))
+                self.console.print(outcome_table(broken))
         if not self.config.dry_run or not any(arm.failed for arm in arms):
-            self.console.print(rates(arms))
+            self.console.print(rates_table(arms))
         return tries
 
     def look(self, commands: Sequence[list[str]], named: Sequence[str]) -> list[dict[str, Any]]:
         # Imported here, so that a mistyped sweep need not wait for PyTorch.
         from scantling.sweep.outlook import look_ahead
 
-        return answer_of_a_child(
+        return ask_child(
             lambda: look_ahead(
                 self.compose, commands, named, self.cores, self.n_jobs, elsewhere=self.elsewhere
             )
@@ -142,7 +142,7 @@ class SweepLauncher(Launcher):
         folder.mkdir(parents=True, exist_ok=True)
         interrupted = self.carry_out(jobs, looks, self.console)
         if interrupted is not None:
-            self.console.print(outcome(jobs))
+            self.console.print(outcome_table(jobs))
             self.console.print(interrupted, soft_wrap=True)
             sys.exit(130)
 

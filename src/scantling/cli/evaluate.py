@@ -11,15 +11,16 @@ from rich.table import Table
 from scantling.config.command_line import mistakes
 from scantling.data.context_windows import ContextWindows
 from scantling.data.tokens import TokenizedCorpus
-from scantling.inference.stored_run import TrainedRun, place_of
+from scantling.inference.stored_run import StoredRun, find_run
 from scantling.model.hardware import keep_freed_memory
 from scantling.report.lengths import FILES, write_lengths
 from scantling.report.terminal import open_console
 
 
 def evaluate(config: DictConfig) -> None:
-    """Print a table of losses, one row a run, or with `lengths` one row for each length of context of
-    each."""
+    """Print a table of losses, a row for each run, or with `lengths` a row for each length of context of
+    each.
+    """
     keep_freed_memory()
     console = open_console()
     given = config.run if isinstance(config.run, ListConfig) else [config.run]
@@ -28,15 +29,15 @@ def evaluate(config: DictConfig) -> None:
             raise ValueError(f"split={config.split} is unknown: use val or train")
         if config.lengths is None and (config.stride is not None or config.to is not None):
             raise ValueError("stride and to belong to a loss by length of context: add lengths=[64,128,256]")
-        runs = [TrainedRun.load(place_of(name, config), config.checkpoint) for name in given]
+        runs = [StoredRun.load(find_run(name, config), config.checkpoint) for name in given]
         corpora = [run.corpus(config.data, Path(config.paths.cache)) for run in runs]
         windows = [] if config.lengths is None else context_windows(config, runs, corpora)
     console.print(f"{corpora[0].description}, {config.split} split")
     if config.lengths is None:
-        console.print(losses(config, runs, corpora))
+        console.print(loss_table(config, runs, corpora))
     else:
         rows = []
-        for name, run, corpus, of_run in zip(names(runs), runs, corpora, windows, strict=True):
+        for name, run, corpus, of_run in zip(label_runs(runs), runs, corpora, windows, strict=True):
             rows += rows_by_length(config, name, run, corpus, of_run)
         counts = " and ".join(f"{n:,}" for n in sorted({row["tokens"] for row in rows}))
         console.print(f"the same {counts} tokens at every length")
@@ -55,10 +56,10 @@ def evaluate(config: DictConfig) -> None:
         console.print("[yellow]warning: these runs were trained on different texts[/yellow]")
 
 
-def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]) -> Table:
-    """A row a run."""
+def loss_table(config: DictConfig, runs: list[StoredRun], corpora: list[TokenizedCorpus]) -> Table:
+    """A row for each run: its loss over windows of its own context length."""
     table = Table("run", "bits/byte", "nats/token", "perplexity", "tokens", box=None)
-    for name, run, corpus in zip(names(runs), runs, corpora, strict=True):
+    for name, run, corpus in zip(label_runs(runs), runs, corpora, strict=True):
         loss = run.loss(corpus, split=config.split, n_windows=config.n_windows, batch_size=config.batch_size)
         result = loss.results()
         numbers = (f"{result[key]:.4f}" for key in ("bpb", "loss", "perplexity"))
@@ -66,9 +67,8 @@ def losses(config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCo
     return table
 
 
-def names(runs: list[TrainedRun]) -> list[str]:
-    """The choices by which runs differ, as `pos=rope`; the directories' names where they do not differ by
-    choices."""
+def label_runs(runs: list[StoredRun]) -> list[str]:
+    """The choices by which runs differ, as `pos=rope`; where they do not, the directories' names."""
     chosen = [{**run.config.choices, "seed": run.config.seed} for run in runs]
     groups = {group: None for choices in chosen for group in choices}
     differing = [g for g in groups if len({choices[g] for choices in chosen if g in choices}) > 1]
@@ -77,10 +77,12 @@ def names(runs: list[TrainedRun]) -> list[str]:
 
 
 def context_windows(
-    config: DictConfig, runs: list[TrainedRun], corpora: list[TokenizedCorpus]
+    config: DictConfig, runs: list[StoredRun], corpora: list[TokenizedCorpus]
 ) -> list[ContextWindows]:
-    """Those of each run's text. Raises ValueError for lengths that a model cannot take, and files that are
-    there."""
+    """The windows of each run's text.
+
+    Raises ValueError for lengths that a model cannot take, and for files that are there already.
+    """
     if not isinstance(config.lengths, ListConfig):
         raise ValueError(f"lengths={config.lengths} must be a list of tokens, as [64,128,256]")
     if config.batch_size < 1:
@@ -107,9 +109,9 @@ def context_windows(
 
 
 def rows_by_length(
-    config: DictConfig, name: str, run: TrainedRun, corpus: TokenizedCorpus, windows: ContextWindows
+    config: DictConfig, name: str, run: StoredRun, corpus: TokenizedCorpus, windows: ContextWindows
 ) -> list[dict[str, Any]]:
-    """Of one run: a row a length of context, side by side and, with a stride, sliding."""
+    """A row for each length and stride of one run: bits per byte, nats per token and perplexity."""
     found = {
         (length, stride): loss
         for length, stride, loss in run.loss_by_length(corpus, windows, batch_size=config.batch_size)
@@ -133,7 +135,7 @@ def rows_by_length(
 
 
 def table_by_length(rows: list[dict[str, Any]]) -> Table:
-    """Of all runs' rows."""
+    """The rows of `rows_by_length` as a table, the length of training marked."""
     table = Table(box=None, caption="* length of training; no stride: side by side", caption_justify="left")
     for heading in ("run", "context", "stride", "bits/byte", "nats/token", "perplexity"):
         table.add_column(heading, no_wrap=heading != "run", overflow="fold")

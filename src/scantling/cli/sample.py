@@ -9,33 +9,35 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig
 
 from scantling.config.command_line import mistakes
-from scantling.inference.continuation import continuations
-from scantling.inference.generation import laid_out_for_decoding
-from scantling.inference.sampling import Settings
-from scantling.inference.stored_run import TrainedRun, place_of
+from scantling.inference.continuation import continue_prompts
+from scantling.inference.decoding_layout import lay_out_for_decoding
+from scantling.inference.sampling import GenerationSettings
+from scantling.inference.stored_run import StoredRun, find_run
 
 
 def sample(config: DictConfig) -> None:
-    """Print each prompt and its continuation: of the first that is not done as it comes, of others when it is done."""
+    """Print each prompt and its continuation: the first that is not done as it comes, others when they are
+    done.
+    """
     with mistakes():
-        settings = Settings(
+        settings = GenerationSettings(
             **{name: config[name] for name in SAMPLING},
-            stop=tuple(unescaped(stop) for stop in one_or_more(config.stop, config.stops, "stop")),
+            stop=tuple(unescape(stop) for stop in one_or_more(config.stop, config.stops, "stop")),
             precision=config.cache,
         )
-        prompts = one_or_more(config.prompt, lines_or_list(config.prompts), "prompt") or [""]
-        run = TrainedRun.load(place_of(config.run, config), config.checkpoint)
+        prompts = one_or_more(config.prompt, read_prompts(config.prompts), "prompt") or [""]
+        run = StoredRun.load(find_run(config.run, config), config.checkpoint)
         draft = None
         if config.draft is not None:
-            draft = TrainedRun.load(place_of(config.draft, config), config.draft_checkpoint)
+            draft = StoredRun.load(find_run(config.draft, config), config.draft_checkpoint)
         if draft is not None and draft.tokenizer.fingerprint != run.tokenizer.fingerprint:
             raise ValueError(
                 f"draft={config.draft} has another tokenizer than {config.run}: use a run that shares it"
             )
         for each in (run, draft):
             if each is not None:
-                laid_out_for_decoding(each.decoder, rows=len(prompts) * settings.beams)
-        pieces = continuations(
+                lay_out_for_decoding(each.decoder, rows=len(prompts) * settings.beams)
+        pieces = continue_prompts(
             run.decoder,
             run.tokenizer,
             prompts,
@@ -43,7 +45,7 @@ def sample(config: DictConfig) -> None:
             seed=config.seed,
             draft=None if draft is None else draft.decoder,
         )
-    show(prompts, pieces)
+    print_texts(prompts, pieces)
 
 
 SAMPLING = (
@@ -54,12 +56,13 @@ SAMPLING = (
 
 
 def one_or_more(one: str | None, several: list[str] | None, name: str) -> list[str]:
+    """`one` and `several` as a list. Raises ValueError where both are set."""
     if one and several is not None:
         raise ValueError(f"{name} and {name}s are both set: put all into {name}s")
     return several if several is not None else [one] if one else []
 
 
-def lines_or_list(prompts: ListConfig | str | None) -> list[str] | None:
+def read_prompts(prompts: ListConfig | str | None) -> list[str] | None:
     """A list as it is, of a file its lines."""
     if prompts is None:
         return None
@@ -69,12 +72,12 @@ def lines_or_list(prompts: ListConfig | str | None) -> list[str] | None:
     return [str(prompt) for prompt in found]
 
 
-def unescaped(text: str) -> str:
+def unescape(text: str) -> str:
     r"""Line breaks and tabs may be typed as \n and \t."""
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 
-def show(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
+def print_texts(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
     """Texts one below the other: what comes of a later one waits until those before it are done."""
     waiting, done, shown = list(prompts), set(), 0
     print(waiting[0], end="", flush=True)

@@ -30,7 +30,7 @@ def under_construction(target: Path) -> Iterator[Path]:
         raise PermissionError(
             f"cannot write to {target.parent}: {error.strerror}; choose another cache directory"
         ) from None
-    _remove_abandoned(target)
+    remove_abandoned(target)
     try:
         yield building
     finally:
@@ -60,17 +60,18 @@ def publish(building: Path, target: Path, *, is_usable: Callable[[], bool]) -> N
             shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _remove_abandoned(target: Path) -> None:
+def remove_abandoned(target: Path) -> None:
     """Remove building sites of this target that a process on this host left when it died."""
     host = socket.gethostname()
     for site in target.parent.glob(f"{target.name}.*.building"):
         # A host's name may hold dots, so the parts are taken from the right.
         name, pid, _, _ = site.name.removeprefix(f"{target.name}.").rsplit(".", 3)
-        if name == host and pid.isdigit() and not _is_alive(int(pid)):
+        if name == host and pid.isdigit() and not is_alive(int(pid)):
             shutil.rmtree(site, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine, whoever owns it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -13,10 +13,10 @@ from torch import Tensor
 class ContextWindows:
     """The windows of a text for each of `lengths`: side by side, and sliding by `stride` where one is given.
 
-    A window of L tokens that slides by S scores its last S targets, each with at least L - S + 1 tokens of context;
-    side by side is S = L. Press et al. 2021, arXiv:2108.12409, §2 and appendix B. Targets scored are the same at
-    every length and stride, each once: those of `n_windows` windows of the longest length, spread evenly (None:
-    all), in stretches that every length and the stride divide.
+    A window of L tokens that slides by S scores its last S targets, each with at least L - S + 1 tokens of
+    context; side by side is S = L. Press et al. 2021, arXiv:2108.12409, §2 and appendix B. Targets scored are
+    the same at every length and stride, each once: those of `n_windows` windows of the longest length, spread
+    evenly (None: all), in stretches that every length and the stride divide.
 
     Raises ValueError for lengths and strides that cannot be, or need more text than there is.
     """
@@ -40,9 +40,9 @@ class ContextWindows:
         available = (len(self.tokens) - 1 - first) // self.stretch
         if available < 1:
             raise ValueError(
-                f"lengths={self.lengths}{'' if stride is None else f' and stride={stride}'} score the same tokens in "
-                f"stretches of {self.stretch:,}, and the split has {len(self.tokens):,} tokens: take shorter lengths "
-                f"that divide each other, as [64,128,256]"
+                f"lengths={self.lengths}{'' if stride is None else f' and stride={stride}'} score the same "
+                f"tokens in stretches of {self.stretch:,}, and the split has {len(self.tokens):,} tokens: "
+                f"take shorter lengths that divide each other, as [64,128,256]"
             )
         wanted = available if n_windows is None else max(1, n_windows * longest // self.stretch)
         chosen = min(wanted, available)
@@ -57,6 +57,7 @@ class ContextWindows:
 
     @property
     def n_targets(self) -> int:
+        """Tokens that are scored at each length and stride."""
         return len(self.starts) * self.stretch
 
     @property

@@ -45,11 +45,12 @@ class Corpus(ABC):
         """A short line for people: what text this is and how much."""
 
 
-def _hash_manifest(manifest: dict[str, Any]) -> str:
+def hash_manifest(manifest: dict[str, Any]) -> str:
+    """A sha256 in hex of JSON with sorted keys."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _is_held_out(key: str, val_fraction: float) -> bool:
+def is_held_out(key: str, val_fraction: float) -> bool:
     """Whether a uniform number in [0, 1) made from `key` falls below `val_fraction`.
 
     A hash and not a random draw: adding documents never moves one from a split to the other.
@@ -58,12 +59,13 @@ def _is_held_out(key: str, val_fraction: float) -> bool:
     return uniform < val_fraction
 
 
-def _check_fraction(val_fraction: float) -> None:
+def check_val_fraction(val_fraction: float) -> None:
+    """Raise ValueError unless the share lies between 0 and 1."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
+        raise ValueError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
 
 
-def _not_empty(documents: Iterator[str], split: Split, remedy: str) -> Iterator[str]:
+def require_documents(documents: Iterator[str], split: Split, remedy: str) -> Iterator[str]:
     """The same documents, and a ValueError where there are none."""
     empty = True
     for document in documents:
@@ -88,50 +90,49 @@ class StandardLibrary(Corpus):
     LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
     def __init__(self, *, val_fraction: float) -> None:
-        _check_fraction(val_fraction)
+        check_val_fraction(val_fraction)
         self.val_fraction = val_fraction
-        self._root = Path(sysconfig.get_path("stdlib"))
+        self.root = Path(sysconfig.get_path("stdlib"))
 
     @cached_property
-    def _manifest(self) -> list[tuple[str, int, str]]:
+    def manifest(self) -> list[tuple[str, int, str]]:
         """(relative path, size in bytes, sha256 of the content) of every file, sorted."""
         entries = []
-        for directory, names, file_names in os.walk(self._root):
+        for directory, names, file_names in os.walk(self.root):
             names[:] = [name for name in names if name not in self.LEFT_OUT]
             for name in file_names:
                 if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                     path = Path(directory, name)
                     data = path.read_bytes()
-                    if data and _is_utf8(data):
-                        relative = path.relative_to(self._root).as_posix()
+                    if data and is_utf8(data):
+                        relative = path.relative_to(self.root).as_posix()
                         entries.append((relative, len(data), hashlib.sha256(data).hexdigest()))
         if not entries:
-            raise FileNotFoundError(f"no Python source of the standard library in {self._root}")
+            raise FileNotFoundError(f"no Python source of the standard library in {self.root}")
         return sorted(entries)
 
     def documents(self, split: Split) -> Iterator[str]:
         def chosen() -> Iterator[str]:
-            for relative, _, _ in self._manifest:
-                if _is_held_out(relative, self.val_fraction) == (split == "val"):
-                    yield (self._root / relative).read_bytes().decode("utf-8")
+            for relative, _, _ in self.manifest:
+                if is_held_out(relative, self.val_fraction) == (split == "val"):
+                    yield (self.root / relative).read_bytes().decode("utf-8")
 
-        return _not_empty(chosen(), split, "choose another val_fraction")
+        return require_documents(chosen(), split, "choose another val_fraction")
 
     @property
     def fingerprint(self) -> str:
-        return _hash_manifest(
-            {"corpus": "stdlib", "files": self._manifest, "val_fraction": self.val_fraction}
-        )
+        return hash_manifest({"corpus": "stdlib", "files": self.manifest, "val_fraction": self.val_fraction})
 
     def describe(self) -> str:
-        megabytes = sum(size for _, size, _ in self._manifest) / 1e6
+        megabytes = sum(size for _, size, _ in self.manifest) / 1e6
         return (
             f"Python {platform.python_version()} standard library, "
-            f"{len(self._manifest):,} files, {megabytes:.1f} MB"
+            f"{len(self.manifest):,} files, {megabytes:.1f} MB"
         )
 
 
-def _is_utf8(data: bytes) -> bool:
+def is_utf8(data: bytes) -> bool:
+    """Whether the bytes are valid UTF-8."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -162,68 +163,72 @@ class TextFiles(Corpus):
         val_fraction: float,
         split: Literal["tail", "documents"],
     ) -> None:
-        _check_fraction(val_fraction)
+        check_val_fraction(val_fraction)
         if split not in ("tail", "documents"):
-            raise ValueError(f"split is {split!r}; it must be 'tail' or 'documents'")
+            raise ValueError(f"data.split={split} is unknown: use tail or documents")
         patterns = [files] if isinstance(files, str | Path) else list(files)
         self.column = column
         self.val_fraction = val_fraction
         self.split = split
-        self._patterns = [str(pattern) for pattern in patterns]
-        self._paths = text_files.find(self._patterns)
+        self.patterns = [str(pattern) for pattern in patterns]
+        self.paths = text_files.find_files(self.patterns)
 
     @cached_property
-    def _manifest(self) -> list[tuple[str, int, str]]:
+    def manifest(self) -> list[tuple[str, int, str]]:
         """(suffixes, size in bytes, sha256 of the file) of every file, in order.
 
         The suffixes decide how a file is read; the rest of its name does not touch the text.
         """
-        return [("".join(path.suffixes), *text_files.digest(path)) for path in self._paths]
+        return [("".join(path.suffixes), *text_files.digest_file(path)) for path in self.paths]
 
-    def _all_documents(self) -> Iterator[str]:
-        for path in self._paths:
+    def all_documents(self) -> Iterator[str]:
+        """The documents of all files in order, of both splits."""
+        for path in self.paths:
             yield from text_files.read_documents(path, self.column)
 
     @cached_property
-    def _n_train_characters(self) -> int:
-        n = sum(len(document) for document in self._all_documents())
+    def n_train_characters(self) -> int:
+        """floor(n * (1 - val_fraction)) of all n characters, which "tail" trains on."""
+        n = sum(len(document) for document in self.all_documents())
         # An exact fraction: in floating point 1 - 0.3 is not 0.7, and the cut would move.
         return int(n * (1 - Fraction(str(self.val_fraction))))
 
     def documents(self, split: Split) -> Iterator[str]:
         if self.split == "tail":
-            chosen = self._head() if split == "train" else self._tail()
+            chosen = self.head() if split == "train" else self.tail()
             remedy = "the text is too short for this val_fraction"
         else:
             chosen = (
                 document
-                for document in self._all_documents()
-                if _is_held_out(document, self.val_fraction) == (split == "val")
+                for document in self.all_documents()
+                if is_held_out(document, self.val_fraction) == (split == "val")
             )
             remedy = "with few documents use split=tail"
-        return _not_empty(chosen, split, f"{', '.join(self._patterns)}: {remedy}")
+        return require_documents(chosen, split, f"{', '.join(self.patterns)}: {remedy}")
 
-    def _head(self) -> Iterator[str]:
-        left = self._n_train_characters
-        for document in self._all_documents():
+    def head(self) -> Iterator[str]:
+        """The first `n_train_characters`, the last document cut there."""
+        left = self.n_train_characters
+        for document in self.all_documents():
             if left <= 0:
                 return
             yield document[:left]
             left -= len(document)
 
-    def _tail(self) -> Iterator[str]:
-        to_skip = self._n_train_characters
-        for document in self._all_documents():
+    def tail(self) -> Iterator[str]:
+        """All but the first `n_train_characters`, the first document cut there."""
+        to_skip = self.n_train_characters
+        for document in self.all_documents():
             if len(document) > to_skip:
                 yield document[to_skip:]
             to_skip = max(0, to_skip - len(document))
 
     @property
     def fingerprint(self) -> str:
-        return _hash_manifest(
+        return hash_manifest(
             {
                 "corpus": "text",
-                "files": self._manifest,
+                "files": self.manifest,
                 "column": self.column,
                 "val_fraction": self.val_fraction,
                 "split": self.split,
@@ -231,10 +236,10 @@ class TextFiles(Corpus):
         )
 
     def describe(self) -> str:
-        megabytes = sum(size for _, size, _ in self._manifest) / 1e6
-        if len(self._paths) == 1:
-            return f"{self._paths[0].name}, {megabytes:.1f} MB"
-        return f"{', '.join(self._patterns)}: {len(self._paths):,} files, {megabytes:.1f} MB"
+        megabytes = sum(size for _, size, _ in self.manifest) / 1e6
+        if len(self.paths) == 1:
+            return f"{self.paths[0].name}, {megabytes:.1f} MB"
+        return f"{', '.join(self.patterns)}: {len(self.paths):,} files, {megabytes:.1f} MB"
 
 
 class HubDataset(Corpus):
@@ -270,11 +275,13 @@ class HubDataset(Corpus):
         data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None,
         revision: str | None,
     ) -> None:
-        _check_fraction(val_fraction)
+        check_val_fraction(val_fraction)
         if max_documents is not None and max_documents < 1:
-            raise ValueError(f"max_documents is {max_documents}; it must be positive or null")
+            raise ValueError(f"data.max_documents={max_documents} must be at least 1; null takes all")
         if val_split == train_split:
-            raise ValueError(f"val_split={val_split} is the split trained on: null holds documents of it out")
+            raise ValueError(
+                f"data.val_split={val_split} is the split trained on: null holds documents of it out"
+            )
         self.path = path
         self.name = name
         self.column = column
@@ -282,25 +289,28 @@ class HubDataset(Corpus):
         self.val_split = val_split
         self.val_fraction = val_fraction
         self.max_documents = max_documents
-        self.data_files = _plain(data_files)
+        self.data_files = plain_containers(data_files)
         self.revision = revision
-        self._is_local = path in self.BUILDERS or Path(path).expanduser().exists()
+        self.is_local = path in self.BUILDERS or Path(path).expanduser().exists()
 
     def documents(self, split: Split) -> Iterator[str]:
         if self.val_split is None:
             chosen = (
                 document
-                for document in self._stream(self.train_split)
-                if _is_held_out(document, self.val_fraction) == (split == "val")
+                for document in self.stream(self.train_split)
+                if is_held_out(document, self.val_fraction) == (split == "val")
             )
         else:
-            chosen = self._stream(self.train_split if split == "train" else self.val_split)
-        return _not_empty(chosen, split, f"{self.path}: change val_fraction or max_documents")
+            chosen = self.stream(self.train_split if split == "train" else self.val_split)
+        return require_documents(chosen, split, f"{self.path}: change val_fraction or max_documents")
 
-    def _stream(self, split: str) -> Iterator[str]:
+    def stream(self, split: str) -> Iterator[str]:
+        """The documents of a split of the dataset, at most `max_documents` rows of it. Raises
+        FileNotFoundError when it is not to be had, ValueError for a missing split or column.
+        """
         import datasets.config  # here, because it takes two seconds
 
-        if not self._is_local and not hub_is_reachable():
+        if not self.is_local and not hub_is_reachable():
             datasets.config.HF_HUB_OFFLINE = True  # for a `datasets` imported earlier
         try:
             rows = datasets.load_dataset(
@@ -308,7 +318,7 @@ class HubDataset(Corpus):
                 self.name,
                 split=split,
                 data_files=self.data_files,
-                revision=self._commit,
+                revision=self.commit,
                 streaming=True,
             )
         except ConnectionError:
@@ -318,7 +328,7 @@ class HubDataset(Corpus):
             ) from None
         except Exception as error:
             kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-            raise kind(f"cannot load dataset {self.path}: {_first_line(error)}") from None
+            raise kind(f"cannot load dataset {self.path}: {first_line(error)}") from None
         for row in islice(rows, self.max_documents):
             if self.column not in row:
                 raise ValueError(f"{self.path} has no column {self.column!r}; it has {sorted(row)}")
@@ -330,10 +340,10 @@ class HubDataset(Corpus):
                 raise ValueError(f"{self.path}: column {self.column!r} is {kind_name}, not text")
 
     @cached_property
-    def _commit(self) -> str | None:
+    def commit(self) -> str | None:
         """The commit that `revision` stands for now; `revision` itself where nobody can say."""
         is_commit = self.revision is not None and re.fullmatch(r"[0-9a-f]{40}", self.revision)
-        if self._is_local or is_commit or not hub_is_reachable():
+        if self.is_local or is_commit or not hub_is_reachable():
             return self.revision
         import huggingface_hub
 
@@ -342,13 +352,13 @@ class HubDataset(Corpus):
         except Exception as error:
             raise FileNotFoundError(
                 f"no dataset {self.path!r} on the Hub at revision {self.revision or 'main'!r}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from None
 
     @cached_property
-    def _local_files(self) -> list[tuple[int, str]]:
+    def local_files(self) -> list[tuple[int, str]]:
         """(size in bytes, sha256) of the files on this machine that the text comes from."""
-        if not self._is_local:
+        if not self.is_local:
             return []
         if self.data_files is None:
             patterns = [self.path]
@@ -357,42 +367,43 @@ class HubDataset(Corpus):
             lists = ([each] if isinstance(each, str) else each for each in named.values())
             patterns = [pattern for each in lists for pattern in each]
         here = [pattern for pattern in patterns if "://" not in pattern]
-        return [text_files.digest(path) for path in text_files.find(here)]
+        return [text_files.digest_file(path) for path in text_files.find_files(here)]
 
     @property
     def fingerprint(self) -> str:
-        return _hash_manifest(
+        return hash_manifest(
             {
                 "corpus": "hub",
                 # Local files count by their content, wherever they lie.
-                "path": None if self._is_local and self.data_files is None else self.path,
-                "files": self._local_files,
-                "data_files": None if self._is_local else self.data_files,
+                "path": None if self.is_local and self.data_files is None else self.path,
+                "files": self.local_files,
+                "data_files": None if self.is_local else self.data_files,
                 "name": self.name,
                 "column": self.column,
                 "train_split": self.train_split,
                 "val_split": self.val_split,
                 "val_fraction": self.val_fraction if self.val_split is None else None,
                 "max_documents": self.max_documents,
-                "commit": self._commit,
+                "commit": self.commit,
             }
         )
 
     def describe(self) -> str:
         name = f" {self.name}" if self.name else ""
         cut = "" if self.max_documents is None else f", first {self.max_documents:,} documents"
-        commit = f" at {self._commit[:12]}" if self._commit else ""
+        commit = f" at {self.commit[:12]}" if self.commit else ""
         return f"{self.path}{name}{commit}{cut}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _plain(value: Any) -> Any:
+def plain_containers(value: Any) -> Any:
     """The same strings in plain dicts and lists, whatever containers a config came in."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value]
+        return {str(key): plain_containers(inner) for key, inner in value.items()}
+    return [plain_containers(inner) for inner in value]

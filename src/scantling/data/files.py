@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PARQUET_ROWS = 256  # rows decoded at once: a row may be a whole book
 
 
-def find(patterns: Iterable[str]) -> list[Path]:
+def find_files(patterns: Iterable[str]) -> list[Path]:
     """The files that the paths, directories and globs name, each pattern's in sorted order.
 
     A directory stands for every file below it, hidden ones left out. A file named twice counts
@@ -31,7 +31,7 @@ def find(patterns: Iterable[str]) -> list[Path]:
         path = Path(pattern).expanduser()
         if path.is_dir():
             below = (p for p in path.rglob("*") if p.is_file())
-            matches = [p for p in below if not _is_hidden(p.relative_to(path))]
+            matches = [p for p in below if not is_hidden(p.relative_to(path))]
         elif path.is_file():
             matches = [path]
         else:
@@ -46,16 +46,17 @@ def find(patterns: Iterable[str]) -> list[Path]:
     return list(found)
 
 
-def _is_hidden(relative: Path) -> bool:
+def is_hidden(relative: Path) -> bool:
+    """Whether the name of the file, or of a directory above it, starts with a dot."""
     return any(part.startswith(".") for part in relative.parts)
 
 
-def digest(path: Path) -> tuple[int, str]:
+def digest_file(path: Path) -> tuple[int, str]:
     """(size in bytes, sha256 in hex) of a file as it lies on disk.
 
     Raises PermissionError for an unreadable one.
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -69,11 +70,11 @@ def read_documents(path: Path, column: str) -> Iterator[str]:
     suffixes = [s.lower() for s in path.suffixes]
     kind = next((s for s in reversed(suffixes) if s not in (".gz", ".zst")), "")
     if kind == ".parquet":
-        documents = _read_parquet(path, column)
+        documents = read_parquet(path, column)
     elif kind in (".jsonl", ".ndjson"):
-        documents = _read_json_lines(path, column)
+        documents = read_json_lines(path, column)
     else:
-        documents = _read_text(path)
+        documents = read_text(path)
     return (document for document in documents if document)
 
 
@@ -91,24 +92,26 @@ def decode_utf8(data: bytes, where: str) -> str:
         ) from None
 
 
-def _open(path: Path) -> io.BufferedReader:
+def open_file(path: Path) -> io.BufferedReader:
+    """A file opened to read its bytes. Raises PermissionError where it may not be read."""
     try:
         return path.open("rb")
     except PermissionError:
         raise PermissionError(f"no permission to read {path}") from None
 
 
-def _open_unpacked(path: Path) -> io.BufferedIOBase:
-    file = _open(path)
+def open_unpacked(path: Path) -> io.BufferedIOBase:
+    """The bytes of a file, unpacked where its name ends in `.gz` or `.zst`."""
+    file = open_file(path)
     if path.suffix.lower() == ".gz":
         file.close()
         return gzip.GzipFile(path)  # closes the file it opened, which it does not do for one it is given
     if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_ZstdReader(file))
+        return io.BufferedReader(ZstdReader(file))
     return file
 
 
-class _ZstdReader(io.RawIOBase):
+class ZstdReader(io.RawIOBase):
     """Unpacked bytes of one or more zstandard frames.
 
     The library's own stream_reader ends without a word where a file was cut short; this raises
@@ -116,58 +119,63 @@ class _ZstdReader(io.RawIOBase):
     """
 
     def __init__(self, file: io.BufferedReader) -> None:
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._in_frame = False
-        self._packed = b""
-        self._unpacked = memoryview(b"")  # a view: cutting off what was read costs nothing
+        self.file = file
+        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        self.in_frame = False
+        self.packed = b""
+        self.unpacked = memoryview(b"")  # a view: cutting off what was read costs nothing
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Buffer) -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._file.read(1 << 17)
-            if not self._packed:
-                if self._in_frame:
+        while not self.unpacked:
+            self.packed = self.packed or self.file.read(1 << 17)
+            if not self.packed:
+                if self.in_frame:
                     raise EOFError("the file ends inside a compressed frame")
                 return 0
-            self._unpacked = memoryview(self._frame.decompress(self._packed))
-            self._in_frame = not self._frame.eof
-            self._packed = b"" if self._in_frame else self._frame.unused_data
-            if not self._in_frame:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self.unpacked = memoryview(self.frame.decompress(self.packed))
+            self.in_frame = not self.frame.eof
+            self.packed = b"" if self.in_frame else self.frame.unused_data
+            if not self.in_frame:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
         view = memoryview(buffer)
-        n = min(len(view), len(self._unpacked))
-        view[:n] = self._unpacked[:n]
-        self._unpacked = self._unpacked[n:]
+        n = min(len(view), len(self.unpacked))
+        view[:n] = self.unpacked[:n]
+        self.unpacked = self.unpacked[n:]
         return n
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
         super().close()
 
 
-def _read_text(path: Path) -> Iterator[str]:
+def read_text(path: Path) -> Iterator[str]:
+    """The whole file as one document. Raises ValueError for what is not text or does not unpack."""
     try:
-        with _open_unpacked(path) as file:
+        with open_unpacked(path) as file:
             data = file.read()
     except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise ValueError(f"{path} does not unpack: {error}") from None
     yield decode_utf8(data, str(path))
 
 
-def _read_json_lines(path: Path, column: str) -> Iterator[str]:
+def read_json_lines(path: Path, column: str) -> Iterator[str]:
+    """A document from each line. Raises ValueError for what does not unpack or is not JSON."""
     try:
-        with _open_unpacked(path) as file:
+        with open_unpacked(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _json_document(line, column, f"{path} line {number}")
+                    yield parse_document(line, column, f"{path} line {number}")
     except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise ValueError(f"{path} does not unpack: {error}") from None
 
 
-def _json_document(line: bytes, column: str, where: str) -> str:
+def parse_document(line: bytes, column: str, where: str) -> str:
+    """The text of one line of JSON, empty for null; `where` names the line in errors. Raises ValueError for
+    what is not JSON, a missing column, and a column that is not text.
+    """
     text = decode_utf8(line, where)
     try:
         row = json.loads(text)
@@ -184,11 +192,12 @@ def _json_document(line: bytes, column: str, where: str) -> str:
     raise ValueError(f"{where}: column {column!r} is {type(document).__name__}, not text")
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def read_parquet(path: Path, column: str) -> Iterator[str]:
+    """A document from each row. Raises ValueError for other formats, and for a column that is not text."""
     import pyarrow  # here, because most corpora are no Parquet
     import pyarrow.parquet
 
-    with _open(path) as file:
+    with open_file(path) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
         except pyarrow.ArrowInvalid as error:

@@ -48,15 +48,15 @@ class WindowOrder:
     """
 
     def __init__(self, n_tokens: int, seq_len: int, seed: int) -> None:
-        _check_length(n_tokens, seq_len, "train")
+        check_length(n_tokens, seq_len, "train")
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed is {seed}; it must be a whole number, at least 0 and below 2**64")
+            raise ValueError(f"seed={seed} must be a whole number, at least 0 and below 2**64")
         self.n_tokens = n_tokens
         self.seq_len = seq_len
         self.seed = seed
         self.windows_per_epoch = max(1, (n_tokens - 1) // seq_len - 1)
-        self._epoch = -1
-        self._epoch_starts = np.empty(0, np.int64)
+        self.epoch = -1
+        self.epoch_starts = np.empty(0, np.int64)
 
     def start(self, i: int) -> int:
         """The offset of sample i's first token; i counts over all epochs."""
@@ -67,34 +67,36 @@ class WindowOrder:
         epochs, within = np.divmod(np.asarray(indices, np.int64), self.windows_per_epoch)
         first, last = int(epochs.min()), int(epochs.max())
         if first == last:  # nearly always: a batch inside one epoch
-            return self._starts_of_epoch(first)[within]
+            return self.starts_of_epoch(first)[within]
         starts = np.empty_like(within)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            starts[chosen] = self._starts_of_epoch(int(epoch))[within[chosen]]
+            starts[chosen] = self.starts_of_epoch(int(epoch))[within[chosen]]
         return starts
 
-    def _starts_of_epoch(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
+    def starts_of_epoch(self, epoch: int) -> np.ndarray:
+        """int64 [windows_per_epoch]: the offset of each window in the order of the epoch."""
+        if epoch != self.epoch:
             assert epoch >= 0, epoch
             n = self.windows_per_epoch
             raw = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(n + 1)
             slack = self.n_tokens - 1 - n * self.seq_len
             # A shift by seq_len would give the borders of a shift by 0 again.
             shift = int(raw[n]) % min(slack + 1, self.seq_len)
-            self._epoch_starts = np.argsort(raw[:n], kind="stable") * self.seq_len + shift
-            self._epoch = epoch
-        return self._epoch_starts
+            self.epoch_starts = np.argsort(raw[:n], kind="stable") * self.seq_len + shift
+            self.epoch = epoch
+        return self.epoch_starts
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sequences of each optimiser step: `full`, after `steps` steps that grow from `start` by as many at a time.
+    """Sequences of each optimiser step: `full`, after `steps` steps that grow from `start` by as many at a
+    time.
 
-    A function of the step alone, so that nothing need be remembered. As in GPT-3, Brown et al. 2020, arXiv:2005.14165,
-    §2.1, where it grows over the first tokens of training. `start` null is `full`.
+    A function of the step alone, so that nothing need be remembered. As in GPT-3, Brown et al. 2020,
+    arXiv:2005.14165, §2.1, where it grows over the first tokens of training. `start` null is `full`.
 
-    Raises ValueError when `full` is no multiple of `start`.
+    Raises ValueError when `full` is not a multiple of `start`.
     """
 
     full: int
@@ -108,30 +110,33 @@ class BatchSizes:
             )
         if self.steps < 0 or not 0 < self.first <= self.full or self.full % self.first:
             raise ValueError(
-                f"batch_warmup.start={self.start} must divide batch_size={self.full}, and steps={self.steps} be 0 or more"
+                f"batch_warmup.start={self.start} must divide batch_size={self.full}, "
+                f"and steps={self.steps} be 0 or more"
             )
 
     @property
     def first(self) -> int:
+        """Sequences of the first step."""
         return self.full if self.start is None else self.start
 
     def of(self, step: int) -> int:
-        """Of the step after `step` others."""
-        return int(self._growing[step]) if step < self.steps else self.full
+        """Sequences of the step that comes after `step` others."""
+        return int(self.growing[step]) if step < self.steps else self.full
 
     def before(self, step: int) -> int:
         """Sequences of the first `step` steps."""
-        return int(self._growing[:step].sum()) + self.full * max(0, step - self.steps)
+        return int(self.growing[:step].sum()) + self.full * max(0, step - self.steps)
 
     def steps_within(self, sequences: int) -> int:
         """The most steps that take no more sequences."""
         left = sequences - self.before(self.steps)
         if left >= 0:
             return self.steps + left // self.full
-        return int(np.searchsorted(self._growing.cumsum(), sequences, side="right"))
+        return int(np.searchsorted(self.growing.cumsum(), sequences, side="right"))
 
     @cached_property
-    def _growing(self) -> np.ndarray:
+    def growing(self) -> np.ndarray:
+        """int64 [steps]: sequences of each step of the warm-up."""
         multiples = 1 + np.arange(self.steps) * (self.full // self.first - 1) // max(1, self.steps)
         return self.first * multiples
 
@@ -176,7 +181,7 @@ class TrainBatches:
         self.first_step = first_step
         self.left_out = frozenset(left_out)
         self.pin = pin
-        self._tokens = np.asarray(tokens)  # a plain view: memmap's own indexing is slower
+        self.tokens = np.asarray(tokens)  # a plain view: memmap's own indexing is slower
 
     def __iter__(self) -> Iterator[TrainBatch]:
         for step in itertools.count(place_in_order(self.first_step, self.left_out)):
@@ -189,7 +194,7 @@ class TrainBatches:
             starts = self.order.starts(np.arange(begin, begin + per_rank))
             for micro in range(self.micro_batches_per_step):
                 of_micro = starts[micro * per_micro_batch :][:per_micro_batch]
-                batch = _gather(self._tokens, of_micro, self.seq_len)
+                batch = gather_windows(self.tokens, of_micro, self.seq_len)
                 yield {
                     "inputs": batch["inputs"].pin_memory() if self.pin else batch["inputs"],
                     "targets": batch["targets"].pin_memory() if self.pin else batch["targets"],
@@ -198,7 +203,7 @@ class TrainBatches:
 
 
 def place_in_order(step: int, left_out: Collection[int]) -> int:
-    """Where in the order of data step number `step`, counted from 0, finds its samples, some places being left out."""
+    """The place in the order of data of step number `step`, counted from 0, some places being left out."""
     for place in sorted(left_out):
         step += place <= step
     return step
@@ -209,10 +214,10 @@ def validation_batches(
 ) -> list[Batch]:
     """A fixed set of `n_windows` windows, side by side or evenly apart, none overlapping.
 
-    All windows of the split, which `split` names, when `n_windows` is None or more than there are. The last batch may
-    be smaller. Raises ValueError when the split is shorter than one window.
+    All windows of the split, which `split` names, when `n_windows` is None or more than there are. The last
+    batch may be smaller. Raises ValueError when the split is shorter than one window.
     """
-    _check_length(len(tokens), seq_len, split)
+    check_length(len(tokens), seq_len, split)
     if batch_size < 1 or (n_windows is not None and n_windows < 1):
         raise ValueError(
             f"validation needs a batch and at least one window, not batch_size={batch_size} "
@@ -223,12 +228,13 @@ def validation_batches(
     starts = np.arange(chosen, dtype=np.int64) * available // chosen * seq_len
     plain = np.asarray(tokens)
     return [
-        _gather(plain, starts[first : first + batch_size], seq_len) for first in range(0, chosen, batch_size)
+        gather_windows(plain, starts[first : first + batch_size], seq_len)
+        for first in range(0, chosen, batch_size)
     ]
 
 
 def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) -> None:
-    """Raise ValueError unless every step is a whole number of micro-batches on every rank, as many as a full one."""
+    """Raise ValueError unless every step is the same whole number of micro-batches on every rank."""
     batch_size = sizes.full
     for name, value in (
         ("batch_size", batch_size),
@@ -236,7 +242,7 @@ def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) 
         ("world_size", world_size),
     ):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise ValueError(f"{name}={value} must be at least 1")
     unit = micro_batch_size * world_size
     if batch_size % unit:
         below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
@@ -245,19 +251,20 @@ def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) 
         if micro_batch_size > 1:
             ranks = f"micro_batch_size {micro_batch_size} x {ranks} = {unit}"
         raise ValueError(
-            f"batch_size {batch_size} is no multiple of {ranks}; the nearest that fits is {nearest}"
+            f"batch_size {batch_size} is not a multiple of {ranks}; the nearest that fits is {nearest}"
         )
     micro_batches = batch_size // micro_batch_size
     if sizes.first % micro_batches:
         raise ValueError(
-            f"batch_warmup.start={sizes.first} is no multiple of the {micro_batches} micro-batches of a step, over all "
-            f"ranks: use one, or a larger micro_batch_size"
+            f"batch_warmup.start={sizes.first} is not a multiple of the {micro_batches} micro-batches of a step, "
+            f"over all ranks: use one, or a larger micro_batch_size"
         )
 
 
-def _check_length(n_tokens: int, seq_len: int, split: str) -> None:
+def check_length(n_tokens: int, seq_len: int, split: str) -> None:
+    """Raise ValueError unless the split has a window of `seq_len` inputs with their targets."""
     if seq_len < 1:
-        raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
+        raise ValueError(f"seq_len={seq_len} must be at least 1")
     if n_tokens < seq_len + 1:
         fits = f"a seq_len of at most {n_tokens - 1}" if n_tokens > 1 else "more text"
         raise ValueError(
@@ -266,7 +273,7 @@ def _check_length(n_tokens: int, seq_len: int, split: str) -> None:
         )
 
 
-def _gather(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> Batch:
+def gather_windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> Batch:
     """The windows at `starts`, and their targets one token on, as contiguous int64 tensors."""
     windows = tokens[starts[:, None] + np.arange(seq_len + 1)]
     return {

@@ -22,11 +22,11 @@ class Progress:
     """
 
     def __init__(self, doing: str) -> None:
-        self._doing = doing
-        self._status: Status | None = None
-        self._started = time.monotonic()
-        self._shown = self._started
-        self._characters = 0
+        self.doing = doing
+        self.status: Status | None = None
+        self.started = time.monotonic()
+        self.shown = self.started
+        self.characters = 0
 
     def __enter__(self) -> Self:
         return self
@@ -37,34 +37,35 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._status is not None:
-            self._status.stop()
+        if self.status is not None:
+            self.status.stop()
 
     def count(self, documents: Iterator[str]) -> Iterator[str]:
         """The same documents, counted as they pass."""
         for document in documents:
             yield document
-            self._characters += len(document)
-            self._show()
-        self._show(read_all=True)
+            self.characters += len(document)
+            self.show()
+        self.show(read_all=True)
 
-    def _show(self, *, read_all: bool = False) -> None:
+    def show(self, *, read_all: bool = False) -> None:
+        """Print or redraw the line where it is due; `read_all` once the last document has come."""
         now = time.monotonic()
-        elapsed = now - self._started
+        elapsed = now - self.started
         on_terminal = sys.stderr.isatty()
         pause = 0.2 if on_terminal else LINE_SECONDS
-        first = self._shown == self._started
-        due = elapsed > QUIET_SECONDS and now - self._shown > pause
+        first = self.shown == self.started
+        due = elapsed > QUIET_SECONDS and now - self.shown > pause
         # Training goes on after the last document: show the live line before that silence.
-        if not (due or (read_all and on_terminal and first and self._characters > 4_000_000)):
+        if not (due or (read_all and on_terminal and first and self.characters > 4_000_000)):
             return
-        self._shown = now
-        megabytes = self._characters / 1e6
-        line = f"{self._doing}: {megabytes:,.0f} MB read, {megabytes / elapsed:.1f} MB/s"
+        self.shown = now
+        megabytes = self.characters / 1e6
+        line = f"{self.doing}: {megabytes:,.0f} MB read, {megabytes / elapsed:.1f} MB/s"
         if not on_terminal:
             print(line, file=sys.stderr, flush=True)
-        elif self._status is None:
-            self._status = Status(line, console=Console(stderr=True))
-            self._status.start()
+        elif self.status is None:
+            self.status = Status(line, console=Console(stderr=True))
+            self.status.start()
         else:
-            self._status.update(line)
+            self.status.update(line)

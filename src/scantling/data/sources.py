@@ -1,4 +1,4 @@
-"""Text drawn from sources whose entropy is known exactly: what a fitted law says cannot be learned has a true value."""
+"""Text drawn from sources whose entropy is known exactly: what cannot be learned has a true value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scantling.data.corpora import Corpus, Split, _hash_manifest
+from scantling.data.corpora import Corpus, Split, hash_manifest
 
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " "
 """A symbol is one character and one byte, so that nats per byte and per symbol are the same."""
@@ -30,7 +30,8 @@ Array = NDArray[Any]
 class Source(Corpus):
     """Documents of equal length, the i-th of a split a pure function of (seed, split, i).
 
-    `characters`, `val_characters`: length of the splits; `document`: of a document, of which each split has at least one.
+    `characters`, `val_characters`: length of the splits; `document`: of a document, of which each split has
+    at least one.
     """
 
     def __init__(self, *, characters: float, val_characters: float, document: float, seed: int) -> None:
@@ -49,10 +50,10 @@ class Source(Corpus):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides the text, beside its length."""
+        """The settings that decide the text, beside its length."""
 
     @abstractmethod
-    def drawn(self, rngs: Sequence[np.random.Generator]) -> list[str]:
+    def draw(self, rngs: Sequence[np.random.Generator]) -> list[str]:
         """A document of `document` characters from each generator."""
 
     def documents(self, split: Split) -> Iterator[str]:
@@ -60,11 +61,11 @@ class Source(Corpus):
         n = max(1, total // self.document)
         for first in range(0, n, TOGETHER):
             numbers = range(first, min(first + TOGETHER, n))
-            yield from self.drawn([np.random.default_rng([self.seed, split == "val", i]) for i in numbers])
+            yield from self.draw([np.random.default_rng([self.seed, split == "val", i]) for i in numbers])
 
     @property
     def fingerprint(self) -> str:
-        return _hash_manifest(
+        return hash_manifest(
             {
                 "corpus": type(self).__name__,
                 "settings": self.settings,
@@ -75,8 +76,8 @@ class Source(Corpus):
 
     def describe(self) -> str:
         return (
-            f"{type(self).__name__}, {self.characters / 1e6:.1f} MB, entropy rate {self.entropy_rate:.6f} nats a byte, "
-            f"{self.entropy_rate / np.log(2):.6f} bits per byte"
+            f"{type(self).__name__}, {self.characters / 1e6:.1f} MB, "
+            f"entropy rate {self.entropy_rate:.6f} nats a byte, {self.entropy_rate / np.log(2):.6f} bits per byte"
         )
 
 
@@ -89,11 +90,12 @@ def zipf(n: int, exponent: float) -> Array:
 class MarkovText(Source):
     """A mixture of Markov chains of orders 0 to K: p(x | past) = Σₖ weightₖ·pₖ(x | last k symbols).
 
-    p₀ is Zipf's law; each context of pₖ draws its distribution from a Dirichlet around it, so that contexts are as
-    unevenly frequent as words are: a larger model and more text always have a rarer context left to learn. Lower
-    `concentration` makes contexts tell more.
+    p₀ is Zipf's law; each context of pₖ draws its distribution from a Dirichlet around it, so that contexts
+    are as unevenly frequent as words are: a larger model and more text always have a rarer context left to
+    learn. Lower `concentration` makes contexts tell more.
 
-    Raises ValueError for more symbols than there are characters, weights that do not sum to 1, and tables beyond memory.
+    Raises ValueError for more symbols than there are characters, weights that do not sum to 1, and tables
+    beyond memory.
     """
 
     def __init__(
@@ -113,7 +115,8 @@ class MarkovText(Source):
             raise ValueError(f"data.symbols={symbols} must lie between 2 and {len(ALPHABET)}")
         if len(weights) < 2 or min(weights) < 0 or abs(sum(weights) - 1) > 1e-9 or weights[0] <= 0:
             raise ValueError(
-                f"data.weights={list(weights)}: those of orders 0, 1, … must sum to 1, the first being positive"
+                f"data.weights={list(weights)}: those of orders 0, 1, … must sum to 1, "
+                "the first being positive"
             )
         if symbols ** len(weights) > LARGEST_TABLE:
             raise ValueError(
@@ -127,6 +130,7 @@ class MarkovText(Source):
 
     @property
     def order(self) -> int:
+        """K: how many symbols back the next one depends on."""
         return len(self.weights) - 1
 
     @property
@@ -140,7 +144,10 @@ class MarkovText(Source):
 
     @cached_property
     def transitions(self) -> Array:
-        """(V^K, V): the next symbol's distribution after each context, whose last symbol counts least in its number."""
+        """(V^K, V): the next symbol's distribution after each context.
+
+        A context's last symbol counts least in its number.
+        """
         rng, base = np.random.default_rng([self.seed, 2]), zipf(self.symbols, self.zipf)
         mixed = self.weights[0] * base[None]
         for order, weight in enumerate(self.weights[1:], start=1):
@@ -170,12 +177,12 @@ class MarkovText(Source):
         return float(self.stationary @ entropies(self.transitions))
 
     def window_entropy(self, n: int) -> float:
-        """Nats per character of a window of n, of which nothing before is seen: the least mean loss over its n symbols."""
+        """Nats per character of a window of n that shows nothing before it: the least mean loss over it."""
         v, seen = self.symbols, min(n, self.order)
         of_start = entropies(self.stationary.reshape(v**seen, -1).sum(axis=1)[None])[0]
         return float((of_start + (n - seen) * self.entropy_rate) / n)
 
-    def drawn(self, rngs: Sequence[np.random.Generator]) -> list[str]:
+    def draw(self, rngs: Sequence[np.random.Generator]) -> list[str]:
         v, contexts, length = self.symbols, self.symbols**self.order, max(self.document, self.order)
         uniform_TB = np.stack([rng.random(length) for rng in rngs], axis=1)
         # The first context is drawn as one symbol of an alphabet of contexts.
@@ -185,14 +192,15 @@ class MarkovText(Source):
         for i in range(self.order):
             symbols_TB[i] = context_B // v ** (self.order - 1 - i) % v
         for t in range(self.order, length):
-            symbol_B = (self._cumulative[context_B] <= uniform_TB[t][:, None]).sum(axis=1)
+            symbol_B = (self.cumulative[context_B] <= uniform_TB[t][:, None]).sum(axis=1)
             symbols_TB[t] = symbol_B
             context_B = (context_B * v + symbol_B) % contexts
         letters = np.frombuffer(ALPHABET.encode(), dtype=np.uint8)
         return [letters[symbols].tobytes().decode() for symbols in symbols_TB[: self.document].T]
 
     @cached_property
-    def _cumulative(self) -> Array:
+    def cumulative(self) -> Array:
+        """(V^K, V): `transitions` summed from the left, to draw by one uniform number."""
         cumulative = self.transitions.cumsum(axis=1)
         cumulative[:, -1] = 1.0  # above every uniform number, whatever the rounding
         return cumulative
@@ -201,9 +209,9 @@ class MarkovText(Source):
 class GrammarText(Source):
     """Sentences of a random probabilistic grammar, a newline after each.
 
-    A rule is A -> a or A -> a B C, and no two rules of a nonterminal begin with the same terminal: a string has one
-    derivation, so its entropy is that of its rules. Rules have Zipf's probabilities; those with children sum to
-    `branching`/2, which makes a sentence 1/(1 − branching) characters long on average.
+    A rule is A -> a or A -> a B C, and no two rules of a nonterminal begin with the same terminal: a string
+    has one derivation, so its entropy is that of its rules. Rules have Zipf's probabilities; those with
+    children sum to `branching`/2, which makes a sentence 1/(1 − branching) characters long on average.
 
     Raises ValueError for a branching outside of (0, 1), and more rules than there are characters.
     """
@@ -274,7 +282,7 @@ class GrammarText(Source):
     def entropy_rate(self) -> float:
         return self.sentence_entropy / (float(self.expansions.sum()) + 1)
 
-    def drawn(self, rngs: Sequence[np.random.Generator]) -> list[str]:
+    def draw(self, rngs: Sequence[np.random.Generator]) -> list[str]:
         return [self.sentences(rng) for rng in rngs]
 
     def sentences(self, rng: np.random.Generator) -> str:
@@ -286,13 +294,13 @@ class GrammarText(Source):
                 drawn.append("\n") if drawn else None
                 stack.append(0)
             a = stack.pop()
-            terminal, children = self._expansions[a][bisect_right(self._cumulative[a], next(uniforms))]
+            terminal, children = self.productions[a][bisect_right(self.cumulative[a], next(uniforms))]
             drawn.append(terminal)
             stack += children
         return "".join(drawn[: self.document])
 
     @cached_property
-    def _expansions(self) -> list[list[tuple[str, list[int]]]]:
+    def productions(self) -> list[list[tuple[str, list[int]]]]:
         """By nonterminal and rule: the terminal, and the children in the order that a stack takes them."""
         _, terminals, children = self.grammar
         return [
@@ -301,13 +309,13 @@ class GrammarText(Source):
         ]
 
     @cached_property
-    def _cumulative(self) -> list[list[float]]:
-        """Without the last, which is 1 but for rounding."""
+    def cumulative(self) -> list[list[float]]:
+        """The rules' probabilities summed from the left, without the last sum, which is 1."""
         return self.grammar[0].cumsum(axis=1)[:, :-1].tolist()
 
 
 def entropies(distributions: Array) -> Array:
-    """Of each row, in nats."""
+    """The entropy -Σ p·log p of each row, in nats."""
     return -np.where(distributions > 0, distributions * np.log(np.maximum(distributions, 1e-300)), 0.0).sum(
         axis=-1
     )

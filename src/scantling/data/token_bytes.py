@@ -28,16 +28,16 @@ def count_token_bytes(tokenizer: dict[str, Any], vocab_size: int) -> np.ndarray 
         vocab = {piece: id_ for id_, (piece, _) in enumerate(vocab)}
     inside = model.get("continuing_subword_prefix") or ""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    decoder_kinds = _kinds(tokenizer["decoder"])
+    kinds = decoder_kinds(tokenizer["decoder"])
 
     counts = np.zeros(vocab_size, dtype=np.int64)
-    if "ByteLevel" in decoder_kinds:
-        cuts_only, has_bytes = _only_cuts(tokenizer["pre_tokenizer"])
+    if "ByteLevel" in kinds:
+        cuts_only, has_bytes = judge_pre_tokenizer(tokenizer["pre_tokenizer"])
         if not (cuts_only and has_bytes and alphabet <= vocab.keys()):
             return None
         for token, id_ in vocab.items():
             counts[id_] = len(token.removeprefix(inside) if inside else token)
-    elif decoder_kinds == ["Fuse"] and tokenizer["pre_tokenizer"] is None:
+    elif kinds == ["Fuse"] and tokenizer["pre_tokenizer"] is None:
         for token, id_ in vocab.items():
             counts[id_] = len(token.encode())
     else:
@@ -50,22 +50,22 @@ def count_token_bytes(tokenizer: dict[str, Any], vocab_size: int) -> np.ndarray 
     return counts
 
 
-def _kinds(part: dict[str, Any] | None) -> list[str]:
+def decoder_kinds(part: dict[str, Any] | None) -> list[str]:
     """The types of a decoder, those inside a sequence one by one."""
     if part is None:
         return []
     if part["type"] == "Sequence":
-        return [kind for inner in part["decoders"] for kind in _kinds(inner)]
+        return [kind for inner in part["decoders"] for kind in decoder_kinds(inner)]
     return [part["type"]]
 
 
-def _only_cuts(part: dict[str, Any] | None) -> tuple[bool, bool]:
+def judge_pre_tokenizer(part: dict[str, Any] | None) -> tuple[bool, bool]:
     """(whether it neither adds nor drops text, whether it turns text into the byte alphabet)."""
     if part is None:
         return True, False
     kind = part["type"]
     if kind == "Sequence":
-        inner = [_only_cuts(each) for each in part["pretokenizers"]]
+        inner = [judge_pre_tokenizer(each) for each in part["pretokenizers"]]
         return all(cuts for cuts, _ in inner), any(to_bytes for _, to_bytes in inner)
     if kind == "ByteLevel":
         return not part["add_prefix_space"], True

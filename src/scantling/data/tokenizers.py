@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer as RawTokenizer
@@ -49,7 +49,7 @@ class Tokenizer:
         raw.no_padding()
         self.fingerprint = hashlib.sha256(raw.to_str().encode()).hexdigest()
         raw.encode_special_tokens = True  # not part of the JSON: set on every load
-        self._raw = raw
+        self.raw = raw
         added = raw.get_added_tokens_decoder()
         special = {token.content: id_ for id_, token in added.items() if token.special}
         name = next((name for name in END_OF_TEXT_NAMES if name in special), None)
@@ -63,20 +63,20 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id: what an embedding needs."""
-        return max(self._raw.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.raw.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special token is added, and none comes out of the text."""
-        return self._raw.encode(text, add_special_tokens=False).ids
+        return self.raw.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, encoded on all cores."""
-        encodings = self._raw.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.raw.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special tokens give none, and broken UTF-8 gives U+FFFD."""
-        return self._raw.decode(list(ids), skip_special_tokens=True)
+        return self.raw.decode(list(ids), skip_special_tokens=True)
 
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
@@ -86,15 +86,15 @@ class Tokenizer:
         promised, as for SentencePiece-like pretrained tokenizers. An unknown character of a
         `Char` tokenizer counts 0.
         """
-        return count_token_bytes(json.loads(self._raw.to_str()), self.vocab_size)
+        return count_token_bytes(json.loads(self.raw.to_str()), self.vocab_size)
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`, the format of the tokenizers library."""
-        path.write_text(self._raw.to_str(), encoding="utf-8")
+        path.write_text(self.raw.to_str(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a `tokenizer.json`. Raises ValueError where it is none."""
+        """Read a `tokenizer.json`. Raises ValueError for another file."""
         try:
             return cls(RawTokenizer.from_str(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -113,7 +113,7 @@ class TokenizerKind(ABC):
 
     @property
     def entries(self) -> int | None:
-        """Of the vocabulary, at most; None where the corpus alone says."""
+        """The most entries that the vocabulary can have; None where the corpus alone says."""
         return self.settings.get("vocab_size")
 
     @abstractmethod
@@ -133,14 +133,14 @@ class Byte(TokenizerKind):
         return len(BYTE_ALPHABET) + 1
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
-        by_value = {_byte_character(value): value for value in range(256)}
+        by_value = {byte_character(value): value for value in range(256)}
         raw = RawTokenizer(models.BPE(vocab=by_value, merges=[]))
         # No cutting into words: with nothing to merge they would only cost time.
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return _finish(raw, decoders.ByteLevel())
+        return finish_tokenizer(raw, decoders.ByteLevel())
 
 
-def _byte_character(value: int) -> str:
+def byte_character(value: int) -> str:
     """GPT-2's printable character for a byte (bytes_to_unicode in openai/gpt-2's encoder.py).
 
     Printable Latin-1 stands for itself; the other 68 bytes follow from U+0100 in order.
@@ -167,25 +167,41 @@ class Char(TokenizerKind):
             characters.update(document)
         vocab = {token: id_ for id_, token in enumerate([*sorted(characters), UNKNOWN])}
         raw = RawTokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
-        return _finish(raw, decoders.Fuse())
+        return finish_tokenizer(raw, decoders.Fuse())
 
 
-class BPE(TokenizerKind):
-    """Byte-level byte-pair encoding with GPT-2's pre-tokenisation.
+class LearnedKind(TokenizerKind):
+    """A kind whose pieces of bytes are learned from the training split.
 
-    Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019 (GPT-2).
     `vocab_size`: most tokens in all, end-of-text included; a small corpus gives fewer.
     `train_bytes`: how many bytes from the start of the training split to learn from; None: all.
+
+    Raises ValueError for a vocabulary without room for every byte, and for no bytes to learn from.
     """
 
+    ENTRIES_PER_BYTE: ClassVar[int] = 1
+
     def __init__(self, *, vocab_size: int, train_bytes: int | None) -> None:
-        _check_sizes("bpe", vocab_size, train_bytes, len(BYTE_ALPHABET) + 1)
-        self.vocab_size = vocab_size
-        self.train_bytes = train_bytes
+        kind, least = type(self).__name__.lower(), self.ENTRIES_PER_BYTE * len(BYTE_ALPHABET) + 1
+        if vocab_size < least:
+            raise ValueError(
+                f"tokenizer.vocab_size={vocab_size} is too small for {kind}: "
+                f"the bytes and end-of-text alone need {least}"
+            )
+        if train_bytes is not None and train_bytes < 1:
+            raise ValueError(f"tokenizer.train_bytes={train_bytes} must be at least 1; null takes all")
+        self.vocab_size, self.train_bytes = vocab_size, train_bytes
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
+
+
+class BPE(LearnedKind):
+    """Byte-level byte-pair encoding with GPT-2's pre-tokenisation.
+
+    Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019 (GPT-2).
+    """
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
         raw = RawTokenizer(models.BPE())
@@ -195,24 +211,15 @@ class BPE(TokenizerKind):
             initial_alphabet=BYTE_ALPHABET,
             show_progress=False,
         )
-        raw.train_from_iterator(_first_bytes(documents, self.train_bytes), trainer)
-        return _finish(raw, decoders.ByteLevel())
+        raw.train_from_iterator(take_bytes(documents, self.train_bytes), trainer)
+        return finish_tokenizer(raw, decoders.ByteLevel())
 
 
-class Unigram(TokenizerKind):
+class Unigram(LearnedKind):
     """A unigram language model over pieces of bytes. Kudo 2018, arXiv:1804.10959.
 
-    `vocab_size` and `train_bytes` as in `BPE`. Training is slow: several times BPE's.
+    Training is slow: several times BPE's.
     """
-
-    def __init__(self, *, vocab_size: int, train_bytes: int | None) -> None:
-        _check_sizes("unigram", vocab_size, train_bytes, len(BYTE_ALPHABET) + 1)
-        self.vocab_size = vocab_size
-        self.train_bytes = train_bytes
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
         raw = RawTokenizer(models.Unigram())
@@ -222,15 +229,15 @@ class Unigram(TokenizerKind):
             initial_alphabet=BYTE_ALPHABET,
             show_progress=False,
         )
-        raw.train_from_iterator(_first_bytes(documents, self.train_bytes), trainer)
+        raw.train_from_iterator(take_bytes(documents, self.train_bytes), trainer)
         # Rounded: the library's JSON reader is exact only for short numbers, and a tokenizer
         # must keep its fingerprint when it is saved and loaded.
         learned = json.loads(raw.to_str())["model"]["vocab"]
         pieces = [(piece, round(score, 6)) for piece, score in learned]
-        raw.model = models.Unigram(vocab=self._with_all_bytes(pieces))
-        return _finish(raw, decoders.ByteLevel())
+        raw.model = models.Unigram(vocab=self.with_all_bytes(pieces))
+        return finish_tokenizer(raw, decoders.ByteLevel())
 
-    def _with_all_bytes(self, pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    def with_all_bytes(self, pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
         """The best-scored pieces, and every byte: a byte without a piece could not be encoded."""
         room = self.vocab_size - 1 - len(BYTE_ALPHABET)
         longer = [entry for entry in pieces if len(entry[0]) > 1]
@@ -240,26 +247,18 @@ class Unigram(TokenizerKind):
         return [(byte, scores.get(byte, lowest)) for byte in BYTE_ALPHABET] + longer
 
 
-class WordPiece(TokenizerKind):
+class WordPiece(LearnedKind):
     """WordPiece on bytes: the longest known piece first. Wu et al. 2016, arXiv:1609.08144.
 
     A piece inside a word is marked with a fullwidth ＃＃ instead of BERT's ##: no byte is
     written that way, so a text containing "##" cannot be taken for the mark. Words are cut after
-    64 bytes, because longest-match takes quadratic time in the length of a word. `vocab_size`
-    and `train_bytes` as in `BPE`, but each byte needs two entries, at the start and inside.
+    64 bytes, because longest-match takes quadratic time in the length of a word. Each byte needs
+    two entries, at the start of a word and inside.
     """
 
+    ENTRIES_PER_BYTE = 2
     INSIDE = "＃＃"
     LONGEST_WORD = 64  # bytes
-
-    def __init__(self, *, vocab_size: int, train_bytes: int | None) -> None:
-        _check_sizes("wordpiece", vocab_size, train_bytes, 2 * len(BYTE_ALPHABET) + 1)
-        self.vocab_size = vocab_size
-        self.train_bytes = train_bytes
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
         raw = RawTokenizer(models.WordPiece())
@@ -275,7 +274,7 @@ class WordPiece(TokenizerKind):
             continuing_subword_prefix=self.INSIDE,
             show_progress=False,
         )
-        raw.train_from_iterator(_first_bytes(documents, self.train_bytes), trainer)
+        raw.train_from_iterator(take_bytes(documents, self.train_bytes), trainer)
         learned = json.loads(raw.to_str())["model"]["vocab"]
         bytes_twice = [*BYTE_ALPHABET, *(self.INSIDE + byte for byte in BYTE_ALPHABET)]
         required = set(bytes_twice)
@@ -289,7 +288,7 @@ class WordPiece(TokenizerKind):
             continuing_subword_prefix=self.INSIDE,
         )
         strip = decoders.Replace(self.INSIDE, "")
-        return _finish(raw, decoders.Sequence([strip, decoders.ByteLevel()]))
+        return finish_tokenizer(raw, decoders.Sequence([strip, decoders.ByteLevel()]))
 
 
 class Pretrained(TokenizerKind):
@@ -297,7 +296,7 @@ class Pretrained(TokenizerKind):
 
     `source`: a tokenizer.json, a directory holding one, or a name on the Hugging Face Hub.
     Raises FileNotFoundError for a name that is neither here nor on a Hub that answers, and
-    ValueError where the file is no tokenizer or has no end-of-text token.
+    ValueError where the file is not a tokenizer or has no end-of-text token.
     """
 
     def __init__(self, *, source: str) -> None:
@@ -306,17 +305,18 @@ class Pretrained(TokenizerKind):
     @property
     def settings(self) -> dict[str, Any]:
         # What it is and not where it came from: moving the file must not miss the cache.
-        return {"tokenizer": self._tokenizer.fingerprint}
+        return {"tokenizer": self.tokenizer.fingerprint}
 
     @property
     def entries(self) -> int:
-        return self._tokenizer.vocab_size
+        return self.tokenizer.vocab_size
 
     def train(self, documents: Iterator[str]) -> Tokenizer:
-        return self._tokenizer
+        return self.tokenizer
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
+        """Read once, from a file or from the Hub."""
         path = Path(self.source).expanduser()
         if path.is_dir():
             path = path / "tokenizer.json"
@@ -334,23 +334,14 @@ class Pretrained(TokenizerKind):
         return Tokenizer(raw)
 
 
-def _finish(raw: RawTokenizer, decoder: decoders.Decoder) -> Tokenizer:
+def finish_tokenizer(raw: RawTokenizer, decoder: decoders.Decoder) -> Tokenizer:
     """Set the decoder and give end-of-text the id after the last."""
     raw.decoder = decoder
     raw.add_special_tokens([END_OF_TEXT])
     return Tokenizer(raw)
 
 
-def _check_sizes(kind: str, vocab_size: int, train_bytes: int | None, least: int) -> None:
-    if vocab_size < least:
-        raise ValueError(
-            f"tokenizer {kind}: vocab_size is {vocab_size}; the bytes and end-of-text alone need {least}"
-        )
-    if train_bytes is not None and train_bytes < 1:
-        raise ValueError(f"tokenizer {kind}: train_bytes is {train_bytes}; it must be positive")
-
-
-def _first_bytes(documents: Iterator[str], limit: int | None) -> Iterator[str]:
+def take_bytes(documents: Iterator[str], limit: int | None) -> Iterator[str]:
     """Whole documents until `limit` bytes of UTF-8 have come."""
     seen = 0
     for document in documents:

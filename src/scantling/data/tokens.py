@@ -76,7 +76,7 @@ class TokenizedCorpus:
         return np.full(self.tokenizer.vocab_size, mean) if exact is None else exact
 
 
-def prepare(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> TokenizedCorpus:
+def prepare_corpus(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> TokenizedCorpus:
     """Train the tokenizer and tokenize the corpus, or read both from the cache.
 
     Safe to call from several processes at once: each works under a name of its own, the first to
@@ -85,7 +85,7 @@ def prepare(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> T
     Raises PermissionError where the cache cannot be written, ValueError where the disk is full
     or the corpus is at fault, and what the corpus raises.
     """
-    cache_dir = _absolute(cache_dir)
+    cache_dir = absolute(cache_dir)
     kind = type(tokenizer_kind).__name__
     made_from = {
         "format": FORMAT,
@@ -94,9 +94,9 @@ def prepare(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> T
         "settings": tokenizer_kind.settings,
     }
     try:
-        tokenizer = _prepare_tokenizer(corpus, tokenizer_kind, cache_dir / "tokenizers" / _key(made_from))
-        directory = _tokens_directory(corpus.fingerprint, tokenizer, cache_dir)
-        return _prepare_tokens(corpus, tokenizer, made_from, directory)
+        tokenizer = prepare_tokenizer(corpus, tokenizer_kind, cache_dir / "tokenizers" / cache_key(made_from))
+        directory = tokens_directory(corpus.fingerprint, tokenizer, cache_dir)
+        return prepare_tokens(corpus, tokenizer, made_from, directory)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(
@@ -106,25 +106,29 @@ def prepare(corpus: Corpus, tokenizer_kind: TokenizerKind, cache_dir: Path) -> T
 
 
 def cached_tokens(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> TokenizedCorpus | None:
-    """What `prepare` made of the corpus of this fingerprint, where the cache still has it."""
-    return _open_tokens(_tokens_directory(fingerprint, tokenizer, _absolute(cache_dir)), tokenizer)
+    """What `prepare_corpus` made of the corpus of this fingerprint, where the cache still has it."""
+    return open_tokens(tokens_directory(fingerprint, tokenizer, absolute(cache_dir)), tokenizer)
 
 
-def _absolute(cache_dir: Path) -> Path:
+def absolute(cache_dir: Path) -> Path:
+    """The path from the root, `~` spelled out."""
     return cache_dir.expanduser().absolute()
 
 
-def _tokens_directory(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    """The tokens belong to the tokenizer, however it came about: trained here or read from a run's directory."""
+def tokens_directory(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """Where a tokenizer's ids of a corpus are kept, however the tokenizer came about."""
     tokens_from = {"format": FORMAT, "corpus": fingerprint, "tokenizer": tokenizer.fingerprint}
-    return cache_dir / "tokens" / _key(tokens_from)
+    return cache_dir / "tokens" / cache_key(tokens_from)
 
 
-def _key(made_from: dict[str, Any]) -> str:
+def cache_key(made_from: dict[str, Any]) -> str:
+    """24 hex digits of the sha256 of what a cached directory was made from."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _prepare_tokenizer(corpus: Corpus, kind: TokenizerKind, directory: Path) -> Tokenizer:
+def prepare_tokenizer(corpus: Corpus, kind: TokenizerKind, directory: Path) -> Tokenizer:
+    """Read the tokenizer from `directory`, or train it on the training split and write it there."""
+
     def usable() -> Tokenizer | None:
         try:
             return Tokenizer.load(directory / "tokenizer.json")
@@ -143,15 +147,16 @@ def _prepare_tokenizer(corpus: Corpus, kind: TokenizerKind, directory: Path) -> 
     return tokenizer
 
 
-def _prepare_tokens(
+def prepare_tokens(
     corpus: Corpus, tokenizer: Tokenizer, made_from: dict[str, Any], directory: Path
 ) -> TokenizedCorpus:
-    prepared = _open_tokens(directory, tokenizer)
+    """Read the tokens from `directory`, or tokenize both splits and write them there."""
+    prepared = open_tokens(directory, tokenizer)
     if prepared is not None:
         return prepared
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     with under_construction(directory) as building:
-        counts = {split: _write_split(corpus, split, tokenizer, dtype, building) for split in SPLITS}
+        counts = {split: write_split(corpus, split, tokenizer, dtype, building) for split in SPLITS}
         meta = {
             "format": FORMAT,
             "corpus": {"fingerprint": corpus.fingerprint, "description": corpus.describe()},
@@ -165,13 +170,13 @@ def _prepare_tokens(
             **counts,
         }
         (building / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        publish(building, directory, is_usable=lambda: _open_tokens(directory, tokenizer) is not None)
-    prepared = _open_tokens(directory, tokenizer)
+        publish(building, directory, is_usable=lambda: open_tokens(directory, tokenizer) is not None)
+    prepared = open_tokens(directory, tokenizer)
     assert prepared is not None, directory
     return prepared
 
 
-def _open_tokens(directory: Path, tokenizer: Tokenizer) -> TokenizedCorpus | None:
+def open_tokens(directory: Path, tokenizer: Tokenizer) -> TokenizedCorpus | None:
     """The cache, or None where it is missing, damaged, or made with another tokenizer."""
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
@@ -195,7 +200,7 @@ def _open_tokens(directory: Path, tokenizer: Tokenizer) -> TokenizedCorpus | Non
         return None  # ValueError: broken JSON, or a file that is no whole number of ids
 
 
-def _write_split(
+def write_split(
     corpus: Corpus, split: Split, tokenizer: Tokenizer, dtype: np.dtype, directory: Path
 ) -> dict[str, int]:
     """Write the two files of a split; returns the counts for meta.json."""
@@ -206,7 +211,7 @@ def _write_split(
         (directory / f"{split}.tokens.bin").open("wb") as file,
         Progress(f"tokenizing the {split} split") as progress,
     ):
-        for batch in _batches(progress.count(corpus.documents(split)), tokenizer):
+        for batch in batch_pieces(progress.count(corpus.documents(split)), tokenizer):
             encoded = tokenizer.encode_batch([text for text, _, _ in batch])
             for (text, is_start, is_end), ids in zip(batch, encoded, strict=True):
                 if is_start:
@@ -226,11 +231,12 @@ def _write_split(
 Piece = tuple[str, bool, bool]  # text, whether it starts a document, whether it ends one
 
 
-def _batches(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[Piece]]:
+def batch_pieces(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[Piece]]:
+    """Pieces of documents in order, in lists of about `BATCH_CHARACTERS`."""
     batch: list[Piece] = []
     size = 0
     for document in documents:
-        for piece in _pieces(document, tokenizer):
+        for piece in cut_document(document, tokenizer):
             batch.append(piece)
             size += len(piece[0])
             if size >= BATCH_CHARACTERS:
@@ -240,7 +246,7 @@ def _batches(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[Pi
         yield batch
 
 
-def _pieces(document: str, tokenizer: Tokenizer) -> Iterator[Piece]:
+def cut_document(document: str, tokenizer: Tokenizer) -> Iterator[Piece]:
     """A long document in pieces that encode to the ids of the whole."""
     start = 0
     # Only where tokens are bytes of the text as it stands: others may act on a text's start.

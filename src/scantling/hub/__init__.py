@@ -1,1 +1,1 @@
-"""Hugging Face models in and out: one family a class, its settings and tensors in tables that read both ways."""
+"""Hugging Face models in and out: one family a class, its settings and tensors in tables read both ways."""

@@ -1,4 +1,4 @@
-"""What a family of Hugging Face models is: its fields of `config.json` and its tensors, in tables that read both ways."""
+"""A family of Hugging Face models: fields of `config.json` and tensors, in tables that read both ways."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scantling.hub.weights import Table
 
 
 class Family:
-    """Base of every one. A subclass with a `model_type` is found by being in `hub/families/`."""
+    """Base of every family. A subclass with a `model_type` is found by being in `hub/families/`."""
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
@@ -49,7 +49,7 @@ class Family:
 
 
 def all_families() -> dict[str, Family]:
-    """By `model_type`."""
+    """Every family by its `model_type`, in alphabetical order."""
     for module in pkgutil.iter_modules(families.__path__):
         importlib.import_module(f"{families.__name__}.{module.name}")
     found, classes = {}, [Family]

@@ -1,8 +1,10 @@
-"""The settings of a family, each read both ways: a field of `config.json` <-> overrides as on the command line.
+"""The settings of a family, each read both ways: a field of `config.json` <-> overrides as on the command
+line.
 
-`overrides` turns a `config.json` into the overrides that make the same decoder; `hf_config` turns the configuration of
-a decoder, its nulls `filled` in, into fields. A setting that `hf_config` does not find is left out:
-export composes what it wrote once more and names what came out otherwise, so no field needs to check itself.
+`overrides` turns a `config.json` into the overrides that make the same decoder; `hf_config` turns the
+configuration of a decoder, its nulls filled in, into fields. A setting that `hf_config` does not find is left
+out: export composes what it wrote once more and names what came out otherwise, so no field needs to check
+itself.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ MISSING = object()
 def setting(path: str, value: Any) -> str:
     """`path=value` in Hydra's words."""
     if value is not None and not isinstance(value, bool | int | float):  # a file's text never reaches Hydra
-        raise ValueError(f"config.json: {value!r} is no number, and {path} takes nothing else")
+        raise ValueError(f"config.json: {value!r} is not a number, and {path} takes nothing else")
     words = {None: "null", True: "true", False: "false"}
     return f"{path}={words[value] if value is None or isinstance(value, bool) else value}"
 
 
-def found(decoder: Mapping[str, Any], path: str) -> Any:
+def read_setting(decoder: Mapping[str, Any], path: str) -> Any:
     """The value at a dotted path, or MISSING. `model.x` and `decoder.x` stand for the decoder's own `x`."""
     node: Any = decoder
     for key in path.removeprefix("model.").removeprefix("decoder.").split("."):
@@ -37,7 +39,7 @@ def found(decoder: Mapping[str, Any], path: str) -> Any:
     return node
 
 
-def value_of(hf: Config, field: str, absent: Any, nullable: bool = False) -> Any:
+def read_field(hf: Config, field: str, absent: Any, nullable: bool = False) -> Any:
     """What `config.json` says, or what `transformers` takes where it says nothing."""
     value = hf.get(field, MISSING)
     if value is MISSING or (value is None and not nullable):
@@ -47,7 +49,7 @@ def value_of(hf: Config, field: str, absent: Any, nullable: bool = False) -> Any
     return value
 
 
-def filled(decoder: Config) -> Config:
+def fill_nulls(decoder: Config) -> Config:
     """The configuration with what its nulls stand for, so that two ways to say one thing are equal."""
     decoder = {**decoder, "attn": dict(decoder["attn"]), "head": dict(decoder["head"])}
     attn, head = decoder["attn"], decoder["head"]
@@ -64,13 +66,17 @@ def filled(decoder: Config) -> Config:
 
 
 class Field(ABC):
-    """Base of every kind."""
+    """Base of every kind of field: a setting of `config.json` and the overrides that stand for it."""
 
     @abstractmethod
-    def overrides(self, hf: Config) -> list[str]: ...
+    def overrides(self, hf: Config) -> list[str]:
+        """What to add to the command line for the decoder of a `config.json`. Raises ValueError for a value
+        that our parts cannot do, or a field that is missing.
+        """
 
     @abstractmethod
-    def hf_config(self, decoder: Config) -> Config: ...
+    def hf_config(self, decoder: Config) -> Config:
+        """The fields for a decoder's configuration; none where it does not have the setting."""
 
     @property
     @abstractmethod
@@ -91,18 +97,18 @@ class Same(Field):
         leaf: str | None = None,
         read: Callable[[Any], Any] = lambda value: value,
         write: Callable[[Any], Any] = lambda value: value,
-    ):
+    ) -> None:
         self.theirs, self.ours, self.absent, self.nullable = theirs, ours, absent, nullable
         self.leaf, self.read, self.write, self.aliases = leaf or ours[0], read, write, aliases
 
     def overrides(self, hf: Config) -> list[str]:
         theirs = next((name for name in self.aliases if name in hf), self.theirs)
-        value = value_of(hf, theirs, self.absent, self.nullable)
+        value = read_field(hf, theirs, self.absent, self.nullable)
         value = value if value is None else self.read(value)
         return [setting(path, value) for path in self.ours]
 
     def hf_config(self, decoder: Config) -> Config:
-        value = found(decoder, self.leaf)
+        value = read_setting(decoder, self.leaf)
         if value is MISSING:
             return {}
         return {self.theirs: value if value is None else self.write(value)}
@@ -115,7 +121,7 @@ class Same(Field):
 class Given(Field):
     """What all models of the family share and no field says."""
 
-    def __init__(self, *settings: str):
+    def __init__(self, *settings: str) -> None:
         self.settings = settings
 
     def overrides(self, hf: Config) -> list[str]:
@@ -132,7 +138,7 @@ class Given(Field):
 class Only(Field):
     """A field that must have one value: with another the model would be one that we do not build."""
 
-    def __init__(self, theirs: str, value: Any, absent: Any = MISSING):
+    def __init__(self, theirs: str, value: Any, absent: Any = MISSING) -> None:
         self.theirs, self.value = theirs, value
         self.absent = value if absent is MISSING else absent
 
@@ -151,7 +157,7 @@ class Only(Field):
 
 
 class Switch(Field):
-    """A field of few values, each with overrides of its own; export finds the value by what stands at `leaf`."""
+    """A field of few values, each with overrides of its own; export finds the value by what is at `leaf`."""
 
     def __init__(
         self,
@@ -160,19 +166,19 @@ class Switch(Field):
         choices: Mapping[Any, tuple[Any, Sequence[str]]],
         absent: Any = REQUIRED,
         nullable: bool = False,
-    ):
+    ) -> None:
         self.theirs, self.leaf, self.choices = theirs, leaf, choices
         self.absent, self.nullable = absent, nullable
 
     def overrides(self, hf: Config) -> list[str]:
-        value = value_of(hf, self.theirs, self.absent, self.nullable)
+        value = read_field(hf, self.theirs, self.absent, self.nullable)
         if value not in self.choices:
             known = ", ".join(str(choice) for choice in self.choices)
             raise ValueError(f"config.json: {self.theirs}={value} is not supported, only {known}")
         return list(self.choices[value][1])
 
     def hf_config(self, decoder: Config) -> Config:
-        here = found(decoder, self.leaf)
+        here = read_setting(decoder, self.leaf)
         return next(({self.theirs: v} for v, (there, _) in self.choices.items() if there == here), {})
 
     @property
@@ -180,7 +186,7 @@ class Switch(Field):
         return {self.theirs}
 
 
-def tied(absent: bool, *untied: str) -> Switch:
+def tied_embeddings(absent: bool, *untied: str) -> Switch:
     """`tie_word_embeddings`; `untied` are further settings of an output matrix of its own."""
     target = "scantling.model.embed."
     return Switch(
@@ -216,12 +222,12 @@ GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "
 class Activation(Field):
     """`hidden_act` and the option of `ffn=`."""
 
-    def __init__(self, theirs: str, *, gated: bool, absent: str):
+    def __init__(self, theirs: str, *, gated: bool, absent: str) -> None:
         self.theirs, self.absent = theirs, absent
         self.options = GATED if gated else {option: option for option in ACTIVATIONS.values()}
 
     def overrides(self, hf: Config) -> list[str]:
-        name = value_of(hf, self.theirs, self.absent)
+        name = read_field(hf, self.theirs, self.absent)
         option = self.options.get(ACTIVATIONS.get(name, ""))
         if option is None:
             known = [theirs for theirs, ours in ACTIVATIONS.items() if ours in self.options]
@@ -229,8 +235,11 @@ class Activation(Field):
         return [f"ffn={option}"]
 
     def hf_config(self, decoder: Config) -> Config:
-        approximate = found(decoder, "ffn.activation.approximate")
-        key = (found(decoder, "ffn.activation._target_"), None if approximate is MISSING else approximate)
+        approximate = read_setting(decoder, "ffn.activation.approximate")
+        key = (
+            read_setting(decoder, "ffn.activation._target_"),
+            None if approximate is MISSING else approximate,
+        )
         name = CLASSES.get(key, "")
         return {self.theirs: name} if ACTIVATIONS.get(name) in self.options else {}
 
@@ -242,19 +251,22 @@ class Activation(Field):
 class GatedWidth(Field):
     """The width of a gated feed-forward; ours is 3/2 of it, of which gated options take two thirds."""
 
-    def __init__(self, theirs: str, ours: str = "model.d_ff", node: str = "ffn"):
+    def __init__(self, theirs: str, ours: str = "model.d_ff", node: str = "ffn") -> None:
         self.theirs, self.ours, self.node = theirs, ours, node
 
     def overrides(self, hf: Config) -> list[str]:
-        width = value_of(hf, self.theirs, REQUIRED)
+        width = read_field(hf, self.theirs, REQUIRED)
         # With a multiple of 1 the rounding finds every width again, also the odd ones.
         multiple_of = 8 if width % 8 == 0 else 1
         return [setting(self.ours, (3 * width + 1) // 2), setting(f"{self.node}.multiple_of", multiple_of)]
 
     def hf_config(self, decoder: Config) -> Config:
-        d_ff, multiple_of = found(decoder, self.ours), found(decoder, f"{self.node}.multiple_of")
+        d_ff, multiple_of = (
+            read_setting(decoder, self.ours),
+            read_setting(decoder, f"{self.node}.multiple_of"),
+        )
         if MISSING in (d_ff, multiple_of):
-            return {self.theirs: found(decoder, "d_ff")}
+            return {self.theirs: read_setting(decoder, "d_ff")}
         return {self.theirs: gated_width(d_ff, multiple_of)}
 
     @property
@@ -265,12 +277,12 @@ class GatedWidth(Field):
 class Times(Field):
     """A width that the family fixes as a multiple of another field."""
 
-    def __init__(self, theirs: str, factor: int, ours: str, aliases: Sequence[str] = ()):
+    def __init__(self, theirs: str, factor: int, ours: str, aliases: Sequence[str] = ()) -> None:
         self.theirs, self.factor, self.ours, self.aliases = theirs, factor, ours, aliases
 
     def overrides(self, hf: Config) -> list[str]:
         theirs = next((name for name in self.aliases if name in hf), self.theirs)
-        return [setting(self.ours, self.factor * value_of(hf, theirs, REQUIRED))]
+        return [setting(self.ours, self.factor * read_field(hf, theirs, REQUIRED))]
 
     def hf_config(self, decoder: Config) -> Config:
         return {}
@@ -283,11 +295,11 @@ class Times(Field):
 class Equal(Field):
     """A field that must equal another where it is given: models in which it differs are not built."""
 
-    def __init__(self, theirs: str, other: str, ours: str):
+    def __init__(self, theirs: str, other: str, ours: str) -> None:
         self.theirs, self.other, self.ours = theirs, other, ours
 
     def overrides(self, hf: Config) -> list[str]:
-        value, other = hf.get(self.theirs), value_of(hf, self.other, REQUIRED)
+        value, other = hf.get(self.theirs), read_field(hf, self.other, REQUIRED)
         if value not in (None, other):
             raise ValueError(
                 f"config.json: {self.theirs}={value} is not supported, only {other}, its {self.other}"
@@ -295,7 +307,7 @@ class Equal(Field):
         return []
 
     def hf_config(self, decoder: Config) -> Config:
-        return {self.theirs: found(decoder, self.ours)}
+        return {self.theirs: read_setting(decoder, self.ours)}
 
     @property
     def names(self) -> set[str]:
@@ -305,17 +317,17 @@ class Equal(Field):
 class Window(Field):
     """`sliding_window`, null for full attention."""
 
-    def __init__(self, theirs: str, *, absent: int | None):
+    def __init__(self, theirs: str, *, absent: int | None) -> None:
         self.theirs, self.absent = theirs, absent
 
     def overrides(self, hf: Config) -> list[str]:
-        window = value_of(hf, self.theirs, self.absent, nullable=True)
+        window = read_field(hf, self.theirs, self.absent, nullable=True)
         if window is None:
             return ["attn/pattern=full"]
         return ["attn/pattern=sliding", setting("model.window", window)]
 
     def hf_config(self, decoder: Config) -> Config:
-        window = found(decoder, "attn.pattern.window")
+        window = read_setting(decoder, "attn.pattern.window")
         return {self.theirs: None if window is MISSING else window}
 
     @property
@@ -324,16 +336,19 @@ class Window(Field):
 
 
 class LayerTypes(Field):
-    """Windows in all layers but each `every`-th; `config.json` lists the layers, or gives the period alone."""
+    """Windows in all layers but each `every`-th.
+
+    `config.json` lists the layers, or gives the period alone.
+    """
 
     period = ("sliding_window_pattern", "_sliding_window_pattern")
 
-    def __init__(self, *, every: int, window: int, also: Sequence[str] = ()):
+    def __init__(self, *, every: int, window: int, also: Sequence[str] = ()) -> None:
         self.every, self.window, self.also = every, window, also
 
     def overrides(self, hf: Config) -> list[str]:
         every = next((hf[key] for key in self.period if key in hf), self.every)
-        n_layers = value_of(hf, "num_hidden_layers", REQUIRED)
+        n_layers = read_field(hf, "num_hidden_layers", REQUIRED)
         types = hf.get("layer_types") or self.types(n_layers, every)
         if "full_attention" in types:
             every = types.index("full_attention") + 1
@@ -343,17 +358,21 @@ class LayerTypes(Field):
             )
         return [
             "attn/pattern=local_global",
-            setting("model.window", value_of(hf, "sliding_window", self.window)),
+            setting("model.window", read_field(hf, "sliding_window", self.window)),
             *(setting(path, every) for path in ("attn.pattern.every", *self.also)),
         ]
 
     @staticmethod
     def types(n_layers: int, every: int) -> list[str]:
+        """[n_layers]: full attention in every `every`-th layer, a window in the others."""
         check_whole("config.json: sliding_window_pattern", every)
         return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)]
 
     def hf_config(self, decoder: Config) -> Config:
-        window, every = found(decoder, "attn.pattern.window"), found(decoder, "attn.pattern.every")
+        window, every = (
+            read_setting(decoder, "attn.pattern.window"),
+            read_setting(decoder, "attn.pattern.every"),
+        )
         if MISSING in (window, every):
             return {}
         types = self.types(decoder["n_layers"], every)
@@ -364,7 +383,7 @@ class LayerTypes(Field):
         return {"sliding_window", "layer_types", *self.period}
 
 
-def but(fields: Sequence[Field], *changes: Field, without: Sequence[str] = ()) -> tuple[Field, ...]:
+def change_fields(fields: Sequence[Field], *changes: Field, without: Sequence[str] = ()) -> tuple[Field, ...]:
     """A family's fields with those of the same names changed, others added, and some left out."""
     replaced = set(without).union(*(change.names for change in changes))
     return (*(field for field in fields if not field.names & replaced), *changes)

@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is none, or where it is no object."""
+    """A JSON object. Raises ValueError where there is none, or where it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -32,20 +32,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-class Tensors:
+class TensorFiles:
     """The tensors of a directory, in one file or several; each is read when it is asked for."""
 
-    def __init__(self, source: Path):
+    def __init__(self, source: Path) -> None:
         self.source = source
         self.files: dict[str, Any] = {}
         for path in self.paths():
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is no safetensors file: {error}") from None
+                raise ValueError(f"{path} is not a safetensors file: {error}") from None
             self.files |= dict.fromkeys(file.keys(), file)
 
     def paths(self) -> list[Path]:
+        """The files of the directory: those that the index names, or all safetensors there. Raises ValueError
+        where one is missing, and where only a pickle is there.
+        """
         if (self.source / INDEX).exists():
             named = read_json(self.source / INDEX).get("weight_map")
             if not isinstance(named, dict):
@@ -69,17 +72,22 @@ class Tensors:
         return paths
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
         return tuple(self.files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
+        """A tensor of floating-point numbers. Raises ValueError for a quantised one."""
         tensor = self.files[name].get_tensor(name)
         if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights are not read")
         return tensor
 
 
-def imported(family: Family, decoder: Decoder, tensors: Tensors) -> dict[str, Tensor]:
-    """The decoder's state from theirs. Raises ValueError when a tensor is missing, one too many, or of another shape."""
+def import_tensors(family: Family, decoder: Decoder, tensors: TensorFiles) -> dict[str, Tensor]:
+    """The decoder's state from their tensors.
+
+    Raises ValueError when a tensor is missing, one too many, or of another shape.
+    """
     rules, ours = rules_of(family.tensors, decoder), shapes_of(decoder)
     wanted: dict[str, tuple[int, ...]] = {}
     for rule in rules:
@@ -109,7 +117,7 @@ def imported(family: Family, decoder: Decoder, tensors: Tensors) -> dict[str, Te
     return {name: state[name] for name in ours}
 
 
-def stored_name(name: str, family: Family, tensors: Tensors) -> str:
+def stored_name(name: str, family: Family, tensors: TensorFiles) -> str:
     """A file of the body alone, as GPT-2's on the Hub, leaves the prefix out."""
     return name if name in tensors.files else name.removeprefix(family.prefix)
 
@@ -121,10 +129,11 @@ def tied_heads(family: Family, ours: Mapping[str, Any]) -> list[str]:
 
 
 def and_more(names: list[str]) -> str:
+    """How many names follow the first, in words."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def exported(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def export_tensors(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Theirs from the decoder's state."""
     theirs: dict[str, Tensor] = {}
     for rule in rules:
@@ -133,6 +142,7 @@ def exported(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def write_tensors(theirs: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as they may other files of this user."""
     path.touch()
     mode = path.stat().st_mode
     save_file(theirs, path, metadata={"format": "pt"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scantling.hub.fields import MISSING, REQUIRED, Config, Field, Only, found, setting, value_of
+from scantling.hub.fields import MISSING, REQUIRED, Config, Field, Only, read_field, read_setting, setting
 
 
 def yarn_growth(factor: float, mscale: float) -> float:
@@ -14,7 +14,9 @@ def yarn_growth(factor: float, mscale: float) -> float:
 
 
 def attention_factor(parameters: Config) -> float | None:
-    """Of YaRN, where no field says it: a ratio if both of its terms are given, else null, the paper's."""
+    """YaRN's factor where no field says it: a ratio if both of its terms are given, else null,
+    the paper's.
+    """
     above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if not (above and below):
         return None
@@ -47,8 +49,8 @@ WHOLE = Only("partial_rotary_factor", 1.0)
 
 
 class Rope(Field):
-    """`theta` and `fraction` are what the family takes where `config.json` is silent, `kinds` the scalings that it has,
-    `unread` what its code leaves unread, which therefore must have one value.
+    """`theta` and `fraction` are what the family takes where `config.json` is silent, `kinds` the scalings
+    that it has, `unread` what its code leaves unread, which therefore must have one value.
     """
 
     def __init__(
@@ -61,19 +63,19 @@ class Rope(Field):
         unread: Sequence[Only] = (WHOLE,),
         old_theta: str = "rope_theta",
         old_fraction: str = "partial_rotary_factor",
-    ):
+    ) -> None:
         self.theta, self.fraction, self.interleaved = theta, fraction, interleaved
         self.kinds, self.unread = ("default", *kinds), unread
         self.old_theta, self.old_fraction = old_theta, old_fraction
 
     def parameters(self, hf: Config) -> Config:
-        """In the form of transformers 5, whatever the file's."""
+        """The rotary settings in the form of transformers 5, whatever the file's."""
         old = {"rope_theta": hf.get(self.old_theta), "partial_rotary_factor": hf.get(self.old_fraction)}
         known = {key: value for key, value in old.items() if value is not None}
         return known | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
 
     def read(self, parameters: Config, node: str) -> list[str]:
-        """`node` is the part of the configuration that holds the rotation: `pos`, or one of several below it."""
+        """Overrides for the rotation at `node`, which is `pos`, or one of several below it."""
         given = {key: value for key, value in parameters.items() if value is not None}
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in self.kinds:
@@ -87,22 +89,22 @@ class Rope(Field):
             setting(f"{node}.interleaved", self.interleaved),
             f"{group}={'none' if kind == 'default' else kind}",
             *(
-                setting(f"{node}.scaling.{ours}", value_of(given, theirs, DEFAULTS.get(theirs, REQUIRED)))
+                setting(f"{node}.scaling.{ours}", read_field(given, theirs, DEFAULTS.get(theirs, REQUIRED)))
                 for theirs, ours in KINDS.get(kind, {}).items()
             ),
         ]
 
     def written(self, decoder: Config, node: str) -> Config:
         """The inverse of `read`; what is no rotation gives nothing."""
-        theta, fraction = found(decoder, f"{node}.theta"), found(decoder, f"{node}.fraction")
-        kind = str(found(decoder, f"{node}.scaling._target_")).rpartition(".")[2]
+        theta, fraction = read_setting(decoder, f"{node}.theta"), read_setting(decoder, f"{node}.fraction")
+        kind = str(read_setting(decoder, f"{node}.scaling._target_")).rpartition(".")[2]
         if MISSING in (theta, fraction):
             return {}
         parameters = {"rope_type": kind if kind in KINDS else "default", "rope_theta": theta}
         if fraction != 1.0 or self.fraction != 1.0:  # where the family's default is another, 1 must be said
             parameters["partial_rotary_factor"] = fraction
         for theirs, ours in KINDS.get(kind, {}).items():
-            value = found(decoder, f"{node}.scaling.{ours}")
+            value = read_setting(decoder, f"{node}.scaling.{ours}")
             if value is not None:
                 parameters[theirs] = value
         return parameters
@@ -129,7 +131,7 @@ class RopeLocalGlobal(Field):
     `old_local` is what files before transformers 5 call the base of the first.
     """
 
-    def __init__(self, *, local: float, whole: float, old_local: str):
+    def __init__(self, *, local: float, whole: float, old_local: str) -> None:
         # `transformers` looks for `truncate` beside the kinds of layers, where no file has it
         unread = (WHOLE, Only("truncate", True))
         thetas = {"sliding_attention": local, "full_attention": whole}

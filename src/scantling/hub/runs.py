@@ -1,4 +1,4 @@
-"""Import makes a run of a Hugging Face directory, export a Hugging Face directory of a run, weights one file of it."""
+"""Runs out of Hugging Face directories, such directories out of runs, and a run's weights as one file."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from scantling.config.command_line import CONF, leaves, nearest
 from scantling.config.composition import plain
 from scantling.data.tokenizers import Tokenizer
 from scantling.hub.family import Family, all_families
-from scantling.hub.fields import Config, filled
-from scantling.hub.files import Tensors, exported, imported, read_json, write_tensors
+from scantling.hub.fields import Config, fill_nulls
+from scantling.hub.files import TensorFiles, export_tensors, import_tensors, read_json, write_tensors
 from scantling.hub.weights import rules_of, shapes_of
-from scantling.inference.stored_run import TrainedRun
-from scantling.inference.weights import stored_weights
+from scantling.inference.safe_loading import read_weights
+from scantling.inference.stored_run import StoredRun
 from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
 
 PADDING = 0.05
-"""A model may have so many more rows, as a share, than its tokenizer has entries: tables are padded to round sizes."""
+"""A model may have so many more rows, as a share, than its tokenizer has entries: tables are padded to round
+sizes.
+"""
 
 IN_TRAINING = ("dropout", "drop_path", "load_balance", "z", "speed")
 """Settings that do not change what a trained model computes, and that few families can write down."""
@@ -46,16 +48,16 @@ def import_run(config: DictConfig) -> str:
     """Writes a run directory; raises ValueError, with nothing written, for what does not fit."""
     source = Path(config.source).expanduser()
     target = Path(config.run or Path(config.paths.runs) / "imported" / source.resolve().name)
-    check_free(target, "run")
+    check_target(target, "run")
     hf = read_json(source / "config.json")
-    family = family_of(hf.get("model_type"), f"{source / 'config.json'}: model_type")
+    family = find_family(hf.get("model_type"), f"{source / 'config.json'}: model_type")
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     kept = str(target.resolve() / "tokenizer.json").replace("'", "\\'")
     overrides = [*train_overrides(family, hf), "tokenizer=pretrained", f"tokenizer.source='{kept}'"]
     run = composed(tuple(overrides))
-    decoder = on_meta(run["decoder"])
+    decoder = build_on_meta(run["decoder"])
     check_vocabulary(tokenizer, run["decoder"]["vocab_size"], source)
-    state = imported(family, decoder, Tensors(source))
+    state = import_tensors(family, decoder, TensorFiles(source))
     environment = {
         "scantling": __version__,
         "overrides": overrides,
@@ -65,7 +67,7 @@ def import_run(config: DictConfig) -> str:
         "corpus": {"fingerprint": f"that of {source.resolve()}", "description": "unknown: an imported model"},
         "tokenizer": tokenizer.fingerprint,
     }
-    with whole(target) as partial:
+    with new_directory(target) as partial:
         directory = RunDirectory(partial)
         directory.begin(OmegaConf.to_yaml(OmegaConf.create(run)), environment)
         tokenizer.save(directory.tokenizer)
@@ -80,22 +82,22 @@ def import_run(config: DictConfig) -> str:
 
 
 def export_run(config: DictConfig) -> str:
-    """Writes a directory for `AutoModelForCausalLM` and `AutoTokenizer`; raises ValueError, with nothing written, where
-    the family cannot express the run.
+    """Writes a directory for `AutoModelForCausalLM` and `AutoTokenizer`; raises ValueError, with nothing
+    written, where the family cannot express the run.
     """
     target = Path(config.to).expanduser()
-    check_free(target, "to")
-    family = family_of(config.family, "family")
-    run = TrainedRun.load(config.run, config.checkpoint)
-    state = stored_weights(run.directory, config.checkpoint)
+    check_target(target, "to")
+    family = find_family(config.family, "family")
+    run = StoredRun.load(config.run, config.checkpoint)
+    state = read_weights(run.directory, config.checkpoint)
     decoder: Config = OmegaConf.to_container(run.config.decoder, resolve=True)  # type: ignore[assignment]
     decoder["vocab_size"] = len(state["embed.tokens.weight"])
-    hf = expressed(family, decoder)
-    theirs = exported(rules_of(family.tensors, run.decoder), state)
+    hf = express_decoder(family, decoder)
+    theirs = export_tensors(rules_of(family.tensors, run.decoder), state)
     end_of_text = run.tokenizer.end_of_text
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     dtype = str(state["embed.tokens.weight"].dtype).removeprefix("torch.")
-    with whole(target) as partial:
+    with new_directory(target) as partial:
         partial.mkdir(parents=True)
         write_json(partial / "config.json", {**hf, **ids, "pad_token_id": None, "dtype": dtype})
         write_json(partial / "generation_config.json", ids)
@@ -106,10 +108,10 @@ def export_run(config: DictConfig) -> str:
 
 
 def write_weights(config: DictConfig) -> str:
-    """Writes one safetensors file with the decoder's tensors under their own names, whatever engine trained them."""
+    """Write one safetensors file with the decoder's tensors under their own names."""
     target = Path(config.to).expanduser()
-    check_free(target, "to")
-    state = stored_weights(RunDirectory(config.run), config.checkpoint)
+    check_target(target, "to")
+    state = read_weights(RunDirectory(config.run), config.checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     write_tensors({name: tensor.contiguous() for name, tensor in state.items()}, partial)
@@ -120,7 +122,11 @@ def write_weights(config: DictConfig) -> str:
 # --- families ---
 
 
-def family_of(model_type: Any, asked_by: str) -> Family:
+def find_family(model_type: Any, asked_by: str) -> Family:
+    """The family of this `model_type`.
+
+    Raises ValueError for an unknown one, with the key that asked for it and the nearest family.
+    """
     families = all_families()
     if model_type not in families:
         near = nearest(str(model_type), list(families)) or f": known are {', '.join(families)}"
@@ -151,19 +157,20 @@ def composed(overrides: tuple[str, ...]) -> Config:
     return {**resolved, "choices": choices}  # type: ignore[dict-item]
 
 
-def on_meta(decoder: Config) -> Decoder:
+def build_on_meta(decoder: Config) -> Decoder:
+    """The decoder of this configuration, its tensors without memory."""
     factory = plain(instantiate(decoder, _partial_=True))
     with torch.device("meta"):
         return factory()
 
 
-def expressed(family: Family, decoder: Config) -> Config:
+def express_decoder(family: Family, decoder: Config) -> Config:
     """The family's `config.json` for this decoder.
 
-    It is composed once more, and must give the same decoder: this finds whatever a family cannot write down, for parts
-    that it never heard of too. Raises ValueError with what came out otherwise.
+    It is composed once more, and must give the same decoder: this finds whatever a family cannot write down,
+    for parts that it never heard of too. Raises ValueError with what came out otherwise.
     """
-    hf = family.hf_config(filled(decoder))
+    hf = family.hf_config(fill_nulls(decoder))
     try:
         again = composed(tuple(train_overrides(family, hf)))["decoder"]
         lost = differences(decoder, again)
@@ -171,7 +178,7 @@ def expressed(family: Family, decoder: Config) -> Config:
         raise ValueError(f"family {family.model_type} cannot express this run: {error}") from error
     if lost:
         raise ValueError(f"family {family.model_type} cannot express {', '.join(lost)}")
-    ours, theirs = on_meta(decoder), on_meta(again)
+    ours, theirs = build_on_meta(decoder), build_on_meta(again)
     shapes = shapes_of(theirs)
     for name, shape in shapes_of(ours).items():
         if shapes.get(name) != shape:
@@ -188,7 +195,7 @@ def expressed(family: Family, decoder: Config) -> Config:
 
 def differences(decoder: Config, again: Config) -> list[str]:
     """`setting=value` for what the second has otherwise; of a part that is another class, the class alone."""
-    ours, theirs = leaves(filled(decoder)), leaves(filled(again))
+    ours, theirs = leaves(fill_nulls(decoder)), leaves(fill_nulls(again))
     wrong = [key for key, value in ours.items() if compared(key) and not equal(value, theirs.get(key, ...))]
     if not wrong:
         wrong = [key for key in theirs if compared(key) and key not in ours]
@@ -214,15 +221,17 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int, source: Path) -> None:
+    """Raise ValueError where the tokenizer has more entries than the model has rows, or far fewer."""
     n = tokenizer.vocab_size
     if not (1 - PADDING) * rows <= n <= rows:
         raise ValueError(
-            f"{source / 'tokenizer.json'} has {n} entries, but by config.json the model has {rows} (vocab_size): "
-            "they do not belong together"
+            f"{source / 'tokenizer.json'} has {n} entries, but by config.json the model has {rows} "
+            "(vocab_size): they do not belong together"
         )
 
 
-def check_free(target: Path, setting: str) -> None:
+def check_target(target: Path, setting: str) -> None:
+    """Raise ValueError where something is there: it is not overwritten. `setting` names another place."""
     if target.exists():
         raise ValueError(
             f"{target} exists already and is not overwritten: choose another place with {setting}=DIR"
@@ -230,7 +239,7 @@ def check_free(target: Path, setting: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def new_directory(target: Path) -> Iterator[Path]:
     """A directory beside `target` that becomes it in the end; after an error nothing is left of it."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -257,4 +266,5 @@ def tokenizer_config(tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2) + "\n")

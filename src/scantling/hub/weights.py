@@ -1,8 +1,8 @@
 """The tensors of a family, each rule read both ways.
 
-Every rule has the same three steps: their tensors one below the other, rows in another order, ours cut off one after
-the other. Renaming, q, k and v as one matrix, heads that alternate, a transposed matrix, positions that
-start at row 2 are all of that kind, so one rule imports and exports.
+Every rule has the same three steps: their tensors one below the other, rows in another order, ours cut off
+one after the other. Renaming, q, k and v as one matrix, heads that alternate, a transposed matrix, positions
+that start at row 2 are all of that kind, so one rule imports and exports.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ class Rule:
     folded: int | None = None  # theirs is a matrix of so many rows, ours as many vectors
 
     def their_shapes(self, ours: Mapping[str, Shape]) -> dict[str, Shape]:
-        """What theirs must be for ours to have these shapes."""
+        """The shapes that their tensors must have for ours to have these."""
         shapes = [ours[name] for name in self.ours]
         total = self.skipped + sum(shape[0] for shape in shapes)
         rows = zip(self.theirs, self.rows or (total,), strict=True)
         return {name: self.stored((n, *shapes[0][1:])) for name, n in rows}
 
     def stored(self, shape: Shape) -> Shape:
+        """The shape that theirs has on disk for `shape`, rows before columns."""
         if self.folded is not None:
             return (self.folded, shape[0] // self.folded)
         return shape[::-1] if self.transposed else shape
 
     def to_ours(self, theirs: list[Tensor], ours: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """Our tensors from theirs, in memory of their own."""
         if self.folded is not None:
             theirs = [tensor.flatten() for tensor in theirs]
         if self.transposed:
@@ -60,6 +62,7 @@ class Rule:
         return {name: piece.clone() for name, piece in zip(self.ours, pieces, strict=True)}
 
     def to_theirs(self, ours: list[Tensor]) -> dict[str, Tensor]:
+        """Their tensors from ours, contiguous."""
         whole = ours[0] if len(ours) == 1 else torch.cat(ours)
         if self.order is not None:
             whole = whole[self.order.argsort()]
@@ -115,14 +118,16 @@ class Apart(Layout):
         attn = ours.removesuffix(".qkv")
         weights = tuple(f"{name}.weight" for name in theirs.values())
         return [
-            Rule((f"{ours}.weight",), weights, rows=widths(attn, modules)),
+            Rule((f"{ours}.weight",), weights, rows=qkv_widths(attn, modules)),
             *(Rule((f"{attn}.{part}_bias",), (f"{name}.bias",)) for part, name in theirs.items()),
         ]
 
 
 @dataclass(frozen=True)
 class Together(Layout):
-    """`attn.qkv` as one layer: all queries, keys, values; or `by_head` the queries, key and value of each key head."""
+    """`attn.qkv` as one layer: all queries, keys, values; or `by_head` the queries, key and value of each key
+    head.
+    """
 
     theirs: str
     by_head: bool = False
@@ -160,40 +165,41 @@ class Folded(Layout):
     theirs: str
 
     def rules(self, ours: str, places: Places, modules: Modules) -> list[Rule]:
-        norms = [f"{ours}.{name}.weight" for name, _ in children(ours, modules)]
+        norms = [f"{ours}.{name}.weight" for name, _ in named_children(ours, modules)]
         theirs = (f"{self.theirs.format(**places)}.weight",)
         return [Rule(tuple(norms), theirs, folded=len(norms))] if norms else []
 
 
-def widths(attn: str, modules: Modules) -> Shape:
-    """Of all queries, keys and values."""
+def qkv_widths(attn: str, modules: Modules) -> Shape:
+    """How many rows all queries have, all keys, and all values."""
     module = modules[attn]
     assert isinstance(module, Attention)
     return tuple(heads * module.d_head for heads in module.heads)
 
 
 def by_head_order(attn: str, modules: Modules) -> Tensor:
-    """The row of theirs for each of ours, where theirs has for each key head its queries, its key and its value."""
-    q, k, v = widths(attn, modules)
+    """The row of theirs for each of ours, where theirs has for each key head its queries, key and value."""
+    q, k, v = qkv_widths(attn, modules)
     module = modules[attn]
     assert isinstance(module, Attention)
     theirs_KGE = torch.arange(q + k + v).view(module.heads[1], -1, module.d_head)
     return torch.cat([part.flatten() for part in (theirs_KGE[:, :-2], theirs_KGE[:, -2], theirs_KGE[:, -1])])
 
 
-def children(path: str, modules: Modules) -> list[tuple[str, nn.Module]]:
+def named_children(path: str, modules: Modules) -> list[tuple[str, nn.Module]]:
+    """Name and module of each child, none where the path is not a module."""
     return list(modules[path].named_children()) if path in modules else []
 
 
-def places_of(ours: str, modules: Modules) -> Iterator[dict[str, str]]:
-    """Every way to fill the places of a name with modules that are there."""
+def fill_places(ours: str, modules: Modules) -> Iterator[dict[str, str]]:
+    """Yields each way to fill the places of a name with modules that are there."""
     if "{" not in ours:
         yield {}
         return
     before, _, rest = ours.partition("{")
     letter, _, after = rest.partition("}")
-    for name, _ in children(before.removesuffix("."), modules):
-        for others in places_of(before + name + after, modules):
+    for name, _ in named_children(before.removesuffix("."), modules):
+        for others in fill_places(before + name + after, modules):
             yield {letter: name, **others}
 
 
@@ -206,7 +212,7 @@ def rules_of(table: Table, decoder: Decoder) -> list[Rule]:
     rules: list[Rule] = []
     for ours, theirs in table.items():
         layout = Named(theirs) if isinstance(theirs, str) else theirs
-        for places in places_of(ours, modules):
+        for places in fill_places(ours, modules):
             name = ours.format(**places)
             if name in modules or name in have:
                 rules += (r for r in layout.rules(name, places, modules) if have.keys() >= set(r.ours))
@@ -219,4 +225,5 @@ def rules_of(table: Table, decoder: Decoder) -> list[Rule]:
 
 
 def shapes_of(decoder: Decoder) -> dict[str, Shape]:
+    """The shape of every tensor of a decoder's state, by name."""
     return {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}

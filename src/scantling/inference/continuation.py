@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from scantling.inference.generation import (
-    beam_search,
-    check_draft,
-    check_room,
-    generate,
-    largest_context,
-    speculate,
-)
-from scantling.inference.sampling import Ids, Settings
+from scantling.inference.beam_search import beam_search, check_room
+from scantling.inference.cached_texts import largest_context
+from scantling.inference.generation import generate
+from scantling.inference.sampling import GenerationSettings, Ids
+from scantling.inference.speculation import check_draft, speculate
 from scantling.model.decoder import Decoder
 
 
 class Codec(Protocol):
-    """What generation needs of a tokenizer."""
+    """The part of a tokenizer that generation needs."""
 
     end_of_text: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, broken characters as U+FFFD."""
+        ...
 
 
-class Text:
-    """A continuation as it grows: a piece is held back while it may be part of a character or of a stop string."""
+class GrowingText:
+    """A continuation as it grows.
 
-    def __init__(self, codec: Codec, stop: Sequence[str]):
+    A piece is held back while it may be part of a character or of a stop string.
+    """
+
+    def __init__(self, codec: Codec, stop: Sequence[str]) -> None:
         self.codec, self.stop = codec, stop
         self.ids: Ids = []
         self.shown = 0
@@ -47,42 +50,44 @@ class Text:
         ends = [at for stop in self.stop if (at := text.find(stop, self.shown)) >= 0]
         if ends:
             self.is_done = True
-            return self.upto(text, min(ends))
+            return self.show_up_to(text, min(ends))
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        held = max((overlap(text[self.shown :], stop) for stop in self.stop), default=0)
-        return self.upto(text, len(text) - held)
+        held = max((stop_overlap(text[self.shown :], stop) for stop in self.stop), default=0)
+        return self.show_up_to(text, len(text) - held)
 
     def finish(self) -> str:
-        """What was still held back."""
+        """The piece that was still held back."""
         if self.is_done:
             return ""
         self.is_done = True
         text = self.codec.decode(self.ids)
-        return self.upto(text, len(text))
+        return self.show_up_to(text, len(text))
 
-    def upto(self, text: str, end: int) -> str:
+    def show_up_to(self, text: str, end: int) -> str:
+        """The piece between what is already shown and `end`, which is shown from now on."""
         piece = text[self.shown : end]
         self.shown = max(self.shown, end)
         return piece
 
 
-def overlap(text: str, stop: str) -> int:
+def stop_overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that a stop string begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def continuations(
+def continue_prompts(
     decoder: Decoder,
     codec: Codec,
     prompts: Sequence[str],
     *,
-    settings: Settings,
+    settings: GenerationSettings,
     seed: int,
     draft: Decoder | None = None,
 ) -> Iterator[tuple[int, str | None]]:
-    """(prompt, piece of the text that follows it), until end-of-text, a stop string or `n_tokens`; None when done.
+    """(prompt, piece of the text that follows it), until end-of-text, a stop string or `n_tokens`; None when
+    done.
 
     An empty prompt starts a new document. Raises ValueError, at once, for prompts that the model cannot take.
     """
@@ -98,25 +103,28 @@ def continuations(
         if settings.beams > 1:
             raise ValueError(f"beams={settings.beams} and a draft exclude each other: choose one")
         check_draft(decoder, draft)
-    return pieces(decoder, codec, ids, settings=settings, seed=seed, draft=draft)
+    return continue_ids(decoder, codec, ids, settings=settings, seed=seed, draft=draft)
 
 
-def pieces(
+def continue_ids(
     decoder: Decoder,
     codec: Codec,
     prompts: Sequence[Ids],
     *,
-    settings: Settings,
+    settings: GenerationSettings,
     seed: int,
     draft: Decoder | None,
 ) -> Iterator[tuple[int, str | None]]:
+    """As `continue_prompts`, of prompts that are ids already and known to fit."""
     models = [model for model in (decoder, draft) if model is not None]
     was_training = [model.training for model in models]
     for model in models:
         model.eval()
-    texts = [Text(codec, settings.stop) for _ in prompts]
+    texts = [GrowingText(codec, settings.stop) for _ in prompts]
     try:
-        for row, token in stream(decoder, codec, prompts, texts, settings=settings, seed=seed, draft=draft):
+        for row, token in next_tokens(
+            decoder, codec, prompts, texts, settings=settings, seed=seed, draft=draft
+        ):
             if texts[row].is_done:
                 continue
             if piece := texts[row].add(token):
@@ -133,13 +141,13 @@ def pieces(
             yield row, None
 
 
-def stream(
+def next_tokens(
     decoder: Decoder,
     codec: Codec,
     prompts: Sequence[Ids],
-    texts: Sequence[Text],
+    texts: Sequence[GrowingText],
     *,
-    settings: Settings,
+    settings: GenerationSettings,
     seed: int,
     draft: Decoder | None,
 ) -> Iterator[tuple[int, int]]:
@@ -163,10 +171,12 @@ def stream(
             done |= {row for row, text in enumerate(texts) if text.is_done}
 
 
-def continuation(decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings) -> Iterator[str]:
+def continue_text(
+    decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings: Any
+) -> Iterator[str]:
     """The text that follows one prompt, piece by piece; of a prompt too long the end counts."""
-    plain = Settings(**settings)
+    plain = GenerationSettings(**settings)
     ids = [codec.end_of_text, *codec.encode(prompt)][-largest_context(decoder, plain.context) :]
-    for _, piece in pieces(decoder, codec, [ids], settings=plain, seed=seed, draft=None):
+    for _, piece in continue_ids(decoder, codec, [ids], settings=plain, seed=seed, draft=None):
         if piece is not None:
             yield piece

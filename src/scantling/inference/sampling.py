@@ -18,7 +18,7 @@ Ids = list[int]
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """How a text is continued. Raises ValueError for what cannot be.
 
     Filters apply in this order, as in `transformers`, each to what the one before it left.
@@ -30,17 +30,25 @@ class Settings:
     top_k: int | None
     """Keep the k likeliest tokens. Fan et al. 2018, arXiv:1805.04833."""
     top_p: float | None
-    """Keep the fewest likeliest tokens that hold at least p together. Holtzman et al. 2020, arXiv:1904.09751."""
+    """Keep the fewest likeliest tokens that hold at least p together. Holtzman et al. 2020,
+    arXiv:1904.09751.
+    """
     min_p: float | None = None
     """Keep tokens at least p times as likely as the likeliest. Nguyen et al. 2024, arXiv:2407.01082."""
     typical_p: float | None = None
-    """Keep the tokens whose -log p is nearest to the entropy, until they hold p. Meister et al. 2022, arXiv:2202.00666."""
+    """Keep the tokens whose -log p is nearest to the entropy, until they hold p. Meister et al. 2022,
+    arXiv:2202.00666.
+    """
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens seen before, multiplies negative ones. Keskar et al. 2019, arXiv:1909.05858, §4.1."""
+    """Divides positive logits of tokens seen before, multiplies negative ones. Keskar et al. 2019,
+    arXiv:1909.05858, §4.1.
+    """
     beams: int = 1
     """More than one: the likeliest text that a beam search finds; nothing is drawn and no filter applies."""
     length_penalty: float = 1.0
-    """A finished beam's score is log p / tokens^length_penalty: above 0 favours long texts. Wu et al. 2016, arXiv:1609.08144."""
+    """A finished beam's score is log p / tokens^length_penalty: above 0 favours long texts. Wu et al. 2016,
+    arXiv:1609.08144.
+    """
     draft_tokens: int = 4
     """How many tokens a draft model proposes at once."""
     stop: tuple[str, ...] = ()
@@ -48,7 +56,9 @@ class Settings:
     precision: str = "full"
     """Of cached keys and values."""
     context: int | None = None
-    """Tokens that the model sees at most; None: its `seq_len`, or no limit where every layer sees a window."""
+    """Tokens that the model sees at most; None: its `seq_len`, or no limit where every layer sees a
+    window.
+    """
 
     def __post_init__(self):
         whole = {"n_tokens": self.n_tokens, "beams": self.beams, "draft_tokens": self.draft_tokens}
@@ -78,7 +88,8 @@ class Settings:
         if self.precision not in BUFFERS:
             raise ValueError(f"cache={self.precision} is unknown: use one of {', '.join(BUFFERS)}")
 
-    def penalised(self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None) -> Tensor:
+    def penalise(self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None) -> Tensor:
+        """Logits with `repetition_penalty` on the tokens in `seen_BV`; None: as they are."""
         if seen_BV is None:
             return logits_BV
         penalty = self.repetition_penalty
@@ -88,11 +99,12 @@ class Settings:
     def probabilities(
         self, logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"] | None = None
     ) -> Float[Tensor, "B V"]:
-        """Of the next token, to draw from."""
-        logits_BV = self.penalised(logits_BV.float(), seen_BV)
+        """The distribution of the next token, penalty, temperature and filters applied."""
+        logits_BV = self.penalise(logits_BV.float(), seen_BV)
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).float()
-        # From the largest logit on, and no temperature that is 0 in float32: however small, one logit stays finite.
+        # From the largest logit on, and no temperature that is 0 in float32: however small, one logit stays
+        # finite.
         above_zero = max(self.temperature, torch.finfo(logits_BV.dtype).tiny)
         logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / above_zero
         if self.top_k is not None:
@@ -107,18 +119,22 @@ class Settings:
             p_BV = p_BV.masked_fill(p_BV < self.min_p * p_BV.amax(-1, keepdim=True), 0.0)
         p_BV = p_BV / p_BV.sum(-1, keepdim=True)
         if self.typical_p is not None:
-            p_BV = typical(p_BV, self.typical_p)
+            p_BV = keep_typical(p_BV, self.typical_p)
         return p_BV
 
     def draw(
         self, logits_BV: Tensor, seen_BV: Tensor | None, generator: torch.Generator
     ) -> Int[Tensor, " B"]:
+        """Ids of the next tokens, at temperature 0 the likeliest."""
         if self.temperature == 0:
-            return self.penalised(logits_BV, seen_BV).argmax(-1)
-        return drawn(self.probabilities(logits_BV, seen_BV), generator)
+            return self.penalise(logits_BV, seen_BV).argmax(-1)
+        return draw_tokens(self.probabilities(logits_BV, seen_BV), generator)
 
 
-def typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
+def keep_typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
+    """Keep the tokens whose -log p is nearest to the entropy until they hold `mass`; the rest becomes 0.
+    Meister et al. 2022, arXiv:2202.00666.
+    """
     surprise_BV = -p_BV.log()
     entropy_B1 = torch.special.entr(p_BV).sum(-1, keepdim=True)
     distance_BV = (surprise_BV - entropy_B1).abs()
@@ -129,16 +145,18 @@ def typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
     return p_BV / p_BV.sum(-1, keepdim=True)
 
 
-def drawn(p_BV: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
-    """On the CPU, so that a seed means the same on every device."""
+def draw_tokens(p_BV: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, " B"]:
+    """An id from each row; on the CPU, so that a seed means the same on every device."""
     return torch.multinomial(p_BV.cpu(), 1, generator=generator)[:, 0].to(p_BV.device)
 
 
-def one_of(p_V: Float[Tensor, " V"], generator: torch.Generator) -> int:
+def draw_one(p_V: Float[Tensor, " V"], generator: torch.Generator) -> int:
+    """An index drawn with these probabilities, which need not sum to 1."""
     return int(torch.multinomial(p_V, 1, generator=generator))
 
 
 def seen_tokens(texts: Sequence[Ids], vocab_size: int, device: torch.device) -> Bool[Tensor, "B V"]:
+    """Which tokens occur in each text."""
     seen_BV = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
     for row, ids in zip(seen_BV, texts, strict=True):
         row[ids] = True

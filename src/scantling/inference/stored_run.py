@@ -17,9 +17,9 @@ from scantling.data.context_windows import ContextWindows
 from scantling.data.corpora import Corpus
 from scantling.data.loading import validation_batches
 from scantling.data.tokenizers import Pretrained, Tokenizer
-from scantling.data.tokens import TokenizedCorpus, prepare
+from scantling.data.tokens import TokenizedCorpus, prepare_corpus
+from scantling.inference.safe_loading import check_targets, load_decoder, read_weights
 from scantling.inference.text_loss import TextLoss
-from scantling.inference.weights import check_targets, opened, stored_weights
 from scantling.model.cross_entropy import IGNORED
 from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
@@ -27,21 +27,25 @@ from scantling.runs.table import find
 
 
 @dataclass
-class TrainedRun:
+class StoredRun:
+    """A run opened again: directory, configuration, decoder with the weights of a checkpoint, tokenizer."""
+
     directory: RunDirectory
     config: DictConfig
     decoder: Decoder
     tokenizer: Tokenizer
 
     @classmethod
-    def load(cls, path: str, checkpoint: str) -> TrainedRun:
-        """Raises ValueError where there is no run or no checkpoint, or where its configuration asks for foreign code."""
+    def load(cls, path: str, checkpoint: str) -> StoredRun:
+        """The run in the directory `path`, with the weights of `checkpoint`. Raises ValueError where there is
+        no run or no checkpoint, or where its configuration asks for foreign code.
+        """
         directory = RunDirectory(path)
         if not directory.config.exists():
             raise ValueError(
                 f"run={path} holds no run: give a directory that holds a config.yaml, as below runs/"
             )
-        config, decoder, tokenizer = opened(directory, stored_weights(directory, checkpoint))
+        config, decoder, tokenizer = load_decoder(directory, read_weights(directory, checkpoint))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(directory, config, decoder.to(device), tokenizer)
 
@@ -51,13 +55,13 @@ class TrainedRun:
             chosen = self.config.data
             check_targets(chosen, self.directory.config)
         corpus: Corpus = instantiate(chosen)
-        return prepare(corpus, Pretrained(source=str(self.directory.tokenizer)), cache)
+        return prepare_corpus(corpus, Pretrained(source=str(self.directory.tokenizer)), cache)
 
     @torch.no_grad()
     def loss(
         self, corpus: TokenizedCorpus, *, split: str, n_windows: int | None, batch_size: int
     ) -> TextLoss:
-        """Over windows of the model's context length, side by side or evenly apart, in float32."""
+        """The loss over windows of the model's context length, side by side or evenly apart, in float32."""
         result = TextLoss(corpus.token_bytes)
         tokens = getattr(corpus, split).tokens
         device = self.decoder.embed.tokens.weight.device
@@ -93,6 +97,9 @@ class TrainedRun:
                 yield length, stride, result
 
 
-def place_of(name: str, config: DictConfig) -> str:
-    """The directory of a run that is given by it, or by its name in any study. Raises ValueError for what is none."""
+def find_run(name: str, config: DictConfig) -> str:
+    """The directory of a run that is given by it, or by its name in any study.
+
+    Raises ValueError where there is none.
+    """
     return str(find(Path(config.paths.runs), [name])[0].path)

@@ -1,4 +1,4 @@
-"""What a run's checkpoints show: how the embeddings of its tokens lie to each other, and which token attends to which."""
+"""What checkpoints show: how the embeddings of tokens lie to each other, and which attends to which."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from scantling.data.tokenizers import Tokenizer
 from scantling.data.tokens import cached_tokens
-from scantling.inference.generation import largest_context
-from scantling.inference.weights import opened, weights_by_step
+from scantling.inference.cached_texts import largest_context
+from scantling.inference.safe_loading import load_decoder, read_weights_by_step
 from scantling.model.attention_weights import attention_weights
 from scantling.model.decoder import Decoder
 from scantling.model.embed import Embedding
@@ -55,7 +55,7 @@ LARGE = 200_000_000
 
 
 @dataclass
-class Opened:
+class ViewedRun:
     """A run with its last weights. `held_out`: of its text, where the cache still has it."""
 
     directory: RunDirectory
@@ -65,12 +65,12 @@ class Opened:
 
 
 def views_of(directory: RunDirectory, *, tokens: Sequence[str] | None, prompt: str | None) -> Views:
-    """Of every checkpoint that is kept the embeddings, of the last one the attention to `prompt`; None: the most frequent
-    words, the first ones of the held-out text.
+    """Of every checkpoint that is kept the embeddings, of the last one the attention to `prompt`; None: the
+    most frequent words, the first ones of the held-out text.
 
     Raises ValueError for a run that cannot be read, and for what is asked for and cannot be shown.
     """
-    weights, unreadable = weights_by_step(directory)
+    weights, unreadable = read_weights_by_step(directory)
     if not weights:
         raise ValueError(f"{directory.checkpoints} holds no checkpoint that can be read")
     steps = list(weights)
@@ -79,19 +79,19 @@ def views_of(directory: RunDirectory, *, tokens: Sequence[str] | None, prompt: s
         raise ValueError(
             f"a model of {n_parameters:.2g} parameters is opened only with tokens=[…] or prompt=…"
         )
-    config, decoder, tokenizer = opened(directory, weights[steps[-1]])
+    config, decoder, tokenizer = load_decoder(directory, weights[steps[-1]])
     fingerprint = directory.environment["corpus"]["fingerprint"]
     corpus = cached_tokens(fingerprint, tokenizer, Path(config.paths.cache))
     held_out = None if corpus is None else corpus.val.tokens
-    run = Opened(directory, decoder, tokenizer, held_out)
-    notes = [kept(steps), *(f"{file} cannot be read, and is left out." for file in unreadable)]
+    run = ViewedRun(directory, decoder, tokenizer, held_out)
+    notes = [describe_steps(steps), *(f"{file} cannot be read, and is left out." for file in unreadable)]
     if run.held_out is None:
         notes.append(
             "The run's text is not in the cache: how frequent a token is, its place in the vocabulary says."
         )
     attention = None
     try:
-        attention = attention_of(run, prompt, steps[-1])
+        attention = attention_view(run, prompt, steps[-1])
     except ValueError as error:
         if prompt is not None:
             raise
@@ -101,7 +101,8 @@ def views_of(directory: RunDirectory, *, tokens: Sequence[str] | None, prompt: s
     return Views(tuple(notes), neighbours, map_, attention)
 
 
-def kept(steps: Sequence[int]) -> str:
+def describe_steps(steps: Sequence[int]) -> str:
+    """Which checkpoints are shown, and how to keep more."""
     each = [f"{step:,}" for step in steps]
     if len(each) == 1:
         after = f"step {each[0]}, the only one that is kept"
@@ -109,37 +110,41 @@ def kept(steps: Sequence[int]) -> str:
         after = f"steps {', '.join(each[:-1])} and {each[-1]}, all that are kept"
     else:
         after = f"steps {each[0]} to {each[-1]}, {STEPS} of the {len(each)} that are kept"
-    return f"Checkpoints after {after}: train with checkpoint.keep=100 to keep the newest hundred, and to see more of them here."
+    return (
+        f"Checkpoints after {after}: train with checkpoint.keep=100 to keep the newest hundred, "
+        "and to see more of them here."
+    )
 
 
 # --- embeddings ---
 
 
 def embedding_views(
-    run: Opened, weights: dict[int, dict[str, Tensor]], tokens: Sequence[str] | None
+    run: ViewedRun, weights: dict[int, dict[str, Tensor]], tokens: Sequence[str] | None
 ) -> tuple[Neighbours, EmbeddingMap]:
-    order = by_frequency(run.held_out, run.tokenizer.vocab_size)
+    """The neighbours of the chosen tokens in each checkpoint, and a map of the most frequent ones."""
+    order = ids_by_frequency(run.held_out, run.tokenizer.vocab_size)
     chosen = list(islice(frequent_words(run.tokenizer, order), WORDS))
     if tokens is not None:
-        chosen = list(dict.fromkeys(only_token(run.tokenizer, str(token)) for token in tokens))
+        chosen = list(dict.fromkeys(single_token(run.tokenizer, str(token)) for token in tokens))
     ids = np.array([*chosen, *order[~np.isin(order, chosen)]])[: max(AMONG, len(chosen))]
     steps, n_mapped = tuple(weights), max(MAPPED, len(chosen))
     nearest, mapped = [], []
     for of_step in weights.values():
-        vectors = embedded(run.decoder.embed, of_step, ids)
-        found = nearest_to(vectors, len(chosen), NEAREST)
+        vectors = embed_tokens(run.decoder.embed, of_step, ids)
+        found = nearest_vectors(vectors, len(chosen), NEAREST)
         nearest.append(
-            tuple(tuple((label(run.tokenizer, ids[i]), cosine) for i, cosine in each) for each in found)
+            tuple(tuple((token_label(run.tokenizer, ids[i]), cosine) for i, cosine in each) for each in found)
         )
         mapped.append(vectors[:n_mapped])
     places, shares = principal_places(np.stack(mapped))
-    words = tuple(label(run.tokenizer, id_) for id_ in ids[:n_mapped])
+    words = tuple(token_label(run.tokenizer, id_) for id_ in ids[:n_mapped])
     return (
         Neighbours(steps, words[: len(chosen)], tuple(nearest), among=len(ids)),
         EmbeddingMap(
             steps,
             words,
-            kinds=tuple(kind(text_of(run.tokenizer, id_)) for id_ in ids[:n_mapped]),
+            kinds=tuple(token_kind(token_text(run.tokenizer, id_)) for id_ in ids[:n_mapped]),
             named=tuple(i < len(chosen) for i in range(len(words))),
             places=places,
             shares=shares,
@@ -148,15 +153,17 @@ def embedding_views(
 
 
 @torch.no_grad()
-def embedded(embed: Embedding, weights: dict[str, Tensor], ids: np.ndarray) -> np.ndarray:
-    """What enters the first layer for each of `ids` [n, D], positions aside, with the weights of a checkpoint."""
+def embed_tokens(embed: Embedding, weights: dict[str, Tensor], ids: np.ndarray) -> np.ndarray:
+    """What enters the first layer for each of `ids` [n, D], positions aside, by a checkpoint's weights."""
     own = {key.removeprefix("embed."): w for key, w in weights.items() if key.startswith("embed.")}
     embed.load_state_dict(own)
     return embed(torch.from_numpy(ids)[None])[0].double().numpy()
 
 
-def nearest_to(vectors: np.ndarray, n_words: int, n_nearest: int) -> list[list[tuple[int, float]]]:
-    """For each of the first `n_words` of `vectors` [n, D] the others of the largest cosine, x·y / |x||y|, and it."""
+def nearest_vectors(vectors: np.ndarray, n_words: int, n_nearest: int) -> list[list[tuple[int, float]]]:
+    """The nearest others of each of the first `n_words` of `vectors` [n, D], and their cosine x·y
+    / |x||y|.
+    """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(float).tiny)
     cosines = unit[:n_words] @ unit.T
     cosines[np.arange(n_words), np.arange(n_words)] = -np.inf
@@ -165,11 +172,12 @@ def nearest_to(vectors: np.ndarray, n_words: int, n_nearest: int) -> list[list[t
 
 
 def principal_places(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[step, n, D] -> places [step, n, 2] on the first two principal components of the last step, and the share [step, 2]
-    of each step's variance along them.
+    """[step, n, D] -> places [step, n, 2] on the first two principal components of the last step, and the
+    share [step, 2] of each step's variance along them.
 
-    X - mean = U·S·Vᵀ at the last step; other steps are seen from the same mean along the same rows of Vᵀ, whose largest
-    entries are made positive, as their signs are free. Pearson 1901, doi:10.1080/14786440109462720.
+    X - mean = U·S·Vᵀ at the last step; other steps are seen from the same mean along the same rows of Vᵀ,
+    whose largest entries are made positive, as their signs are free. Pearson 1901,
+    doi:10.1080/14786440109462720.
     """
     mean = vectors[-1].mean(0)
     axes = np.linalg.svd(vectors[-1] - mean, full_matrices=False)[2][:2]
@@ -182,8 +190,11 @@ def principal_places(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- tokens ---
 
 
-def by_frequency(held_out: np.ndarray | None, vocab_size: int) -> np.ndarray:
-    """Every id, the most frequent first; without a text in the order of the vocabulary, where those learned first are."""
+def ids_by_frequency(held_out: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """Every id, the most frequent first.
+
+    Without a text in the order of the vocabulary, where those learned first are.
+    """
     if held_out is None:
         return np.arange(vocab_size)
     return np.argsort(-np.bincount(held_out[:COUNTED], minlength=vocab_size), kind="stable")
@@ -193,7 +204,7 @@ def frequent_words(tokenizer: Tokenizer, order: np.ndarray) -> Iterator[int]:
     """Tokens of letters, in this order, those of several before single ones."""
     single = []
     for id_ in order.tolist():
-        bare = text_of(tokenizer, id_).strip()
+        bare = token_text(tokenizer, id_).strip()
         if bare.isalpha():
             if len(bare) > 1:
                 yield id_
@@ -202,20 +213,22 @@ def frequent_words(tokenizer: Tokenizer, order: np.ndarray) -> Iterator[int]:
     yield from single
 
 
-def only_token(tokenizer: Tokenizer, text: str) -> int:
-    """Raises ValueError for a text that is no token."""
+def single_token(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a text that is one token. Raises ValueError for another."""
     ids = tokenizer.encode(text)
     if len(ids) != 1:
-        pieces = ", ".join(f'"{text_of(tokenizer, id_)}"' for id_ in ids)
+        pieces = ", ".join(f'"{token_text(tokenizer, id_)}"' for id_ in ids)
         cut = f", whose tokenizer cuts it into {pieces}" if ids else ""
         is_one = len(tokenizer.encode(f" {text}")) == 1
         hint = f'; with a space before it is one: tokens=[" {text}"]' if is_one else ""
-        raise ValueError(f'tokens: "{text}" is no token of this run{cut}{hint}')
+        raise ValueError(f'tokens: "{text}" is not a token of this run{cut}{hint}')
     return ids[0]
 
 
-def text_of(tokenizer: Tokenizer, id_: int) -> str:
-    """As it stands inside of a text: decoded alone some tokenizers' words lose the space before them."""
+def token_text(tokenizer: Tokenizer, id_: int) -> str:
+    """A token's text as it stands inside of a text: alone, some tokenizers' words lose the space
+    before them.
+    """
     if id_ == tokenizer.end_of_text:
         return tokenizer.end_of_text_name
     (before, *_) = tokenizer.encode("a")
@@ -225,15 +238,19 @@ def text_of(tokenizer: Tokenizer, id_: int) -> str:
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
-def label(tokenizer: Tokenizer, id_: int) -> str:
-    """A token that can be seen, what is repeated counted; of what is no text of its own, as a part of a character, the id."""
-    seen = text_of(tokenizer, id_).translate(VISIBLE)
+def token_label(tokenizer: Tokenizer, id_: int) -> str:
+    """A token that can be seen, repetitions counted.
+
+    Of what is not a text of its own, as a part of a character, the id.
+    """
+    seen = token_text(tokenizer, id_).translate(VISIBLE)
     if not seen.isprintable() or not seen or "\N{REPLACEMENT CHARACTER}" in seen:
         return f"⟨{id_}⟩"
     return re.sub(r"(.)\1{3,}", lambda run: f"{run[1]}×{len(run[0])}", seen)
 
 
-def kind(text: str) -> str:
+def token_kind(text: str) -> str:
+    """What a token is made of, by which the map colours it."""
     if any(c.isalpha() for c in text):
         return "letters after a space" if text[0].isspace() else "letters"
     return "digits" if text.strip().isdigit() else "signs and space"
@@ -242,7 +259,8 @@ def kind(text: str) -> str:
 # --- attention ---
 
 
-def attention_of(run: Opened, prompt: str | None, step: int) -> Attention:
+def attention_view(run: ViewedRun, prompt: str | None, step: int) -> Attention:
+    """How much each token of the prompt attends to each before it, in as many maps as are readable."""
     ids = prompt_ids(run, prompt)
     weights = attention_weights(run.decoder, torch.tensor([ids]))[:, 0].numpy()
     n_layers, n_heads = weights.shape[:2]
@@ -250,7 +268,7 @@ def attention_of(run: Opened, prompt: str | None, step: int) -> Attention:
     left_out = (len(layers), len(heads)) != (n_layers, n_heads)
     return Attention(
         step=step,
-        words=tuple(label(run.tokenizer, id_) for id_ in ids),
+        words=tuple(token_label(run.tokenizer, id_) for id_ in ids),
         layers=tuple((layers + 1).tolist()),
         heads=tuple((heads + 1).tolist()),
         weights=weights[np.ix_(layers, heads)],
@@ -258,8 +276,11 @@ def attention_of(run: Opened, prompt: str | None, step: int) -> Attention:
     )
 
 
-def prompt_ids(run: Opened, prompt: str | None) -> list[int]:
-    """The start of a document and what follows. Raises ValueError for a prompt that cannot be read, or seen."""
+def prompt_ids(run: ViewedRun, prompt: str | None) -> list[int]:
+    """The start of a document and what follows.
+
+    Raises ValueError for a prompt that cannot be read, or whose maps cannot be seen.
+    """
     first, encode = run.tokenizer.end_of_text, run.tokenizer.encode
     context = largest_context(run.decoder, None)
     if prompt is not None:
@@ -276,7 +297,7 @@ def prompt_ids(run: Opened, prompt: str | None) -> list[int]:
     return [first, *own_text(run)][: min(context, BEGINNING + 1)]
 
 
-def own_text(run: Opened) -> list[int]:
+def own_text(run: ViewedRun) -> list[int]:
     """The beginning of its held-out text, the same for all runs on that text, else of what it wrote last."""
     if run.held_out is not None:
         return run.held_out[:BEGINNING].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ class Share:
 
     @property
     def environment(self) -> dict[str, str]:
+        """The variables that hold a process to its share."""
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
         return {"OMP_NUM_THREADS": str(self.threads), **visible}
 
@@ -27,8 +29,9 @@ class Share:
 class Devices:
     """The cores and GPUs of this launcher, handed out in the order of the jobs.
 
-    With `n_jobs` None as many jobs run at once as have a GPU each, or a core for each of their processes. The number of
-    threads depends on the sweep alone and not on what is left of it, so that a job taken up again computes the same.
+    With `n_jobs` None as many jobs run at once as have a GPU each, or a core for each of their processes. The
+    number of threads depends on the sweep alone and not on what is left of it, so that a job taken up again
+    computes the same.
     """
 
     cores: int
@@ -44,12 +47,12 @@ class Devices:
         return min(self.n_jobs or min(most, self.jobs), most)
 
     def threads(self, devices: int, on_gpu: bool) -> int:
-        """Of each process of a job."""
+        """The number of threads of each process of a job."""
         share = max(1, self.cores // (self.at_once(devices, on_gpu) * devices))
         return min(share, int(os.environ.get("OMP_NUM_THREADS", share)))  # the user's own wish
 
     def take(self, job: Job) -> Share | None:
-        """None while others hold what the job needs."""
+        """A share for the job; None while others hold what it needs."""
         if self.n_jobs is not None and len(self.held) >= self.n_jobs:
             return None
         threads = self.threads(job.devices, job.on_gpu)
@@ -63,6 +66,7 @@ class Devices:
         return share
 
     def give_back(self, share: Share) -> None:
+        """Free what a job held."""
         self.held.remove(share)
 
 
@@ -74,4 +78,5 @@ def visible_gpus(found: int) -> tuple[str, ...]:
 
 
 def own_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -14,8 +14,11 @@ from scantling.report.numbers import clock
 from scantling.sweep.devices import Devices
 
 
-def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
-    """Of labels and looks. FLOPs by the `exact` convention; what is finished takes no more time."""
+def forecast_table(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
+    """A row for each (label, look) of a job, and their sums.
+
+    FLOPs by the `exact` convention; what is finished takes no more time.
+    """
     looks = [look for _, look in jobs]
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("job", overflow="fold")
@@ -38,17 +41,17 @@ def forecast(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> Re
         f"{sum(look['steps'] for look in looks):,}",
         f"{sum(look['tokens'] for look in looks):,}",
         f"{sum(look['flops'] for look in looks):.3g}",
-        clock(time_of(left, devices)),
+        clock(total_seconds(left, devices)),
         style="bold",
     )
     return Group(
         table,
-        "[dim]time: of training steps, at the share of peak that finished runs of this study reached, else a tenth; "
-        "start-up, validation, checkpoints and samples come on top[/dim]",
+        "[dim]time: of training steps, at the share of peak that finished runs of this study reached, "
+        "else a tenth; start-up, validation, checkpoints and samples come on top[/dim]",
     )
 
 
-def time_of(looks: Sequence[dict[str, Any]], devices: Devices) -> float:
+def total_seconds(looks: Sequence[dict[str, Any]], devices: Devices) -> float:
     """Seconds until the last job ends, each begun in its turn as soon as another has ended."""
     if not looks:
         return 0.0

@@ -1,4 +1,4 @@
-"""The models of an IsoFLOP study: for every budget some sizes about its optimum, as shapes that can be built."""
+"""The models of an IsoFLOP study: for every budget some sizes about its optimum, as real shapes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class Cell:
 
 
 def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float) -> list[Cell]:
-    """Real models for every budget. Raises ValueError where two sizes come to one shape, or a step is beyond a budget."""
+    """Real models for every budget.
+
+    Raises ValueError where two sizes come to one shape, or a step is beyond a budget.
+    """
     counted, proportions = counter(config), proportions_of(config)
     rule, reference = LEARNING_RATES[config.isoflop.lr_rule], counted(own_shape(config))[2]
     tokens_per_step = config.batch_size * config.model.seq_len
@@ -63,15 +66,19 @@ def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float
             here.append(Cell(name, budget, shape, parameters, steps, tokens, tokens * per_token, lr))
         if len({cell.shape for cell in here}) < len(here):
             raise ValueError(
-                f"at {budget:.3g} FLOPs two sizes come to one shape: take fewer isoflop.sizes, a larger isoflop.spread, or "
-                "more FLOPs"
+                f"at {budget:.3g} FLOPs two sizes come to one shape: take fewer isoflop.sizes, "
+                "a larger isoflop.spread, or more FLOPs"
             )
         cells += here
     return cells
 
 
 def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
-    """Of a shape: all parameters, training FLOPs a token (`exact`), and parameters with the head but without embeddings."""
+    """A function that gives a shape's sizes.
+
+    They are all parameters, training FLOPs a token (`exact`), and parameters with the head but without
+    embeddings.
+    """
 
     @cache
     def counted(shape: Shape) -> tuple[int, float, int]:
@@ -88,7 +95,7 @@ def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
 
 
 def linear_in_depth(counted: Callable[[Shape], tuple[int, float, int]]) -> Callable[[Shape], float]:
-    """Parameters of a shape from those of one and of two layers, so that a search need not build every depth."""
+    """Parameters of a shape from those of one and two layers, so that a search need not build every depth."""
 
     def about(shape: Shape) -> float:
         one, two = (counted(replace(shape, n_layers=n))[0] for n in (1, 2))
@@ -98,11 +105,12 @@ def linear_in_depth(counted: Callable[[Shape], tuple[int, float, int]]) -> Calla
 
 
 def own_shape(config: DictConfig) -> Shape:
+    """The shape of the preset itself."""
     return Shape(**{name: config.model[name] for name in Shape.__dataclass_fields__})
 
 
 def proportions_of(config: DictConfig) -> Proportions:
-    """Those of the preset; `isoflop.aspect` beats its d_model per layer."""
+    """The proportions of the preset; `isoflop.aspect` beats its d_model per layer."""
     model = config.model
     return Proportions(
         aspect=config.isoflop.aspect or model.d_model / model.n_layers,

@@ -37,19 +37,21 @@ class Job:
 
     @cached_property
     def steps_of_run(self) -> int:
-        """Those that the run itself planned, which knows its tokenizer's vocabulary. Ask once it has begun."""
+        """The steps that the run planned, which knows its tokenizer's vocabulary. Ask once it has begun."""
         return self.directory.environment["steps"]
 
     @property
     def log(self) -> Path:
+        """What the job writes to standard output and error, one attempt below the other."""
         return self.directory.path / "log.txt"
 
     @property
     def failure(self) -> Path:
-        """Says to the other launchers of a sweep that a job is not to be tried again."""
+        """The file that says to the other launchers of a sweep that a job is not to be tried again."""
         return self.directory.path / "failed.json"
 
     def note_failure(self, reason: str, code: int | None) -> None:
+        """The job has failed for good; a file says so to other launchers."""
         self.state, self.reason = "failed", reason
         replace_text(self.failure, json.dumps({"reason": reason, "code": code}) + "\n")
 
@@ -63,26 +65,28 @@ class Job:
         return None
 
     def begin_log(self) -> None:
-        """What an earlier attempt wrote stays above."""
+        """Begin an attempt's part of the log, below what earlier attempts wrote."""
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
 
-    def first_line_of_why(self) -> str:
-        """The first that an entry, or the first of several processes that failed, prints for it, else the log's last."""
+    def failure_reason(self) -> str:
+        """Why it failed, in a line: what an entry, or the first process that failed, says, else the log's
+        last.
+        """
         lines = self.log_lines()
-        return self.own_word() or (lines[-1] if lines else "it left no word")
+        return self.own_reason() or (lines[-1] if lines else "it left no word")
 
-    def own_word(self) -> str | None:
-        """What this attempt itself said it failed of."""
+    def own_reason(self) -> str | None:
+        """The reason that this attempt itself gave for its failure."""
         named = [line.removeprefix("error: ") for line in self.log_lines() if line.startswith("error: ")]
         return named[0] if named else None
 
     def log_lines(self) -> list[str]:
-        """Of this attempt."""
+        """The lines that this attempt wrote."""
         text = self.log.read_bytes()[self.log_start :].decode(errors="replace")
         return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
+def label_jobs(jobs: Sequence[Sequence[str]]) -> list[str]:
     """For each job's overrides, those in which the jobs differ; a named arm stands for what it changes."""
     settings = [{o.partition("=")[0]: o.partition("=")[2] for o in overrides} for overrides in jobs]
     values: dict[str, dict[str | None, set[str | None]]] = {}
@@ -93,16 +97,16 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     if len({s.get("arm") for s in settings}) == 1 and "arm" in varied:
         varied.remove("arm")
     return [
-        " ".join(f"{key}={shortest(s[key])}" for key in varied if key in s) or "the only job"
+        " ".join(f"{key}={shorten_number(s[key])}" for key in varied if key in s) or "the only job"
         for s in settings
     ]
 
 
-def shortest(value: str) -> str:
-    """1e+12 for 1000000000000.0"""
+def shorten_number(value: str) -> str:
+    """A number in its shortest form, 1e+12 for 1000000000000.0; other values as they are."""
     try:
-        return (
-            min(value, f"{float(value):g}", key=len) if float(f"{float(value):g}") == float(value) else value
-        )
+        number = float(value)
     except ValueError:
         return value
+    short = f"{number:g}"
+    return min(value, short, key=len) if float(short) == number else value

@@ -23,7 +23,7 @@ TAKEN_OVER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP)
 class Process:
     """A child in a process group of its own, so that the terminal's Ctrl-C goes to the launcher alone."""
 
-    def __init__(self, pid: int):
+    def __init__(self, pid: int) -> None:
         self.pid = pid
         self.code: int | None = None
 
@@ -41,18 +41,19 @@ class Process:
             os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """With all that it started."""
+        """Kill it with all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def fork(task: Callable[[], int], log: Path, environment: dict[str, str]) -> Process:
+def fork_job(task: Callable[[], int], log: Path, environment: dict[str, str]) -> Process:
     """Call `task` in a child, whose output goes to `log` and whose exit code is what `task` returns."""
     parent = os.getpid()
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    # A signal to the child waits until it has handlers of its own: this process's would take it and do nothing there.
+    # A signal to the child waits until it has handlers of its own: this process's would take it and do
+    # nothing there.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN_OVER)
     child = os.fork()
     if child:
@@ -76,6 +77,9 @@ def fork(task: Callable[[], int], log: Path, environment: dict[str, str]) -> Pro
 
 
 def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[str, str]) -> None:
+    """Give this fresh child a group, signals, output and environment of its own; it dies with its
+    launcher.
+    """
     os.setpgid(0, 0)
     for which in TAKEN_OVER:
         signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
@@ -84,14 +88,16 @@ def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-    write_to(log)
+    redirect_output(log)
     # Whatever stood in their place, a test's or a terminal's.
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     os.environ.update(environment)
 
 
-def write_to(log: Path) -> None:
-    """Standard output and error of this process and of those it starts go to the end of a file, and input is empty."""
+def redirect_output(log: Path) -> None:
+    """Send standard output and error of this process and its children to the end of a file; input
+    is empty.
+    """
     source = os.open(os.devnull, os.O_RDONLY)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for ours, standard in ((source, 0), (target, 1), (target, 2)):
@@ -99,15 +105,15 @@ def write_to(log: Path) -> None:
 
 
 def run_afresh(overrides: Sequence[str]) -> NoReturn:
-    """This process becomes `python src/train.py` with these overrides, which starts ranks by the same command."""
+    """Become `python src/train.py` with these overrides, which starts ranks by the same command."""
     command = [sys.executable, str(ROOT / "src" / "train.py"), *overrides, "hydra.mode=RUN"]
     os.execv(sys.executable, command)
 
 
-def answer_of_a_child(question: Callable[[], Any]) -> Any:
-    """What `question` returns, JSON, asked in a child: it may compute, and look for GPUs, and leaves nothing behind here.
+def ask_child(question: Callable[[], Any]) -> Any:
+    """What `question` returns, as JSON, asked in a child, which leaves nothing behind here.
 
-    A Mistake that it raises is raised here.
+    It may compute, and look for GPUs. A Mistake that it raises is raised here.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()

@@ -14,7 +14,7 @@ from typing import Any
 
 from scantling.sweep.devices import Devices, Share
 from scantling.sweep.jobs import ENDED, Job
-from scantling.sweep.leases import Lease, clock
+from scantling.sweep.leases import Lease, folder_time
 from scantling.sweep.processes import Process
 from scantling.sweep.screen import Screen
 
@@ -26,6 +26,8 @@ LOOK_AGAIN = 1.0
 
 @dataclass(frozen=True)
 class Limits:
+    """How long jobs may take, and how often they may be tried."""
+
     retries: int
     """After a job was killed, or told to stop, by somebody else."""
     timeout_seconds: float | None
@@ -35,7 +37,9 @@ class Limits:
 
 
 @dataclass
-class Running:
+class RunningJob:
+    """A job under way here, and what it holds."""
+
     job: Job
     process: Process
     share: Share
@@ -58,16 +62,16 @@ class Scheduler:
         start: Callable[[Job, Share], Process],
         screen: Screen,
         folder: Path,
-    ):
+    ) -> None:
         self.jobs, self.devices, self.limits, self.start, self.screen = jobs, devices, limits, start, screen
-        self.running: list[Running] = []
-        self.began = clock(folder)
+        self.running: list[RunningJob] = []
+        self.began = folder_time(folder)
         self.asked = 0
         """How often a signal told this launcher to stop."""
         self.looked = 0.0
 
     def run(self) -> None:
-        """Until every job has ended, here or elsewhere, or a signal came and the running ones have stopped."""
+        """Run until every job has ended, here or elsewhere, or a signal has stopped the running ones."""
         which = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {s: signal.signal(s, self.ask) for s in which}
         try:
@@ -99,6 +103,7 @@ class Scheduler:
     # --- starting ---
 
     def start_more(self) -> None:
+        """Start jobs in their order until one does not fit."""
         look_at_others = time.monotonic() - self.looked >= LOOK_AGAIN
         for job in self.jobs:
             if job.state == "queued" or (job.state == "elsewhere" and look_at_others):
@@ -112,7 +117,7 @@ class Scheduler:
                 self.launch(job, share, lease)
 
     def claim(self, job: Job) -> Lease | None:
-        """The right to run it; None, with the job's state, where there is nothing to do or another does it."""
+        """The right to run a job; None, with the job's state, where it has ended or another runs it."""
         lease = Lease.take(job.directory.path, self.limits.lease_seconds)
         if job.directory.is_finished:
             self.change(job, "done elsewhere")
@@ -128,13 +133,14 @@ class Scheduler:
         return None
 
     def launch(self, job: Job, share: Share, lease: Lease) -> None:
+        """Start a job's process under its lease."""
         job.failure.unlink(missing_ok=True)
         job.attempts += 1
         job.begin_log()
         process = self.start(job, share)
         limit = self.limits.timeout_seconds
         deadline = None if limit is None else time.monotonic() + limit
-        running = Running(job, process, share, lease, deadline)
+        running = RunningJob(job, process, share, lease, deadline)
         self.running.append(running)
         if not lease.write([os.getpid(), process.pid]):
             self.lose(running)
@@ -145,7 +151,7 @@ class Scheduler:
     # --- watching ---
 
     def renew(self) -> None:
-        """Leases, four times in their life; a job that another launcher took over is killed."""
+        """Renew leases, four times in their life; a job that another launcher took over is killed."""
         now = time.monotonic()
         for running in self.running:
             if now - running.beat_at >= self.limits.lease_seconds / 4:
@@ -153,12 +159,13 @@ class Scheduler:
                 if not running.lease.beat():
                     self.lose(running)
 
-    def lose(self, running: Running) -> None:
-        """To another launcher, which has started it anew."""
+    def lose(self, running: RunningJob) -> None:
+        """Give a job up to another launcher, which has started it anew."""
         running.lost = True
         running.process.kill()
 
     def stop_overdue(self) -> None:
+        """Ask jobs beyond their limit to stop, and kill those that take too long over it."""
         now = time.monotonic()
         for running in self.running:
             if running.deadline is not None and now >= running.deadline and not running.overdue:
@@ -169,6 +176,7 @@ class Scheduler:
                 running.process.kill()
 
     def look(self) -> None:
+        """Read the newest metrics of running jobs, once in `LOOK_AGAIN` seconds."""
         now = time.monotonic()
         if now - self.looked < LOOK_AGAIN:
             return
@@ -178,6 +186,7 @@ class Scheduler:
                 running.job.seen = row
 
     def reap(self) -> None:
+        """Take note of processes that ended, and free what they held."""
         for running in list(self.running):
             code = running.process.poll()
             if code is None:
@@ -189,7 +198,8 @@ class Scheduler:
             self.running.remove(running)
             self.devices.give_back(running.share)
 
-    def judge(self, running: Running, code: int) -> None:
+    def judge(self, running: RunningJob, code: int) -> None:
+        """Give a job whose process ended its state: done, failed, queued again, or another launcher's."""
         job = running.job
         if job.directory.is_finished:
             self.change(job, "done")
@@ -200,20 +210,22 @@ class Scheduler:
             self.fail(job, f"ran beyond its limit of {self.limits.timeout_seconds / 60:g} minutes", code)
         elif self.asked:
             self.change(job, "interrupted")
-        elif (code < 0 or code == 130) and job.own_word() is None:
+        elif (code < 0 or code == 130) and job.own_reason() is None:
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else "interrupted by a signal"
             if job.attempts <= self.limits.retries:
                 self.change(job, "queued", f"again, {reason}")
             else:
                 self.fail(job, f"{reason}, {job.attempts} times", code)
         else:
-            self.fail(job, job.first_line_of_why(), code)
+            self.fail(job, job.failure_reason(), code)
 
     def fail(self, job: Job, reason: str, code: int) -> None:
+        """Note that a job has failed for good."""
         job.note_failure(reason, code)
         self.screen.tell(job)
 
     def change(self, job: Job, state: str, reason: str | None = None) -> None:
+        """Give a job a state and, unless None, a reason; a new state is shown."""
         if reason is not None or state in ("running", "done"):
             job.reason = reason or ""
         if state != job.state:

@@ -29,7 +29,7 @@ SECONDS_BETWEEN = 0.5
 class Screen:
     """`tell` on every change of a job's state, `draw` as often as you like."""
 
-    def __init__(self, jobs: Sequence[Job], console: Console):
+    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         self.jobs, self.console = jobs, console
         # Without a thread that draws: jobs are forked from this process.
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -47,6 +47,7 @@ class Screen:
             self.live.stop()
 
     def tell(self, job: Job) -> None:
+        """Say that a job's state changed: a line, or on a terminal the table at its next drawing."""
         if self.live is not None:
             self.drawn = 0.0
             if rows := job.directory.metrics():  # also those since the last look
@@ -59,6 +60,7 @@ class Screen:
         )
 
     def draw(self) -> None:
+        """Redraw the table where there is one, at most once in `SECONDS_BETWEEN`."""
         now = time.monotonic()
         if self.live is not None and now - self.drawn >= SECONDS_BETWEEN:
             self.drawn = now
@@ -79,6 +81,7 @@ class Screen:
         return Group(table, f"[dim]{self.counts()}[/dim]")
 
     def row(self, job: Job) -> tuple[str, str, str, str, str]:
+        """Label, state, step, loss, and the time left at the pace so far."""
         colour = COLOURS.get(job.state, "dim")
         state = f"[{colour}]{job.state}[/{colour}]" + (f" {escape(job.reason)}" if job.reason else "")
         seen = job.seen
@@ -95,12 +98,13 @@ class Screen:
         )
 
     def counts(self) -> str:
+        """How many jobs are in each state, and the time since the start."""
         states = [job.state for job in self.jobs]
         counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         return f"{len(self.jobs)} jobs: {counted}; {clock(time.monotonic() - self.began)}"
 
 
-def outcome(jobs: Sequence[Job]) -> RenderableType:
+def outcome_table(jobs: Sequence[Job]) -> RenderableType:
     """The last table: what every run reached, and which failed and why."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("job", overflow="fold")
@@ -115,14 +119,14 @@ def outcome(jobs: Sequence[Job]) -> RenderableType:
     return table
 
 
-def rates(searches: Sequence[Search]) -> RenderableType:
+def rates_table(searches: Sequence[Search]) -> RenderableType:
     """What `tune=lr` found: each arm's learning rate, and the bits per byte of every one tried."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("arm", overflow="fold")
     table.add_column("lr", justify="right")
     table.add_column("tried: bits/byte", overflow="fold")
     for search in searches:
-        tried = (f"{rate:g}: {reached(search.tried[rate])}" for rate in sorted(search.tried))
+        tried = (f"{rate:g}: {score_word(search.tried[rate])}" for rate in sorted(search.tried))
         table.add_row(escape(search.label), "" if search.failed else f"{search.best:g}", ", ".join(tried))
     warnings = [
         f"[yellow]warning: {escape(search.label)}: the best rate tried, {search.best:g}, is the outermost: "
@@ -133,5 +137,6 @@ def rates(searches: Sequence[Search]) -> RenderableType:
     return Group(table, *warnings)
 
 
-def reached(score: float | None) -> str:
+def score_word(score: float | None) -> str:
+    """Bits per byte, or what became of a run without them."""
     return "failed" if score is None else "diverged" if score == math.inf else f"{score:.4f}"

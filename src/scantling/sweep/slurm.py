@@ -16,7 +16,7 @@ from scantling.config.command_line import ROOT, Mistake
 from scantling.runs.directory import replace_text
 from scantling.sweep.jobs import ENDED, Job
 from scantling.sweep.leases import Lease
-from scantling.sweep.processes import run_afresh, write_to
+from scantling.sweep.processes import redirect_output, run_afresh
 from scantling.sweep.scheduler import last_row
 from scantling.sweep.screen import Screen
 
@@ -36,8 +36,11 @@ LEASE_SECONDS = 60
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end: of a job that SLURM has taken the number must be noted, or it would be handed in again."""
+def defer_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back to the end.
+
+    Of a job that SLURM has taken the number must be noted, or it would be handed in again.
+    """
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda which, _: asked.append(which))
     try:
@@ -48,11 +51,11 @@ def uninterrupted() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-class Queue:
+class SlurmQueue:
     """The jobs of a sweep that SLURM has, and those that it is yet to get.
 
-    A run's directory holds the number of its job, `slurm.json`: whoever comes later finds it in SLURM's queue and watches
-    it instead of handing it in again. `settings(job)` are for submitit's executor.
+    A run's directory holds the number of its job, `slurm.json`: whoever comes later finds it in SLURM's queue
+    and watches it instead of handing it in again. `settings(job)` are for submitit's executor.
     """
 
     def __init__(
@@ -62,14 +65,14 @@ class Queue:
         settings: Callable[[Job], dict[str, Any]],
         screen: Screen,
         poll_seconds: float,
-    ):
+    ) -> None:
         self.jobs, self.folder, self.settings = jobs, folder, settings
         self.screen, self.poll_seconds = screen, poll_seconds
         self.numbers: dict[int, str] = {}
         """SLURM's number of each job that it has."""
 
     def run(self) -> None:
-        """Until every job has ended. Raises Mistake where SLURM does not take them."""
+        """Run until every job has ended. Raises Mistake where SLURM does not take them."""
         answered = False
         while True:
             try:
@@ -86,6 +89,7 @@ class Queue:
             time.sleep(self.poll_seconds)
 
     def unfinished(self) -> list[str]:
+        """SLURM's numbers of the jobs that have not ended."""
         return [
             self.numbers[job.number]
             for job in self.jobs
@@ -95,7 +99,7 @@ class Queue:
     # --- handing in ---
 
     def hand_in(self, states: dict[str, str]) -> None:
-        """What nobody has handed in, as one array for each kind of job."""
+        """Hand in what nobody has handed in, as one array for each kind of job."""
         leases: dict[int, Lease] = {}
         kinds: dict[str, list[Job]] = {}
         try:
@@ -108,10 +112,10 @@ class Queue:
                     leases[job.number] = lease
                     kinds.setdefault(json.dumps(self.settings(job), sort_keys=True), []).append(job)
             for alike in kinds.values():
-                with uninterrupted():
+                with defer_interrupt():
                     for job, number in zip(alike, self.submit(alike), strict=True):
                         self.numbers[job.number] = number
-                        replace_text(note_of(job), json.dumps({"job": number}) + "\n")
+                        replace_text(note_file(job), json.dumps({"job": number}) + "\n")
                         self.change(job, "queued", f"SLURM's job {number}")
         finally:
             for lease in leases.values():
@@ -123,7 +127,7 @@ class Queue:
         if lease is None:
             self.change(job, "elsewhere")
             return None
-        before = json.loads(note_of(job).read_text())["job"] if note_of(job).exists() else None
+        before = json.loads(note_file(job).read_text())["job"] if note_file(job).exists() else None
         if job.directory.is_finished:
             self.change(job, "done elsewhere")
         elif before is not None and states.get(before, FORGOTTEN) not in (*OVER, FORGOTTEN):
@@ -143,7 +147,7 @@ class Queue:
             # Python on the nodes finds this project as the one here does.
             "setup": [f'export PYTHONPATH="{ROOT / "src"}:$PYTHONPATH"', *settings["setup"]],
             "teardown": GO_ON,
-            "srun_args": ["--kill-on-bad-exit=1", *of_each_task(settings["cpus_per_task"])],
+            "srun_args": ["--kill-on-bad-exit=1", *task_arguments(settings["cpus_per_task"])],
             "additional_parameters": {
                 "signal": f"USR1@{settings['signal_delay_s']}",
                 "requeue": True,
@@ -171,6 +175,7 @@ class Queue:
     # --- watching ---
 
     def look(self, states: dict[str, str]) -> None:
+        """Give each job that SLURM has its state and newest metrics."""
         for job in self.jobs:
             if job.state in ENDED or job.number not in self.numbers:
                 continue
@@ -185,30 +190,34 @@ class Queue:
                 self.change(job, "queued" if waits else "running", f"SLURM's job {number}")
 
     def judge(self, job: Job, state: str) -> None:
+        """Say how a job ended that SLURM no longer runs: the run's own record decides."""
         os.listdir(job.directory.path)  # a network's file system then looks for what was written elsewhere
         if job.directory.is_finished:
             self.change(job, "done", "")
         else:
             by_itself = state in ("COMPLETED", "FAILED", FORGOTTEN) and job.log_lines()
-            job.note_failure(job.first_line_of_why() if by_itself else f"SLURM's job is {state}", None)
+            job.note_failure(job.failure_reason() if by_itself else f"SLURM's job is {state}", None)
             self.screen.tell(job)
 
     def change(self, job: Job, state: str, reason: str = "") -> None:
+        """Give a job a state and a reason; what is new is shown."""
         if (state, reason) != (job.state, job.reason):
             job.state, job.reason = state, reason
             self.screen.tell(job)
 
 
-def note_of(job: Job) -> Path:
+def note_file(job: Job) -> Path:
+    """Where a run's directory holds SLURM's number of its job."""
     return job.directory.path / "slurm.json"
 
 
-def of_each_task(cpus: int | None) -> list[str]:
+def task_arguments(cpus: int | None) -> list[str]:
+    """Arguments of srun for each task."""
     return [] if cpus is None else [f"--cpus-per-task={cpus}"]  # srun does not ask sbatch
 
 
 class Unanswered(Exception):
-    """What squeue says instead."""
+    """SLURM's controller does not answer; the message is what squeue says instead."""
 
 
 def queue_states() -> dict[str, str]:
@@ -228,7 +237,10 @@ def queue_states() -> dict[str, str]:
 
 
 def become_a_run(log: str, overrides: Sequence[str]) -> None:
-    """In each task of a job: `python src/train.py`, which writes its own record and minds SLURM's signals itself."""
+    """Become `python src/train.py`, in each task of a job.
+
+    The run writes its own record and minds SLURM's signals itself.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
-    write_to(Path(log))
+    redirect_output(Path(log))
     run_afresh(overrides)

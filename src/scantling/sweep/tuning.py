@@ -1,7 +1,7 @@
 """`tune=lr`: before a comparison each arm's learning rate is chosen among shorter runs of one seed.
 
-These runs stand in `runs/<study>/tuning/` and are the record of the search: the same command finds them finished, and
-chooses the same.
+These runs stand in `runs/<study>/tuning/` and are the record of the search: the same command finds them
+finished, and chooses the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = "tuning"
 
 
 @dataclass(frozen=True)
-class Settings:
+class TuningSettings:
     """`conf/tune/lr.yaml`. Raises Mistake for numbers that make no search."""
 
     factors: list[float]
@@ -38,29 +38,32 @@ class Settings:
 
 @dataclass
 class Search:
-    """Of one arm: which rates are still to be tried, and which is best.
-
-    `overrides` are the arm's without a seed, matched where arms are; `lr` its own rate, `budget` what of `budget.` it sets.
+    """The search of one arm: which rates are still to be tried, and which is best. `overrides` are the arm's
+    without a seed, matched where arms are; `lr` its own rate, `budget` what of `budget.` it sets.
     """
 
     label: str
     overrides: list[str]
     lr: float
     budget: dict[str, float]
-    settings: Settings
+    settings: TuningSettings
     tried: dict[float, float | None] = field(default_factory=dict)
-    """Bits per byte by rate: infinite where the loss was not finite, None where the run failed for another reason."""
+    """Bits per byte by rate: infinite where the loss was not finite, None where the run failed for another
+    reason.
+    """
 
     def wanted(self) -> list[float]:
-        """The grid, then one rate more at a time beyond an outermost best; empty where the search has ended."""
+        """The rates to try: the grid, then one at a time beyond an outermost best; none once the search has
+        ended.
+        """
         if not self.tried:
-            return [rounded(self.lr * factor) for factor in self.settings.factors]
+            return [round_rate(self.lr * factor) for factor in self.settings.factors]
         rates = sorted(self.tried)
         if self.failed or not self.edge or len(rates) >= len(self.settings.factors) + self.settings.extend:
             return []
         if self.best == rates[0]:
-            return [rounded(rates[0] ** 2 / rates[1])]
-        return [rounded(rates[-1] ** 2 / rates[-2])]
+            return [round_rate(rates[0] ** 2 / rates[1])]
+        return [round_rate(rates[-1] ** 2 / rates[-2])]
 
     def command(self, rate: float, study: str) -> list[str]:
         """The overrides of a try."""
@@ -83,10 +86,12 @@ class Search:
 
     @property
     def scores(self) -> dict[float, float]:
+        """Bits per byte by rate, of the tries that gave an answer."""
         return {rate: score for rate, score in self.tried.items() if score is not None}
 
     @property
     def best(self) -> float:
+        """The rate with the fewest bits per byte, of equal ones the lowest."""
         return min(sorted(self.scores), key=self.scores.__getitem__)
 
     @property
@@ -103,7 +108,9 @@ class Search:
         return [f"lr={self.best:g}", f"tuned={{{lists},edge:{str(self.edge).lower()},{settings}}}"]
 
 
-def searches(looks: Sequence[dict[str, Any]], named: Sequence[str], settings: Settings) -> list[Search]:
+def plan_searches(
+    looks: Sequence[dict[str, Any]], named: Sequence[str], settings: TuningSettings
+) -> list[Search]:
     """One for each job, the same for those that differ in their seed alone.
 
     Raises Mistake where jobs differ in the learning rate alone.
@@ -121,17 +128,22 @@ def searches(looks: Sequence[dict[str, Any]], named: Sequence[str], settings: Se
     return of_jobs
 
 
-def rounded(rate: float) -> float:
+def round_rate(rate: float) -> float:
+    """A rate to four significant digits, which a command line can hold."""
     return float(f"{rate:.4g}")
 
 
-def diverged(directory: RunDirectory) -> str | None:
+def stop_reason(directory: RunDirectory) -> str | None:
     """Why the guard stopped the run, if it did: that is an answer, and no reason to try again."""
     return next((row["reason"] for row in directory.guarded() if row["action"] == "stop"), None)
 
 
-def score(directory: RunDirectory) -> float | None:
+def run_score(directory: RunDirectory) -> float | None:
+    """Bits per byte of a run that finished.
+
+    Infinite where the loss was not finite, or the guard stopped the run; None for a run that gave no answer.
+    """
     if directory.is_finished:
         bpb = directory.summary["val/bpb"]
         return bpb if math.isfinite(bpb) else math.inf
-    return None if diverged(directory) is None else math.inf
+    return None if stop_reason(directory) is None else math.inf

@@ -18,7 +18,7 @@ from scantling.data.loading import (
     check_batch_size,
     validation_batches,
 )
-from scantling.data.tokens import TokenizedCorpus, prepare
+from scantling.data.tokens import TokenizedCorpus, prepare_corpus
 from scantling.inference import sampling
 from scantling.model import hardware
 from scantling.model.accounting import convention, parameter_counts
@@ -75,7 +75,7 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
         if value is not None:
             check_whole(key, value)
     steps_between_validations(config.val_every, steps=1)
-    sampling.Settings(**{name: value for name, value in config.sample.items() if name != "prompt"})
+    sampling.GenerationSettings(**{name: value for name, value in config.sample.items() if name != "prompt"})
     for key in ("checkpoint.every_minutes", "clip"):
         check_positive(key, OmegaConf.select(config, key), or_null=True)
     instantiate(config.schedule)(0, 1)
@@ -100,7 +100,7 @@ def optimizer_of_one_matrix(config: DictConfig) -> torch.optim.Optimizer:
 
 def assemble(config: DictConfig, directory: RunDirectory) -> Run:
     device, precision, _ = checked(config)
-    corpus = prepare(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
+    corpus = prepare_corpus(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
     decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
     validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
     plan = plan_of(config, decoder, device, precision)

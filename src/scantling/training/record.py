@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from scantling import __version__
 from scantling.config.composition import PARTS, build_decoder, choices
-from scantling.inference.continuation import continuation
+from scantling.inference.continuation import continue_text
 from scantling.model import hardware
 from scantling.model.decoder import Decoder
 from scantling.report.figures import draw_curves
@@ -147,7 +147,7 @@ def sample(run: Run, decoder: Decoder) -> str:
     if prompt is None:
         prompt = run.corpus.tokenizer.decode(run.corpus.val.tokens[:8].tolist())
     return prompt + "".join(
-        continuation(decoder, run.corpus.tokenizer, prompt, seed=run.config.seed, **settings)
+        continue_text(decoder, run.corpus.tokenizer, prompt, seed=run.config.seed, **settings)
     )
 
 

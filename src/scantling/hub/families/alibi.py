@@ -14,10 +14,10 @@ from scantling.hub.fields import (
     Only,
     Same,
     Times,
-    found,
+    read_field,
+    read_setting,
     setting,
-    tied,
-    value_of,
+    tied_embeddings,
 )
 from scantling.hub.rope import Rope
 from scantling.hub.weights import Table, Together
@@ -111,7 +111,7 @@ class MPT(Family):
         Only("no_bias", True),
         Only("logit_scale", None),
         Only("embedding_fraction", 1.0),
-        tied(True),
+        tied_embeddings(True),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "transformer.wte",
@@ -127,20 +127,23 @@ class MPT(Family):
 
 
 class FalconShape(Field):
-    """Key heads and norms, which three switches say together. 7B: one key head, one norm; 40B: several, two."""
+    """Key heads and norms, which three switches say together.
+
+    7B has one key head and one norm, 40B several and two.
+    """
 
     def overrides(self, hf: Config) -> list[str]:
-        n_heads = value_of(hf, "num_attention_heads", hf.get("n_head"))
-        new = value_of(hf, "new_decoder_architecture", False)
-        one = not new and value_of(hf, "multi_query", True)
-        norms = value_of(hf, "num_ln_in_parallel_attn", 2 if new else 1)
+        n_heads = read_field(hf, "num_attention_heads", hf.get("n_head"))
+        new = read_field(hf, "new_decoder_architecture", False)
+        one = not new and read_field(hf, "multi_query", True)
+        norms = read_field(hf, "num_ln_in_parallel_attn", 2 if new else 1)
         return [
-            setting("model.n_kv_heads", 1 if one else value_of(hf, "num_kv_heads", n_heads)),
+            setting("model.n_kv_heads", 1 if one else read_field(hf, "num_kv_heads", n_heads)),
             "block=parallel_two_norms" if norms == 2 else "block=parallel",
         ]
 
     def hf_config(self, decoder: Config) -> Config:
-        n_kv, block = found(decoder, "attn.n_kv_heads"), str(found(decoder, "block._target_"))
+        n_kv, block = read_setting(decoder, "attn.n_kv_heads"), str(read_setting(decoder, "block._target_"))
         two_norms = block.endswith(".ParallelTwoNorms")
         return {
             "num_kv_heads": n_kv,
@@ -179,7 +182,7 @@ class Falcon(Family):
         Only("parallel_attn", True),
         Only("alibi", False),
         Rope(),
-        tied(True),
+        tied_embeddings(True),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "transformer.word_embeddings",

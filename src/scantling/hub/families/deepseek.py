@@ -15,16 +15,16 @@ from scantling.hub.fields import (
     Only,
     Same,
     Switch,
-    found,
+    read_setting,
     setting,
-    tied,
+    tied_embeddings,
 )
 from scantling.hub.rope import Rope, yarn_growth
 from scantling.hub.weights import Table
 
 
 class Yarn(Rope):
-    """DeepSeek's YaRN: beside turned queries and keys, the scores grow by the square of `mscale_all_dim`'s factor."""
+    """DeepSeek's YaRN: scores grow by the square of `mscale_all_dim`'s factor, too."""
 
     def overrides(self, hf: Config) -> list[str]:
         parameters = self.parameters(hf)
@@ -36,7 +36,7 @@ class Yarn(Rope):
 
     def hf_config(self, decoder: Config) -> Config:
         written = super().hf_config(decoder)
-        scale, rotated = found(decoder, "attn.scale"), found(decoder, "attn.d_rotated")
+        scale, rotated = read_setting(decoder, "attn.scale"), read_setting(decoder, "attn.d_rotated")
         parameters = written.get("rope_parameters", {})
         if parameters.get("rope_type") == "yarn" and MISSING not in (scale, rotated):
             grown = (scale * (decoder["d_head"] + rotated) ** 0.5) ** 0.5
@@ -82,7 +82,7 @@ class DeepseekV3(Family):
         Given("norm.eps=1e-6"),
         Yarn(interleaved=True),
         Switch("rope_interleave", "pos.interleaved", {True: (True, [])}, absent=True),
-        tied(False),
+        tied_embeddings(False),
     )
     tensors: ClassVar[Table] = {
         **Llama.tensors,

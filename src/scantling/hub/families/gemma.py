@@ -4,40 +4,45 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from scantling.hub.families.llama import QKV_BIAS as QKV
-from scantling.hub.families.llama import SIZES, L, Llama, kv_heads
-from scantling.hub.family import Family
-from scantling.hub.fields import Activation, GatedWidth, Given, LayerTypes, Only, Same, but, tied
-from scantling.hub.rope import Rope, RopeLocalGlobal
+from scantling.hub.families.llama import L, Llama, kv_heads
+from scantling.hub.fields import (
+    Activation,
+    Given,
+    LayerTypes,
+    Only,
+    Same,
+    change_fields,
+    tied_embeddings,
+)
+from scantling.hub.rope import RopeLocalGlobal
 from scantling.hub.weights import Table
 
 
-class Gemma(Family):
+class Gemma(Llama):
     """Gemma team 2024, arXiv:2403.08295: norms times 1 + w, embeddings times √d_model, GeGLU."""
 
     model_type, architecture = "gemma", "GemmaForCausalLM"
-    fields = (
-        Given("norm=rmsnorm_1p", "attn=gqa", "block=pre", "model.bias=false", "model.dropout=0.0"),
-        *SIZES,
+    fields = change_fields(
+        Llama.fields,
+        Given("norm=rmsnorm_1p"),
         kv_heads(16),
         Same("head_dim", "model.d_head", absent=256),
-        GatedWidth("intermediate_size"),
         Activation("hidden_act", gated=True, absent="gelu_pytorch_tanh"),
-        Same("rms_norm_eps", "norm.eps", absent=1e-6),
-        Rope(),
-        Same("attention_bias", *QKV, "attn.out_bias", absent=False),
         Only("use_bidirectional_attention", None),
-        tied(True),
+        tied_embeddings(True),
         Given("embed.width_exponent=0.5"),
+        without=("mlp_bias",),
     )
-    tensors = Llama.tensors
 
 
 class Gemma2(Gemma):
-    """Gemma team 2024, arXiv:2408.00118: windows in every other layer, norms on both sides, capped scores and logits."""
+    """Gemma team 2024, arXiv:2408.00118.
+
+    Windows in every other layer, norms on both sides, capped scores and logits.
+    """
 
     model_type, architecture = "gemma2", "Gemma2ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Gemma.fields,
         Given("block=sandwich"),
         kv_heads(4),
@@ -63,10 +68,13 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
-    """Gemma team 2025, arXiv:2503.19786: five windows to one whole layer, each with its rotary base; normed queries, keys."""
+    """Gemma team 2025, arXiv:2503.19786.
+
+    Five windows to one whole layer, each with its rotary base; normed queries and keys.
+    """
 
     model_type, architecture = "gemma3_text", "Gemma3ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Gemma2.fields,
         Given("attn/qk_norm=per_head"),
         LayerTypes(every=6, window=4096, also=["pos.every"]),

@@ -16,10 +16,10 @@ from scantling.hub.fields import (
     Only,
     Same,
     Switch,
-    found,
+    read_field,
+    read_setting,
     setting,
-    tied,
-    value_of,
+    tied_embeddings,
 )
 from scantling.hub.rope import Rope
 from scantling.hub.weights import Apart, Named, Table, Together
@@ -39,6 +39,7 @@ GPT2_SIZES = (
 
 
 def dropouts(absent: float) -> tuple[Same, ...]:
+    """The three rates of dropout; `absent` is what the family takes where none is given."""
     return (
         Same("embd_pdrop", "decoder.dropout", absent=absent),
         Same("attn_pdrop", "attn.dropout", absent=absent),
@@ -60,7 +61,7 @@ class GPT2(Family):
         Only("scale_attn_weights", True),
         Only("scale_attn_by_inverse_layer_idx", False),
         Only("add_cross_attention", False),
-        tied(True),
+        tied_embeddings(True),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "transformer.wte",
@@ -81,7 +82,7 @@ class RotaryDim(Field):
 
     def overrides(self, hf: Config) -> list[str]:
         width = hf["n_embd"] // hf["n_head"]
-        fraction = value_of(hf, "rotary_dim", 64) / width
+        fraction = read_field(hf, "rotary_dim", 64) / width
         return [
             "pos=rope_interleaved",
             setting("pos.fraction", fraction),
@@ -90,7 +91,7 @@ class RotaryDim(Field):
         ]
 
     def hf_config(self, decoder: Config) -> Config:
-        fraction = found(decoder, "pos.fraction")
+        fraction = read_setting(decoder, "pos.fraction")
         return {} if fraction is MISSING else {"rotary_dim": round(fraction * decoder["d_head"])}
 
     @property
@@ -99,7 +100,10 @@ class RotaryDim(Field):
 
 
 class GPTJ(Family):
-    """Wang & Komatsuzaki 2021: attention and feed-forward side by side, rotary positions on pairs of neighbours."""
+    """Wang & Komatsuzaki 2021.
+
+    Attention and feed-forward side by side, rotary positions on pairs of neighbours.
+    """
 
     model_type, architecture = "gptj", "GPTJForCausalLM"
     prefix, ignored = "transformer.", r".*\.attn\.(bias|masked_bias)"
@@ -109,7 +113,7 @@ class GPTJ(Family):
         *GPT2_SIZES,
         *dropouts(0.0),
         RotaryDim(),
-        tied(False, "embed.bias=true"),
+        tied_embeddings(False, "embed.bias=true"),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "transformer.wte",
@@ -127,7 +131,10 @@ N = "gpt_neox.layers.{i}"
 
 
 class GPTNeoX(Family):
-    """Black et al. 2022, arXiv:2204.06745, and Pythia, arXiv:2304.01373: attention and feed-forward side by side, two norms."""
+    """Black et al. 2022, arXiv:2204.06745, and Pythia, arXiv:2304.01373.
+
+    Attention and feed-forward side by side, two norms.
+    """
 
     model_type, architecture = "gpt_neox", "GPTNeoXForCausalLM"
     prefix, ignored = "gpt_neox.", r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
@@ -148,7 +155,7 @@ class GPTNeoX(Family):
             },
             absent=True,
         ),
-        tied(False),
+        tied_embeddings(False),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "gpt_neox.embed_in",
@@ -187,7 +194,7 @@ class OPT(Family):
             absent=True,
         ),
         Only("_remove_final_layer_norm", False),
-        tied(True),
+        tied_embeddings(True),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "model.decoder.embed_tokens",

@@ -13,10 +13,10 @@ from scantling.hub.fields import (
     Same,
     Switch,
     Window,
-    but,
-    found,
-    tied,
-    value_of,
+    change_fields,
+    read_field,
+    read_setting,
+    tied_embeddings,
 )
 from scantling.hub.rope import Rope
 from scantling.hub.weights import Folded, Table
@@ -30,7 +30,7 @@ class Phi(Llama):
     """Li et al. 2023, arXiv:2309.05463: attention and feed-forward side by side, biases everywhere."""
 
     model_type, architecture = "phi", "PhiForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         WITH_BIAS,
         Given("block=parallel", "model.bias=true"),
@@ -44,7 +44,7 @@ class Phi(Llama):
             {False: ("scantling.model.attn.NoQKNorm", [])},
             absent=False,
         ),
-        tied(False, "embed.bias=true"),
+        tied_embeddings(False, "embed.bias=true"),
         without=("rms_norm_eps", "attention_bias", "mlp_bias", "head_dim"),
     )
     tensors: ClassVar[Table] = {
@@ -61,15 +61,15 @@ class PerHeadLayerNorm(Field):
     """StableLM's `qk_layernorm`: no bias, where the other norms have one, and their eps."""
 
     def overrides(self, hf: Config) -> list[str]:
-        if not value_of(hf, "qk_layernorm", False):
+        if not read_field(hf, "qk_layernorm", False):
             return ["attn/qk_norm=none"]
         return [
             "attn/qk_norm=each_head_layernorm",
-            f"attn.qk_norm.norm.eps={value_of(hf, 'layer_norm_eps', 1e-5)}",
+            f"attn.qk_norm.norm.eps={read_field(hf, 'layer_norm_eps', 1e-5)}",
         ]
 
     def hf_config(self, decoder: Config) -> Config:
-        return {"qk_layernorm": str(found(decoder, "attn.qk_norm._target_")).endswith(".EachHeadNorm")}
+        return {"qk_layernorm": str(read_setting(decoder, "attn.qk_norm._target_")).endswith(".EachHeadNorm")}
 
     @property
     def names(self) -> set[str]:
@@ -80,7 +80,7 @@ class StableLm(Llama):
     """Stability AI 2024, arXiv:2402.17834: LayerNorm, a quarter of each head turned."""
 
     model_type, architecture = "stablelm", "StableLmForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         WITH_BIAS,
         Same("layer_norm_eps", "norm.eps", absent=1e-5),
@@ -105,10 +105,13 @@ class StableLm(Llama):
 
 
 class Cohere(Llama):
-    """Cohere 2024, Command R: attention and feed-forward side by side behind one LayerNorm without bias, scaled logits."""
+    """Cohere 2024, Command R.
+
+    Attention and feed-forward side by side behind one LayerNorm without bias, scaled logits.
+    """
 
     model_type, architecture = "cohere", "CohereForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         Given("norm=layernorm_no_bias", "block=parallel"),
         Same("layer_norm_eps", "norm.eps", absent=1e-5),
@@ -123,7 +126,7 @@ class Cohere(Llama):
             },
             absent=False,
         ),
-        tied(True),
+        tied_embeddings(True),
         without=("rms_norm_eps", "mlp_bias", "head_dim"),
     )
     tensors: ClassVar[Table] = {
@@ -138,7 +141,7 @@ class Nemotron(Llama):
     """Parmar et al. 2024, arXiv:2402.16819: LayerNorm times 1 + w, squared ReLU."""
 
     model_type, architecture = "nemotron", "NemotronForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         Given("norm=layernorm_1p"),
         Same("norm_eps", "norm.eps", absent=1e-5),
@@ -153,7 +156,7 @@ class Starcoder2(Llama):
     """Lozhkov et al. 2024, arXiv:2402.19173: LayerNorm, GELU, biases, a sliding window."""
 
     model_type, architecture = "starcoder2", "Starcoder2ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         WITH_BIAS,
         kv_heads(2),
@@ -162,7 +165,7 @@ class Starcoder2(Llama):
         Activation("hidden_act", gated=False, absent="gelu_pytorch_tanh"),
         Same("use_bias", *QKV_BIAS, "attn.out_bias", "ffn.bias", absent=True),
         Window("sliding_window", absent=None),
-        tied(True),
+        tied_embeddings(True),
         without=("rms_norm_eps", "attention_bias", "mlp_bias", "head_dim"),
     )
     tensors: ClassVar[Table] = {

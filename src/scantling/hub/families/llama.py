@@ -15,10 +15,10 @@ from scantling.hub.fields import (
     Only,
     Same,
     Window,
-    but,
-    found,
+    change_fields,
+    read_setting,
     setting,
-    tied,
+    tied_embeddings,
 )
 from scantling.hub.rope import Rope
 from scantling.hub.weights import Apart, Joined, Table, Together
@@ -36,6 +36,7 @@ SIZES = (
 
 
 def kv_heads(absent: object = lambda hf: hf["num_attention_heads"]) -> Same:
+    """The number of key heads; `absent` is what the family takes where none is given."""
     return Same("num_key_value_heads", "model.n_kv_heads", leaf="attn.n_kv_heads", absent=absent)
 
 
@@ -54,7 +55,7 @@ class Llama(Family):
         Rope(),
         Same("attention_bias", *QKV_BIAS, "attn.out_bias", absent=False),
         Same("mlp_bias", "ffn.bias", absent=False),
-        tied(False),
+        tied_embeddings(False),
     )
     tensors: ClassVar[Table] = {
         "embed.tokens": "model.embed_tokens",
@@ -76,7 +77,7 @@ class Mistral(Llama):
     """Jiang et al. 2023, arXiv:2310.06825: a sliding window."""
 
     model_type, architecture = "mistral", "MistralForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         kv_heads(8),
         Window("sliding_window", absent=4096),
@@ -88,7 +89,7 @@ class Qwen2(Llama):
     """Yang et al. 2024, arXiv:2407.10671: biases on queries, keys and values."""
 
     model_type, architecture = "qwen2", "Qwen2ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         kv_heads(32),
         Given(*(f"{bias}=true" for bias in QKV_BIAS)),
@@ -101,7 +102,7 @@ class Qwen3(Llama):
     """Yang et al. 2025, arXiv:2505.09388: queries and keys normed head by head."""
 
     model_type, architecture = "qwen3", "Qwen3ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         kv_heads(32),
         Same("head_dim", "model.d_head", absent=128),
@@ -115,7 +116,7 @@ class Mixtral(Llama):
     """Jiang et al. 2024, arXiv:2401.04088: experts."""
 
     model_type, architecture = "mixtral", "MixtralForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         kv_heads(8),
         Window("sliding_window", absent=None),
@@ -149,7 +150,7 @@ class Qwen3Moe(Qwen3):
     """Yang et al. 2025, arXiv:2505.09388: Qwen 3 with experts."""
 
     model_type, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
-    fields = but(
+    fields = change_fields(
         Qwen3.fields,
         kv_heads(4),
         Same("head_dim", "model.d_head", absent=lambda hf: hf["hidden_size"] // hf["num_attention_heads"]),
@@ -170,7 +171,7 @@ class Phi3(Llama):
     """Abdin et al. 2024, arXiv:2404.14219: queries, keys and values are one matrix, gate and up another."""
 
     model_type, architecture = "phi3", "Phi3ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         Same("rms_norm_eps", "norm.eps", absent=1e-5),
         Window("sliding_window", absent=None),
@@ -188,7 +189,7 @@ class Granite(Llama):
     """IBM 2024, Granite 3.0: four multipliers."""
 
     model_type, architecture = "granite", "GraniteForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         Same("embedding_multiplier", "embed.scale", absent=1.0),
         Same("residual_multiplier", "block.residual_scale", absent=1.0),
@@ -217,11 +218,12 @@ class NopeLayers(Field):
 
     @staticmethod
     def turns(n_layers: int, every: int) -> list[int]:
+        """[n_layers]: 0 for every `every`-th layer, which has no position, 1 for the others."""
         check_whole("config.json: no_rope_layer_interval", every)
         return [int((i + 1) % every != 0) for i in range(n_layers)]
 
     def hf_config(self, decoder: Config) -> Config:
-        every = found(decoder, "pos.every")
+        every = read_setting(decoder, "pos.every")
         if every is MISSING:
             return {}
         return {
@@ -239,11 +241,11 @@ class SmolLM3(Llama):
     """Hugging Face 2025, SmolLM3: no position in every fourth layer."""
 
     model_type, architecture = "smollm3", "SmolLM3ForCausalLM"
-    fields = but(
+    fields = change_fields(
         Llama.fields,
         kv_heads(4),
         NopeLayers(),
         Only("use_sliding_window", False),
-        tied(True),
+        tied_embeddings(True),
         without=("head_dim",),
     )

@@ -1,5 +1,7 @@
-"""What a run left on disk, read back without Lightning: its decoder, tokenizer and weights. Nothing runs because a file was
-read."""
+"""What a run left on disk, read back without Lightning: its decoder, tokenizer and weights.
+
+Nothing runs because a file was read.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ ACTIVATIONS = ("torch.nn.ReLU", "torch.nn.GELU", "torch.nn.SiLU", "torch.nn.Iden
 """What a stored configuration may build beside our own parts and corpora."""
 
 
-def opened(directory: RunDirectory, weights: dict[str, Tensor]) -> tuple[DictConfig, Decoder, Tokenizer]:
+def load_decoder(
+    directory: RunDirectory, weights: dict[str, Tensor]
+) -> tuple[DictConfig, Decoder, Tokenizer]:
     """The run's configuration, its decoder with `weights`, its tokenizer.
 
     Raises ValueError where its configuration asks for foreign code.
@@ -39,8 +43,9 @@ def opened(directory: RunDirectory, weights: dict[str, Tensor]) -> tuple[DictCon
     return config, decoder.eval(), tokenizer
 
 
-def stored_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
-    """The decoder's state dict, as it is on disk; of `best_average` and `last_average` with the averaged weights in it.
+def read_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
+    """The decoder's state dict, as it is on disk; of `best_average` and `last_average` with the averaged
+    weights in it.
 
     Raises ValueError where there is no such checkpoint.
     """
@@ -52,8 +57,8 @@ def stored_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor
         )
     if not file.exists():
         raise ValueError(f"{directory.path} has no {checkpoint} checkpoint yet: {file} is missing")
-    stored = loaded(file)
-    weights = weights_of(stored)
+    stored = read_checkpoint(file)
+    weights = decoder_weights(stored)
     if not averaged:
         return weights
     callbacks = stored.get("callbacks", {})  # an imported model has none
@@ -64,14 +69,15 @@ def stored_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor
     return weights | callbacks["WeightAverage"]["weights"]
 
 
-def weights_by_step(directory: RunDirectory) -> tuple[dict[int, dict[str, Tensor]], list[Path]]:
-    """The decoder's state dict after each step that a checkpoint is kept of, in the order of steps, and the files that
-    cannot be read. Tensors stay on disk until they are looked at."""
+def read_weights_by_step(directory: RunDirectory) -> tuple[dict[int, dict[str, Tensor]], list[Path]]:
+    """The decoder's state dict after each step that a checkpoint is kept of, in the order of steps, and the
+    files that cannot be read. Tensors stay on disk until they are looked at.
+    """
     found, unreadable = {}, []
     for file in (directory.best, directory.last, *directory.step_checkpoints()):
         try:
-            stored = loaded(file)
-            found[stored["global_step"]] = weights_of(stored)
+            stored = read_checkpoint(file)
+            found[stored["global_step"]] = decoder_weights(stored)
         except FileNotFoundError:  # never written, or let go of by a run that goes on
             continue
         except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError):  # cut short, or another's
@@ -79,11 +85,13 @@ def weights_by_step(directory: RunDirectory) -> tuple[dict[int, dict[str, Tensor
     return dict(sorted(found.items())), unreadable
 
 
-def loaded(file: Path) -> dict[str, Any]:
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint's content. Only tensors and plain values are read, and tensors stay on disk until used."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
-def weights_of(stored: dict[str, Any]) -> dict[str, Tensor]:
+def decoder_weights(stored: dict[str, Any]) -> dict[str, Tensor]:
+    """The decoder's state dict out of a checkpoint's, under the decoder's own names."""
     return {key.removeprefix("decoder."): value for key, value in stored["state_dict"].items()}
 
 
@@ -91,7 +99,7 @@ def check_targets(config: Any, source: Path) -> None:
     """Raise ValueError when a stored configuration names foreign code."""
     if isinstance(config, DictConfig):
         target = config.get("_target_")
-        if target is not None and not is_own(str(target)):
+        if target is not None and not is_own_part(str(target)):
             raise ValueError(
                 f"{source} asks for {target}: only parts of scantling.model, classes of scantling.data and "
                 f"{', '.join(ACTIVATIONS)} may be loaded from a file"
@@ -103,9 +111,9 @@ def check_targets(config: Any, source: Path) -> None:
         check_targets(child, source)
 
 
-def is_own(target: str) -> bool:
-    """Whether it is one of `ACTIVATIONS`, or stands in the module of ours that it names: Hydra would walk on from there,
-    through what the module has imported.
+def is_own_part(target: str) -> bool:
+    """Whether it is one of `ACTIVATIONS`, or stands in the module of ours that it names: Hydra would walk on
+    from there, through what the module has imported.
     """
     module, _, name = target.rpartition(".")
     of_model = module.startswith("scantling.model.")
