@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from scantling.inference import generation
 from scantling.inference.generation import beam_search, generate, laid_out_for_decoding, speculate
 from scantling.inference.sampling import Settings
-from scantling.model.linear import FEW, ONEDNN
+from scantling.model.linear import FEW, goes_to_onednn
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
 PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
@@ -146,7 +146,7 @@ def test_the_layout_for_decoding_changes_memory_alone(nano, embed):
         nano(f"embed={embed}", gain=8),
         laid_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
     )
-    if ONEDNN:
+    if goes_to_onednn():
         assert laid_out.blocks[0].ffn.gate_up.weight.is_mkldnn
         assert (laid_out.embed.output if embed == "untied" else laid_out.head.packed_output).is_mkldnn
     else:
