@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import runpy
 import signal
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from scantling.data.tokenizers import Byte
+from scantling.model import processors
 from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
 
@@ -28,6 +31,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # as a shell's background command has it, and its children
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--processor",
+        choices=processors.PROCESSORS,
+        help="take the kernels of this processor, whatever the machine",
+    )
+
+
+def pytest_configure(config):
+    if (forced := config.getoption("processor")) is not None:
+        os.environ[warm.PROCESSOR] = forced  # for processes that tests start
+        warm.take_processor()
+
+
+@pytest.fixture(params=processors.PROCESSORS)
+def processor(request, monkeypatch) -> processors.Processor:
+    """Each processor in turn, in the place of this machine's."""
+    monkeypatch.setattr(processors, "HERE", request.param)
+    return request.param
+
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

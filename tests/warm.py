@@ -16,6 +16,9 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
+PROCESSOR = "TEST_PROCESSOR"
+"""Names in the environment the processor that a run of tests is forced to, `--processor`."""
+
 
 class Command:
     """The processes of one command, with the little that tests need of `subprocess.Popen`; signals go to the first.
@@ -134,9 +137,19 @@ def run(
         entry(argv)
 
 
+def take_processor() -> None:
+    """Put the processor that the environment names in the place of this machine's."""
+    from scantling.model import processors
+
+    if (forced := os.environ.get(PROCESSOR)) is not None:
+        processors.HERE = forced
+
+
 def entry(argv: list[str]) -> None:
     from lightning.fabric.utilities.rank_zero import _get_rank
     from lightning.pytorch.utilities import rank_zero_only
+
+    take_processor()
 
     rank_zero_only.rank = _get_rank() or 0  # Lightning reads it when it is imported
     sys.argv = argv

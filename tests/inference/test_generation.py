@@ -18,7 +18,7 @@ from scantling.inference.decoding_layout import lay_out_for_decoding
 from scantling.inference.generation import generate
 from scantling.inference.sampling import GenerationSettings
 from scantling.inference.speculation import speculate
-from scantling.model.linear import FEW, ONEDNN
+from scantling.model.linear import FEW, goes_to_onednn
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
@@ -156,7 +156,7 @@ def test_the_layout_for_decoding_changes_memory_alone(nano, embed):
         lay_out_for_decoding(nano(f"embed={embed}", gain=8), FEW),
     )
     first, head = (cast(Any, part) for part in (laid_out.blocks[0], laid_out.head))
-    if ONEDNN:
+    if goes_to_onednn():
         assert first.ffn.gate_up.weight.is_mkldnn
         assert (laid_out.embed.output if embed == "untied" else head.packed_output).is_mkldnn
     else:

@@ -38,7 +38,7 @@ from scantling.model.attn import (
     NoQKNorm,
     PerHeadNorm,
 )
-from scantling.model.cache import Buffer, KVCache, Step
+from scantling.model.cache import Buffer, KVCache, Placement
 from scantling.model.norm import LayerNorm, RMSNorm
 from scantling.model.pattern import Full, Sliding
 from scantling.model.pos import RoPE, unrotated
@@ -65,7 +65,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def scores(length: int = T) -> Scores:
-    return Scores(bias=None, n_heads=H, step=Step.whole(torch.zeros(B, length)))
+    return Scores(bias=None, n_heads=H, placement=Placement.whole(torch.zeros(B, length)))
 
 
 def biases(qkv: bool, out: bool) -> dict[str, bool]:
@@ -254,9 +254,9 @@ def test_latent_attention_equals_deepseeks(q_rank, bias, interleaved):
     layer = ours.new_cache(T, Buffer)
     cache, parts = KVCache([layer], T), []
     for piece in x.split([7, 1, 5, 1, 5], dim=1):
-        step = cache.advance(piece[..., 0], None)
-        shared = Scores(bias=None, n_heads=H, step=step)
-        parts.append(ours(piece, turns.rotate(step.positions_BT), shared, layer))
+        placement = cache.advance(piece[..., 0], None)
+        shared = Scores(bias=None, n_heads=H, placement=placement)
+        parts.append(ours(piece, turns.rotate(placement.positions_BT), shared, layer))
     assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-5)
     assert layer.nbytes == 4 * B * ours.cached_numbers(T) == 4 * B * T * (20 + 8)
 

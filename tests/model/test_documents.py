@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from scantling.model.cache import Step
+from scantling.model.cache import Placement
 from scantling.model.pattern import Full
 from scantling.model.scores import Scores
 
@@ -53,9 +53,9 @@ def test_logits_are_those_of_each_document_alone(nano, parts):
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
 def test_flex_attention_hides_the_same(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # flex cannot trace the checks of shapes
-    step = Step.whole(rows(), FIRST)
+    placement = Placement.whole(rows(), FIRST)
     q, k, v = torch.randn(3, len(LENGTHS), 2, 32, 8, generator=torch.Generator().manual_seed(0))
-    scores = Scores(bias=None, n_heads=2, step=step)
+    scores = Scores(bias=None, n_heads=2, placement=placement)
     flex = scores.flex(q, k, v, Full(0), 0.3, None)
     assert_close(
         flex, scores.attend(q, k, v, keys=None, pattern=Full(0), scale=0.3, softcap=None, dropout=0.0)

@@ -1,11 +1,14 @@
 """Against torch's own linear layer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.model import linear as module
+from scantling.model import processors
 from scantling.model.linear import Linear, OneDNNLinear, by_slices, linear
 
 onednn_only = pytest.mark.skipif(
@@ -20,11 +23,9 @@ def operands(shape: tuple[int, ...], width: int = 24) -> list[torch.Tensor]:
 
 
 @onednn_only
-@pytest.mark.parametrize("zen4", [True, False])
 @pytest.mark.parametrize("shape", [(1, 16), (5, 16), (2, 3, 16)], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
-def test_onednn_gives_torchs_values_and_gradients(monkeypatch, shape, biased, zen4):
-    monkeypatch.setattr(module, "ZEN4", zen4)
+def test_onednn_gives_torchs_values_and_gradients(processor, shape, biased):
     x, weight, bias = operands(shape)
     bias = bias if biased else None
     ours, torchs = OneDNNLinear.apply(x, weight, bias), functional.linear(x, weight, bias)
@@ -55,8 +56,7 @@ def test_slices_give_torchs_values(shape, width, biased):
 @pytest.mark.parametrize("rows", [module.FEW, module.FEW + 1])
 def test_few_rows_are_as_many(monkeypatch, rows):
     """Every way that a product without gradients may take."""
-    monkeypatch.setattr(module, "ONEDNN", True)
-    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(processors, "HERE", "zen5")
     x, weight, bias = operands((rows, 16))
     expected = functional.linear(x, weight, bias)
     torch.testing.assert_close(linear(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
@@ -66,8 +66,8 @@ def test_few_rows_are_as_many(monkeypatch, rows):
 @onednn_only
 @pytest.mark.parametrize("little", [0, 2**30])
 def test_a_product_with_gradients_goes_to_onednn_by_its_size(monkeypatch, little):
-    monkeypatch.setattr(module, "ONEDNN", True)
-    monkeypatch.setattr(module, "LITTLE", little)
+    monkeypatch.setattr(processors, "HERE", "zen4")
+    monkeypatch.setitem(module.ONEDNN, "zen4", replace(module.ONEDNN["zen4"], little=little))
     x, weight, bias = operands((5, 16))
     ours, torchs = linear(x, weight, bias), functional.linear(x, weight, bias)
     assert (ours.grad_fn.name() == torchs.grad_fn.name()) == (little >= 5 * 16 * 24)
@@ -91,7 +91,7 @@ def test_layer_is_torchs():
     assert layer.to("meta")(x.to("meta")).shape == (2, 3, 24)
 
 
-@pytest.mark.skipif(not module.ONEDNN, reason="this processor's float32 products stay with MKL")
+@onednn_only
 def test_torch_counts_its_flops():
     x, weight, bias = operands((5, 16))
     with FlopCounterMode(display=False) as counter:

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from scantling.model.accounting import forward_flops_per_token
-from scantling.model.cache import Step
+from scantling.model.cache import Placement
 from scantling.model.performer import Performer, causal_sums, orthogonal_features
 from scantling.model.pos import unrotated
 from scantling.model.scores import Scores
@@ -31,10 +31,10 @@ def test_features_stand_for_the_softmax(n_features):
     torch.manual_seed(0)  # of the linear layers
     layer = Performer(H * E, H, E, 0, n_features=n_features, bias=False)
     x = 0.5 * normal(B, T, H * E)  # far apart, queries and keys need many more features
-    step = Step.whole(torch.zeros(B, T, dtype=torch.long))
+    placement = Placement.whole(torch.zeros(B, T, dtype=torch.long))
     layer.out = torch.nn.Identity()
     with torch.no_grad():
-        ours = layer(x, unrotated, Scores(bias=None, n_heads=H, step=step), None)
+        ours = layer(x, unrotated, Scores(bias=None, n_heads=H, placement=placement), None)
         q, k, v = (y.unflatten(-1, (H, E)).transpose(1, 2) for y in layer.qkv(x).chunk(3, -1))
         theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     error = (ours - theirs.transpose(1, 2).flatten(2)).square().mean().sqrt() / theirs.std()

@@ -6,8 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from scantling.model import scores
-from scantling.model.cache import Buffer, KVCache, LayerCache, Step
+from scantling.model.cache import Buffer, KVCache, LayerCache, Placement
 from scantling.model.pattern import BlockGlobal, Dilated, Full, Random, Sinks, Sliding
 from scantling.model.pos import ALiBi
 from scantling.model.scores import Scores
@@ -44,8 +43,8 @@ def test_heads_of_keys_are_repeated_where_no_kernel_of_a_gpu_shares_them(monkeyp
     with FakeTensorMode():
         for dtype in (torch.float32, torch.bfloat16):
             q, k = (torch.empty(B, heads, T, E, device="cuda", dtype=dtype) for heads in (4, 2))
-            step = Step.whole(torch.zeros(B, T, dtype=torch.int64))
-            kernels = Scores(bias=None, n_heads=H, step=step)
+            placement = Placement.whole(torch.zeros(B, T, dtype=torch.int64))
+            kernels = Scores(bias=None, n_heads=H, placement=placement)
             kernels.attend(q, k, k, keys=None, pattern=Full(0), scale=1.0, softcap=None, dropout=0.0)
     assert asked == [(4, False), (2, True)]
 
@@ -79,8 +78,8 @@ def inputs(n_kv_heads: int, length: int):
     return normal(B, H, length, E), *(normal(B, n_kv_heads, length, E, seed=seed) for seed in (1, 2))
 
 
-def scores_of(biased: bool, step: Step) -> Scores:
-    return Scores(bias=bias if biased else None, n_heads=H, step=step)
+def scores_of(biased: bool, placement: Placement) -> Scores:
+    return Scores(bias=bias if biased else None, n_heads=H, placement=placement)
 
 
 @over_shapes_of_scores
@@ -92,12 +91,12 @@ def test_every_kernel_equals_the_formula(monkeypatch, pattern, n_kv_heads, biase
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # flex cannot trace the checks of shapes
     pattern = PATTERNS[pattern]
     for length in (T, LONG):
-        scores = scores_of(biased, Step.whole(torch.zeros(B, length)))
+        scores = scores_of(biased, Placement.whole(torch.zeros(B, length)))
         q, k, v = inputs(n_kv_heads, length)
         expected = formula(q, k, v, pattern, biased, softcap)
         chosen = scores.attend(q, k, v, keys=None, pattern=pattern, scale=SCALE, softcap=softcap, dropout=0.0)
         assert_close(chosen, expected, rtol=1e-4, atol=1e-5)
-        written_out = scores.written_out(q, k, v, scores.mask(None, pattern), SCALE, softcap, 0.0)
+        written_out = scores.formula(q, k, v, scores.mask(None, pattern), SCALE, softcap, 0.0)
         assert_close(written_out, expected, rtol=1e-4, atol=1e-5)
         assert_close(scores.flex(q, k, v, pattern, SCALE, softcap), expected, rtol=1e-4, atol=1e-5)
 
@@ -110,9 +109,9 @@ def test_cached_keys_give_the_formula_too(pattern, biased, softcap, pieces):
     layer = LayerCache(sum(pieces), pattern, Buffer)
     cache, parts = KVCache([layer], sum(pieces)), []
     for of_q, of_k, of_v in zip(*(x.split(pieces, dim=2) for x in (q, k, v)), strict=True):
-        step = cache.advance(torch.zeros(B, of_q.shape[2]), None)
-        all_k, all_v, keys = layer.append(of_k.transpose(1, 2), of_v.transpose(1, 2), step)
-        scores = scores_of(biased, step)
+        placement = cache.advance(torch.zeros(B, of_q.shape[2]), None)
+        all_k, all_v, keys = layer.append(of_k.transpose(1, 2), of_v.transpose(1, 2), placement)
+        scores = scores_of(biased, placement)
         settings = {"keys": keys, "pattern": pattern, "scale": SCALE, "softcap": softcap, "dropout": 0.0}
         parts.append(scores.attend(of_q, all_k.transpose(1, 2), all_v.transpose(1, 2), **settings))
     assert_close(torch.cat(parts, 2), formula(q, k, v, pattern, biased, softcap), rtol=1e-4, atol=1e-5)
@@ -130,10 +129,12 @@ def test_rows_of_different_length_see_their_own_keys(pattern):
             n
         )  # of the shorter prompt, tokens of a later step stand for padding
         of_q, of_k, of_v = (torch.stack([x[row][:, at[row]] for row in range(2)]) for x in (q, k, v))
-        step = cache.advance(at, prompt if not before.any() else None)
-        all_k, all_v, keys = layer.append(of_k.transpose(1, 2), of_v.transpose(1, 2), step)
+        placement = cache.advance(at, prompt if not before.any() else None)
+        all_k, all_v, keys = layer.append(of_k.transpose(1, 2), of_v.transpose(1, 2), placement)
         settings = {"keys": keys, "pattern": pattern, "scale": SCALE, "softcap": None, "dropout": 0.0}
-        out = scores_of(True, step).attend(of_q, all_k.transpose(1, 2), all_v.transpose(1, 2), **settings)
+        out = scores_of(True, placement).attend(
+            of_q, all_k.transpose(1, 2), all_v.transpose(1, 2), **settings
+        )
         real = prompt if not before.any() else torch.full((2,), n)
         for row in range(2):
             parts[row].append(out[row, :, : real[row]])
@@ -145,14 +146,12 @@ def test_rows_of_different_length_see_their_own_keys(pattern):
         assert_close(torch.cat(parts[row], 1), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("length", [T, LONG, 9 * E])  # a CPU without AMX takes another way up to 8·E
-def test_bfloat16_attention_is_near_float32(monkeypatch, amx, length):
-    monkeypatch.setattr(scores, "AMX", amx)
+def test_bfloat16_attention_is_near_float32(processor, length):
     q, k, v = inputs(H, length)
-    step = Step.whole(torch.zeros(B, length))
+    placement = Placement.whole(torch.zeros(B, length))
     low, high = (
-        Scores(bias=ALiBi(H * E, H, E).bias, n_heads=H, step=step).attend(
+        Scores(bias=ALiBi(H * E, H, E).bias, n_heads=H, placement=placement).attend(
             q.to(dtype),
             k.to(dtype),
             v.to(dtype),
@@ -169,7 +168,7 @@ def test_bfloat16_attention_is_near_float32(monkeypatch, amx, length):
 
 
 def test_layers_of_one_pattern_share_a_mask():
-    scores = scores_of(False, Step.whole(torch.zeros(B, T)))
+    scores = scores_of(False, Placement.whole(torch.zeros(B, T)))
     assert scores.mask(None, Sliding(0, window=6)) is scores.mask(None, Sliding(3, window=6))
     one, other = (Random(layer, block=4, n_local=1, n_global=1, n_random=1) for layer in (0, 1))
     assert not torch.equal(scores.mask(None, one), scores.mask(None, other))
@@ -180,8 +179,8 @@ def test_cache_returns_what_was_appended():
     cache = KVCache([layer], 10)
     k, v = normal(B, 7, 2, E), normal(B, 7, 2, E, seed=1)
     for new in (slice(0, 4), slice(4, 5), slice(5, 7)):
-        step = cache.advance(k[:, new, 0, 0], None)
-        all_k, all_v, keys = layer.append(k[:, new], v[:, new], step)
+        placement = cache.advance(k[:, new, 0, 0], None)
+        all_k, all_v, keys = layer.append(k[:, new], v[:, new], placement)
         assert_close((all_k, all_v), (k[:, : new.stop], v[:, : new.stop]), rtol=0, atol=0)
         assert keys.positions().tolist() == [list(range(new.stop))]
     with pytest.raises(AssertionError, match="full"):

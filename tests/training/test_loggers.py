@@ -94,7 +94,7 @@ def test_killed_process_loses_at_most_a_second_of_rows(tmp_path, offline):
     deadline = time.monotonic() + 120
     rows = []
     while len(rows) < 100 or rows[-1]["seconds"] < 3:
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
         rows = only_run(tmp_path).metrics() if list(tmp_path.glob("runs/default/nano-*")) else []
@@ -113,7 +113,7 @@ def test_segments_of_a_killed_run_join_to_one_curve(tmp_path, offline):
     for rows in (10, 40):
         process = Command(run, tmp_path)
         while not list(tmp_path.glob("runs/default/nano-*")) or len(only_run(tmp_path).metrics()) < rows:
-            assert process.poll() is None
+            assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()

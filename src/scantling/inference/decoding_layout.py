@@ -10,7 +10,7 @@ from scantling.model.decoder import Decoder
 from scantling.model.embed import Embedding
 from scantling.model.ffn import GatedFeedForward
 from scantling.model.head import Full
-from scantling.model.linear import FEW, ONEDNN, Linear, linear, packed
+from scantling.model.linear import FEW, Linear, goes_to_onednn, linear, packed
 
 
 class PackedHead(Full):
@@ -60,7 +60,7 @@ def lay_out_for_decoding(decoder: Decoder, rows: int) -> Decoder:
         for name, part in module.named_children():
             if type(part) is GatedFeedForward:
                 setattr(module, name, JoinedGates(part))
-    if ONEDNN:
+    if goes_to_onednn():
         if rows > FEW // 2:
             pack_weights(decoder)
         return decoder

@@ -18,7 +18,7 @@ class Watched(Scores):
     """Scores that add the weights of every call to `seen`: the formula with the unit matrix for values, softmax(…)·I."""
 
     def __init__(self, scores: Scores, seen: list[Tensor]):
-        super().__init__(bias=scores.bias, n_heads=scores.n_heads, step=scores.step)
+        super().__init__(bias=scores.bias, n_heads=scores.n_heads, placement=scores.placement)
         self.seen = seen
 
     def attend(
@@ -28,9 +28,7 @@ class Watched(Scores):
         unit_BKSS = torch.eye(S, dtype=q_BHTE.dtype, device=q_BHTE.device).expand(B, K, S, S)
         mask = self.mask(keys, settings["pattern"])
         self.seen.append(
-            self.written_out(
-                q_BHTE, k_BKSE, unit_BKSS, mask, settings["scale"], settings["softcap"], dropout=0.0
-            )
+            self.formula(q_BHTE, k_BKSE, unit_BKSS, mask, settings["scale"], settings["softcap"], dropout=0.0)
         )
         return super().attend(q_BHTE, k_BKSE, v_BKSE, keys=keys, **settings)
 

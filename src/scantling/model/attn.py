@@ -175,7 +175,7 @@ class Attention(PatternedAttention):
             q_BTHE, k_BTKE = rotate(self.q_norm(q_BTHE)), rotate(self.k_norm(k_BTKE))
         keys = None
         if cache is not None:
-            k_BTKE, v_BTKE, keys = cache.append(k_BTKE, v_BTKE, scores.step)
+            k_BTKE, v_BTKE, keys = cache.append(k_BTKE, v_BTKE, scores.placement)
         o_BHTE = scores.attend(
             q_BTHE.transpose(1, 2),
             k_BTKE.transpose(1, 2),
@@ -329,7 +329,7 @@ class LatentAttention(PatternedAttention):
             "dropout": self.dropout if self.training else 0.0,
         }
         if cache is not None:
-            c_BS1C, r_BS1R, keys = cache.append(c_BT1C, r_BT1R, scores.step)
+            c_BS1C, r_BS1R, keys = cache.append(c_BT1C, r_BT1R, scores.placement)
             up_HEC = self.kv_up.weight.view(self.n_heads, -1, self.kv_rank)
             up_k, up_v = up_HEC.split([self.d_nope, self.d_value], 1)
             q = torch.cat((torch.einsum("bthe,hec->bthc", nope_BTHE, up_k), turned_BTHR), -1)

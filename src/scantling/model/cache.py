@@ -19,7 +19,7 @@ from scantling.model.pattern import Pattern
 
 
 @dataclass
-class Step:
+class Placement:
     """Where the tokens of one forward pass stand."""
 
     positions_BT: Int[Tensor, "_ T"]
@@ -44,7 +44,7 @@ class Step:
         return self.before + new
 
     @classmethod
-    def whole(cls, tokens_BT: Tensor, first_of_document: int | None = None) -> Step:
+    def whole(cls, tokens_BT: Tensor, first_of_document: int | None = None) -> Placement:
         """Tokens from position 0, with nothing before them. `first_of_document` begins a document that sees itself alone."""
         T = tokens_BT.shape[1]
         documents = None if first_of_document is None else (tokens_BT == first_of_document).cumsum(1)
@@ -167,26 +167,30 @@ class LayerCache:
         self.n_slots, self.rolls, self.holds_what_is_seen = self.max_len, False, self.is_full
 
     def append(
-        self, k_BTKE: Float[Tensor, "B T K E"], v_BTKE: Float[Tensor, "B T K _"], step: Step
+        self, k_BTKE: Float[Tensor, "B T K E"], v_BTKE: Float[Tensor, "B T K _"], placement: Placement
     ) -> tuple[Tensor, Tensor, Keys]:
         """Keys and values that the new tokens may see, [B, S, K, E] each, and where they stand."""
-        assert step.end <= self.n_slots or self.rolls, "the cache is full"
+        assert placement.end <= self.n_slots or self.rolls, "the cache is full"
         if self.k is None or self.v is None:
             self.k, self.v = self.buffer(self.n_slots, k_BTKE), self.buffer(self.n_slots, v_BTKE)
         before = self.length
-        one_more = k_BTKE.shape[1] == 1 and step.valid_BT is None
+        one_more = k_BTKE.shape[1] == 1 and placement.valid_BT is None
         old = None
         if self.rolls and not one_more and before:
             filled = min(before, self.n_slots)
-            old = self.k.read(filled).clone(), self.v.read(filled).clone(), self.held(step.before, filled)
-        self.write(k_BTKE, v_BTKE, step, one_more)
-        self.length = step.end
-        filled = min(step.end, self.n_slots)
+            old = (
+                self.k.read(filled).clone(),
+                self.v.read(filled).clone(),
+                self.held(placement.before, filled),
+            )
+        self.write(k_BTKE, v_BTKE, placement, one_more)
+        self.length = placement.end
+        filled = min(placement.end, self.n_slots)
         if not self.rolls or one_more:
-            all_seen = one_more and step.start is not None and self.holds_what_is_seen
-            keys = Keys(lambda: self.held(step.after, filled), all_seen)
+            all_seen = one_more and placement.start is not None and self.holds_what_is_seen
+            keys = Keys(lambda: self.held(placement.after, filled), all_seen)
             return self.k.read(filled), self.v.read(filled), keys
-        B, new = k_BTKE.shape[0], step.positions_BT
+        B, new = k_BTKE.shape[0], placement.positions_BT
         if old is None:
             return k_BTKE, v_BTKE, Keys(lambda: new, all_seen=False)
         k, v, positions = old
@@ -196,21 +200,25 @@ class LayerCache:
             Keys(lambda: torch.cat((positions.expand(B, -1), new.expand(B, -1)), 1), all_seen=False),
         )
 
-    def write(self, k_BTKE: Tensor, v_BTKE: Tensor, step: Step, one_more: bool) -> None:
+    def write(self, k_BTKE: Tensor, v_BTKE: Tensor, placement: Placement, one_more: bool) -> None:
         assert self.k is not None
         assert self.v is not None
         B, T = k_BTKE.shape[:2]
         index: Any
-        if step.start is not None and step.valid_BT is None and (not self.rolls or one_more):
-            slot = self.slot_of(step.start)
+        if placement.start is not None and placement.valid_BT is None and (not self.rolls or one_more):
+            slot = self.slot_of(placement.start)
             index = (slice(None), slice(slot, slot + T))
-        elif step.valid_BT is None and not self.rolls:
-            index = (torch.arange(B, device=k_BTKE.device)[:, None], step.positions_BT)
+        elif placement.valid_BT is None and not self.rolls:
+            index = (torch.arange(B, device=k_BTKE.device)[:, None], placement.positions_BT)
         else:
-            positions = step.positions_BT.expand(B, T)
-            kept = torch.ones_like(positions, dtype=torch.bool) if step.valid_BT is None else step.valid_BT
+            positions = placement.positions_BT.expand(B, T)
+            kept = (
+                torch.ones_like(positions, dtype=torch.bool)
+                if placement.valid_BT is None
+                else placement.valid_BT
+            )
             if self.rolls:
-                kept = kept & ((positions < self.first) | (positions >= step.after - self.window))
+                kept = kept & ((positions < self.first) | (positions >= placement.after - self.window))
             rows, columns = kept.nonzero(as_tuple=True)
             index = (rows, self.slot_of(positions[rows, columns]))
             k_BTKE, v_BTKE = k_BTKE[rows, columns], v_BTKE[rows, columns]
@@ -256,14 +264,14 @@ class KVCache:
         self.lengths_B: Tensor | None = None
         """Tokens of each row, where they differ."""
 
-    def advance(self, tokens_BT: Tensor, lengths_B: Int[Tensor, " B"] | None) -> Step:
+    def advance(self, tokens_BT: Tensor, lengths_B: Int[Tensor, " B"] | None) -> Placement:
         """Where new tokens stand; `lengths_B` says how many of each row are real, the rest being padding."""
         (B, T), device = tokens_BT.shape, tokens_BT.device
         offsets = torch.arange(T, device=device)[None]
         if lengths_B is None and self.lengths_B is None:
             start = self.length
             self.length += T
-            return Step(start + offsets, start, self.length)
+            return Placement(start + offsets, start, self.length)
         before = self.lengths_B
         if before is None:
             before = torch.full((B,), self.length, device=device)
@@ -274,7 +282,7 @@ class KVCache:
         else:
             self.lengths_B = before + lengths_B
             self.length = int(self.lengths_B.max())
-        return Step(before[:, None] + offsets, None, start + T, valid)
+        return Placement(before[:, None] + offsets, None, start + T, valid)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; beam search drops and doubles them."""

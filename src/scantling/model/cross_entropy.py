@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scantling.model.linear import ONEDNN, linear
+from scantling.model.linear import goes_to_onednn, linear
 
 IGNORED = -100
 """A target that is not to be predicted."""
@@ -116,7 +116,7 @@ class Chunks(torch.autograd.Function):
                 del logits
                 g = (g if scale == 1.0 else g.mul_(scale)).to(dtype)
                 dx_chunk.copy_(linear(g, cast.T))
-                if ONEDNN or dtype != dw.dtype:
+                if goes_to_onednn() or dtype != dw.dtype:
                     dw += linear(g.T, x.T)
                 else:
                     dw.addmm_(g.T, x)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scantling.model.attn import Mixer
 from scantling.model.block import Block
-from scantling.model.cache import BUFFERS, KVCache, Step
+from scantling.model.cache import BUFFERS, KVCache, Placement
 from scantling.model.checks import check_whole
 from scantling.model.embed import Embedding
 from scantling.model.head import Head
@@ -160,22 +160,22 @@ class Decoder(nn.Module):
         With a cache `tokens_BT` follow those already in it; `lengths_B` then says how many of each row's tokens
         are real, where rows are padded on the right.
         """
-        step = (
-            Step.whole(tokens_BT, self.first_of_document)
+        placement = (
+            Placement.whole(tokens_BT, self.first_of_document)
             if cache is None
             else cache.advance(tokens_BT, lengths_B)
         )
         layers = self.layers
         for router in self.routers:
             router.forget()
-        rotations = self.pos.rotations(step.positions_BT, len(layers))
+        rotations = self.pos.rotations(placement.positions_BT, len(layers))
 
         def new_scores() -> Scores:
-            return Scores(bias=self.pos.bias, n_heads=self.n_heads, step=step)
+            return Scores(bias=self.pos.bias, n_heads=self.n_heads, placement=placement)
 
         scores = new_scores()
         recomputed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
-        x_BTD = self.dropout(self.pos.embed(self.embed(tokens_BT), step.positions_BT))
+        x_BTD = self.dropout(self.pos.embed(self.embed(tokens_BT), placement.positions_BT))
         for i, block in enumerate(layers):
             if recomputed:
                 # Scores keep their masks; what a block computes twice must be the same both times.

@@ -11,6 +11,7 @@ import time
 import torch
 
 from scantling.model.linear import linear
+from scantling.model.processors import has_bfloat16
 
 LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp8": "bf16-mixed"}
 
@@ -28,7 +29,7 @@ def resolved_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        return "bf16" if has_bfloat16() else "fp32"
     if precision not in LIGHTNING_PRECISION:
         raise ValueError(
             f"trainer.precision={precision} is unknown: use auto, {', '.join(LIGHTNING_PRECISION)}"

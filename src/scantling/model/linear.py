@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,31 +11,29 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-
-def amd_family() -> int:
-    """The processor's family, where it is AMD's and has AVX-512: 25 is Zen 4, 26 Zen 5; elsewhere 0."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return 0
-    try:
-        with open("/proc/cpuinfo") as file:
-            facts = dict(re.findall(r"^(vendor_id|cpu family)\s*: (\w+)$", file.read(), re.MULTILINE))
-    except OSError:
-        return 0
-    return int(facts["cpu family"]) if facts.get("vendor_id") == "AuthenticAMD" else 0
+from scantling.model import processors
+from scantling.model.processors import Processor
 
 
-AMD_FAMILY = amd_family()
+@dataclass(frozen=True)
+class Limits:
+    """What stays with MKL, PyTorch's choice, where other products go to oneDNN."""
 
-ONEDNN = AMD_FAMILY > 0
-"""Whether float32 products may go to oneDNN: MKL, PyTorch's choice, keeps to AVX2 on AMD's processors. Exact float32 in
-both.
+    small: int
+    """Without gradients: entries of W up to which it does."""
+    little: int
+    """With gradients: multiplications up to which it does."""
+    weight_gradients: bool
+    """Whether gradients of weights do."""
+
+
+ONEDNN: dict[Processor, Limits] = {
+    "zen4": Limits(small=2**16, little=2**24, weight_gradients=True),
+    "zen5": Limits(small=0, little=0, weight_gradients=False),
+}
+"""Processors whose float32 products go to oneDNN: MKL keeps to AVX2 on AMD's. Exact float32 in both. AVX-512 is 256 bits
+wide inside of Zen 4: there MKL is ahead where little is multiplied, and in the gradients of weights.
 """
-
-ZEN4 = AMD_FAMILY == 25
-"""Its AVX-512 is 256 bits wide inside: there MKL is ahead where little is multiplied, and in the gradients of weights."""
-
-SMALL, LITTLE = (2**16, 2**24) if ZEN4 else (0, 0)
-"""Up to SMALL entries of W without gradients, up to LITTLE multiplications with them, PyTorch's choice stands."""
 
 FEW = 8
 """Rows of x up to which, without gradients, MKL is given slices of W as a batch: it reads W with one thread and at a third
@@ -54,8 +52,9 @@ def linear(
     x: Float[Tensor, "*N D"], weight: Float[Tensor, "F D"], bias: Float[Tensor, " F"] | None = None
 ) -> Float[Tensor, "*N F"]:
     """x·Wᵀ + b, as `torch.nn.functional.linear`."""
+    limits = ONEDNN.get(processors.HERE)
     if (
-        ONEDNN
+        limits is not None
         and x.is_cpu
         and x.numel()  # an expert may be given no token
         and x.dtype == weight.dtype == torch.float32
@@ -63,14 +62,19 @@ def linear(
         and not torch.compiler.is_compiling()
     ):
         if torch.is_grad_enabled():
-            if x.numel() * len(weight) > LITTLE:
+            if x.numel() * len(weight) > limits.little:
                 return OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
         elif weight.is_mkldnn:
             return onednn(x, weight, bias)
-        elif weight.numel() > SMALL:
+        elif weight.numel() > limits.small:
             few = x.numel() <= FEW * x.shape[-1]
             return by_slices(x, weight, bias) if few else onednn(x, weight, bias)
     return nn.functional.linear(x, weight, bias)
+
+
+def goes_to_onednn() -> bool:
+    """Whether this processor's float32 products do, but for those that `Limits` leave to MKL."""
+    return processors.HERE in ONEDNN
 
 
 def by_slices(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -111,10 +115,12 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def weight_gradient(g_NF: Tensor, x_ND: Tensor) -> Tensor:
-    return g_NF.T @ x_ND if ZEN4 else onednn(g_NF.T, x_ND.T)
+    limits = ONEDNN.get(processors.HERE)
+    stays = limits is not None and limits.weight_gradients
+    return g_NF.T @ x_ND if stays else onednn(g_NF.T, x_ND.T)
 
 
-if ONEDNN:
+if torch.backends.mkldnn.is_available():
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def onednn_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:

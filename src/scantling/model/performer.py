@@ -69,8 +69,8 @@ class Performer(Mixer):
             q_BHTM = self.features(rotate(q_BTHE))
             k_BHTM = self.features(rotate(k_BTHE))
             v_BHTE = v_BTHE.transpose(1, 2).float()
-            if scores.step.valid_BT is not None:
-                k_BHTM = k_BHTM * scores.step.valid_BT[:, None, :, None]
+            if scores.placement.valid_BT is not None:
+                k_BHTM = k_BHTM * scores.placement.valid_BT[:, None, :, None]
             state = None if cache is None else cache.state_BHME
             o_BHTE, state = causal_sums(q_BHTM, k_BHTM, v_BHTE, state)
         if cache is not None:

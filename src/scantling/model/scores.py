@@ -1,4 +1,4 @@
-"""softmax(QKᵀ)·V: which kernel computes it, and the masks and biases that go in."""
+"""softmax(QKᵀ)·V: the kernels that compute it, and the masks and biases that go in."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from scantling.model.cache import Keys, Step
-from scantling.model.linear import ZEN4
+from scantling.model import processors
+from scantling.model.cache import Keys, Placement
+from scantling.model.kernels import choose_kernel
 from scantling.model.pattern import Pattern
 from scantling.model.pos import ScoreBias
-
-AMX = torch.cpu._is_amx_tile_supported()
-"""Whether the processor multiplies tiles of bfloat16; asked once, for the compiler cannot trace the question."""
 
 RECOMPILATIONS = 256
 """Shapes and patterns for which code may be compiled; torch's own limit is 8."""
@@ -25,13 +23,11 @@ RECOMPILATIONS = 256
 class Scores:
     """softmax(cap(scale·QKᵀ) + bias)·V over the keys that causality and the pattern show, cap(s) = c·tanh(s/c).
 
-    One object a forward pass, shared by its layers. `scaled_dot_product_attention` does the work (its flash or math
-    kernel, PyTorch's choice). FlexAttention takes over on a GPU where a bias, a pattern or a cap would rule the
-    flash kernel out. Attention written out serves where it is the fastest on a CPU, and caps.
+    One object a forward pass, shared by its layers. `choose_kernel` says what computes it.
     """
 
-    def __init__(self, *, bias: ScoreBias | None, n_heads: int, step: Step):
-        self.bias, self.n_heads, self.step = bias, n_heads, step
+    def __init__(self, *, bias: ScoreBias | None, n_heads: int, placement: Placement):
+        self.bias, self.n_heads, self.placement = bias, n_heads, placement
         self.masks: dict[Pattern, Tensor] = {}
         self.block_masks: dict[Pattern, object] = {}
 
@@ -48,44 +44,34 @@ class Scores:
         dropout: float,
     ) -> Float[Tensor, "B H T C"]:
         """`keys` says where cached keys stand; None: the keys are those of the queries' own positions."""
-        dtype, (_, _, T, E), S = q_BHTE.dtype, q_BHTE.shape, k_BKSE.shape[2]
-        plain = self.bias is None and softcap is None and pattern.is_full and self.step.documents_BT is None
-        if q_BHTE.is_cuda and keys is None and dropout == 0 and not plain:
-            kernel = compiled_flex_attention()
-            return self.flex(q_BHTE, k_BKSE, v_BKSE, pattern, scale, softcap, kernel)
-        causal = plain and keys is None  # the kernel's own mask serves
+        dtype, device = q_BHTE.dtype, q_BHTE.device.type
+        plain = (
+            self.bias is None and softcap is None and pattern.is_full and self.placement.documents_BT is None
+        )
+        kernel = choose_kernel(
+            q_BHTE.shape,
+            k_BKSE.shape,
+            dtype,
+            device,
+            plain=plain,
+            softcap=softcap,
+            cached=keys is not None,
+            dropout=dropout,
+            processor=processors.HERE,
+        )
+        if kernel == "flex":
+            return self.flex(q_BHTE, k_BKSE, v_BKSE, pattern, scale, softcap, compiled_flex_attention())
         all_seen = self.bias is None and keys is not None and keys.all_seen
-        slow_bfloat16 = q_BHTE.is_cpu and dtype == torch.bfloat16 and not AMX
-        # The CPU's flash kernel is slow in bfloat16 without AMX, and up to 64 keys slower than the formula, but for Zen 4.
-        # The formula takes no more memory than a cast to float32, which serves longer contexts, up to T = 8·E.
-        # For a single query of each of many rows two batched products are faster than the kernel, in bfloat16 above all.
-        many = T == 1 and k_BKSE.numel() > (2**16 if dtype == torch.bfloat16 else 2**19)
-        short = S <= 64 and T > 1 and not ZEN4
-        formula = (slow_bfloat16 and T <= 8 * E) or (q_BHTE.is_cpu and (many or short))
-        if softcap is not None or formula:
+        if kernel == "formula":
             mask = None if all_seen else self.mask(keys, pattern)
-            return self.written_out(q_BHTE, k_BKSE, v_BKSE, mask, scale, softcap, dropout)
-        if slow_bfloat16:
+            return self.formula(q_BHTE, k_BKSE, v_BKSE, mask, scale, softcap, dropout)
+        if kernel == "sdpa in float32":
             q_BHTE, k_BKSE, v_BKSE = q_BHTE.float(), k_BKSE.float(), v_BKSE.float()
+        causal = plain and keys is None  # the kernel's own mask serves
         mask = None if all_seen or causal else as_type(self.mask(keys, pattern), q_BHTE)
-        groups = q_BHTE.shape[1] // k_BKSE.shape[1]
-        if groups > 1 and q_BHTE.is_cuda and (mask is not None or q_BHTE.dtype == torch.float32):
-            # Of a GPU's kernels only flash shares heads of keys, and it takes neither masks nor float32.
-            k_BKSE, v_BKSE = (t.repeat_interleave(groups, dim=1) for t in (k_BKSE, v_BKSE))
-        with outside_of_autocast(q_BHTE.device.type):  # it would undo the cast above
-            o_BHTC = nn.functional.scaled_dot_product_attention(
-                q_BHTE,
-                k_BKSE,
-                v_BKSE,
-                attn_mask=mask,
-                is_causal=causal,
-                dropout_p=dropout,
-                scale=scale,
-                enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
-            )
-        return o_BHTC.to(dtype)
+        return sdpa(q_BHTE, k_BKSE, v_BKSE, mask, causal, scale, dropout).to(dtype)
 
-    def written_out(
+    def formula(
         self,
         q_BHTE: Tensor,
         k_BKSE: Tensor,
@@ -95,7 +81,7 @@ class Scores:
         softcap: float | None,
         dropout: float,
     ) -> Tensor:
-        """The formula; the queries of one key/value head stand in one matrix of G·T rows."""
+        """Written out; the queries of one key/value head stand in one matrix of G·T rows."""
         (B, H, T, _), (_, K, S, _) = q_BHTE.shape, k_BKSE.shape
         groups = H // K
         q = q_BHTE.reshape(B * K, groups * T, -1)
@@ -121,10 +107,10 @@ class Scores:
     def mask(self, keys: Keys | None, pattern: Pattern) -> Tensor:
         """[B or 1, H or 1, T, S]: what may be seen, or with a bias what is added. Layers of one pattern share it."""
         if pattern not in self.masks:
-            query = self.step.positions_BT[:, None, :, None]
-            key = (self.step.positions_BT if keys is None else keys.positions())[:, None, None, :]
+            query = self.placement.positions_BT[:, None, :, None]
+            key = (self.placement.positions_BT if keys is None else keys.positions())[:, None, None, :]
             seen = (key >= 0) & (key <= query) & pattern.sees(query, key)
-            if (of := self.step.documents_BT) is not None:
+            if (of := self.placement.documents_BT) is not None:
                 seen = seen & (of[:, None, :, None] == of[:, None, None, :])
             if self.bias is None:
                 self.masks[pattern] = seen
@@ -144,7 +130,7 @@ class Scores:
         kernel=flex_attention,
     ) -> Tensor:
         if pattern not in self.block_masks:
-            of = self.step.documents_BT
+            of = self.placement.documents_BT
             self.block_masks[pattern] = create_block_mask(
                 (lambda b, h, t, s: (s <= t) & pattern.sees(t, s))
                 if of is None
@@ -168,6 +154,33 @@ class Scores:
             v_BKSE,
             score_mod=None if bias is None and softcap is None else score,
             block_mask=self.block_masks[pattern],
+            scale=scale,
+            enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
+        )
+
+
+def sdpa(
+    q_BHTE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """PyTorch's `scaled_dot_product_attention`, in the precision of its inputs under autocast too."""
+    groups = q_BHTE.shape[1] // k_BKSE.shape[1]
+    if groups > 1 and q_BHTE.is_cuda and (mask is not None or q_BHTE.dtype == torch.float32):
+        # Of a GPU's kernels only flash shares heads of keys, and it takes neither masks nor float32.
+        k_BKSE, v_BKSE = (t.repeat_interleave(groups, dim=1) for t in (k_BKSE, v_BKSE))
+    with outside_of_autocast(q_BHTE.device.type):  # it would undo a cast to float32
+        return nn.functional.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=mask,
+            is_causal=causal,
+            dropout_p=dropout,
             scale=scale,
             enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
         )
