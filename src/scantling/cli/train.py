@@ -14,7 +14,7 @@ from scantling.config.command_line import mistakes
 from scantling.model import hardware
 from scantling.runs.directory import RunDirectory
 from scantling.training.assembly import assemble, description
-from scantling.training.ranks import die_with_the_first
+from scantling.training.ranks import end_with_first_process
 from scantling.training.record import begin, last_screen
 from scantling.training.resume import already_finished, located
 from scantling.training.run import fit, is_full_disk
@@ -33,7 +33,7 @@ def train(config: DictConfig) -> RunDirectory:
         quiet=rank_zero_only.rank != 0, highlight=False, width=None if sys.stdout.isatty() else 120
     )
     hardware.keep_freed_memory()
-    die_with_the_first()
+    end_with_first_process()
     with mistakes():
         if config.tune is not None and config.tuned is None:
             raise ValueError("tune=lr chooses the learning rate of a sweep's arms: add -m, or leave it out")
