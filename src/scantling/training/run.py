@@ -100,6 +100,12 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         console.print(f"warning: {line}; skipped", soft_wrap=True)
     if run.first_step:
         console.print(f"resuming after step {run.first_step:,}")
+    guard = Guard(
+        run.guard,
+        record=lambda bad, action: record(run, bad, action),
+        used=guarded(run, run.first_step),
+        gradients_may_overflow=run.precision == "fp16",
+    )
     task = LanguageModelTask(
         decoder,
         optimizer=instantiate(config.optim, _convert_="all"),
@@ -107,15 +113,10 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         total_steps=plan.steps,
         token_bytes=run.corpus.token_bytes,
         compiled=config.trainer.compile,
+        leaves_out=guard.leaves_out if run.guard.action == "skip" else None,
     )
     strategy = run.new_strategy()
     taken_up = directory.has_metrics
-    guard = Guard(
-        run.guard,
-        record=lambda bad, action: record(run, bad, action),
-        used=guarded(run, run.first_step),
-        gradients_may_overflow=run.precision == "fp16",
-    )
     noise_scale = NoiseScale(
         micro_batches=plan.micro_batches,
         processes=plan.world_size,

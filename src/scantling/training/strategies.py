@@ -124,11 +124,11 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         # Lightning has divided by the number of micro-batches already.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().optimizer_step(*args, **kwargs)
-        if (norm := self.deepspeed_engine.get_global_grad_norm()) is not None:
-            self.lightning_module.grad_norm = torch.as_tensor(norm)  # type: ignore[union-attr]
-        return result
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Of all gradients in the last step, before clipping; None where DeepSpeed has taken none."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_fp32_param
