@@ -14,14 +14,11 @@ from scantling.config.command_line import mistakes
 from scantling.model import hardware
 from scantling.runs.directory import RunDirectory
 from scantling.training.assembly import assemble, description
+from scantling.training.launch import check_launch, devices_per_node
 from scantling.training.ranks import end_with_first_process
 from scantling.training.record import begin, last_screen
 from scantling.training.resume import already_finished, located
 from scantling.training.run import fit, is_full_disk
-from scantling.training.strategies import (
-    check_launch,
-    devices_per_node,
-)
 
 
 def train(config: DictConfig) -> RunDirectory:

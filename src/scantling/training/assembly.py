@@ -30,15 +30,13 @@ from scantling.training import average, float8, noise
 from scantling.training.budget import steps_between_validations, steps_for
 from scantling.training.checkpoints import newest_whole
 from scantling.training.guard import GuardSettings
+from scantling.training.launch import devices_per_node
 from scantling.training.memory import ENGINES, Choice, choices_of_memory
 from scantling.training.memory_forecast import Forecast, cheapest_within, memory_forecast
 from scantling.training.optim import follow_width
 from scantling.training.plan import Plan, memory_line
 from scantling.training.profiling import check_length
-from scantling.training.strategies import (
-    WholeCheckpoints,
-    devices_per_node,
-)
+from scantling.training.strategies import WholeCheckpoints
 
 
 @dataclass

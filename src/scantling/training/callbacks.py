@@ -19,8 +19,8 @@ from scantling.runs.directory import MetricsFile
 from scantling.training.checkpoints import Checkpoints
 from scantling.training.guard import BadStep, Guard
 from scantling.training.loggers import Wandb
+from scantling.training.ranks import AnyRank
 from scantling.training.step import is_step_over
-from scantling.training.strategies import AnyRank
 from scantling.training.task import LanguageModelTask
 
 

@@ -121,3 +121,20 @@ def end_with_first_process() -> None:
         end_with_parent(parent)
     else:
         os.environ[FIRST_PROCESS] = str(os.getpid())
+
+
+class AnyRank:
+    """`any_rank(flag)`: whether the flag is set in any process; every process calls it.
+
+    The hosts ask each other over gloo, so that no GPU is waited for.
+    """
+
+    def __init__(self, world_size: int):
+        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+
+    def __call__(self, flag: bool) -> bool:
+        if self.group is None:
+            return flag
+        anyone = torch.tensor(int(flag))
+        dist.all_reduce(anyone, dist.ReduceOp.MAX, group=self.group)
+        return bool(anyone)

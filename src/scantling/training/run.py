@@ -31,15 +31,13 @@ from scantling.training.callbacks import (
 )
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints
 from scantling.training.guard import BadStep, Guard
+from scantling.training.launch import cluster_environment
 from scantling.training.loggers import Wandb
 from scantling.training.noise import NoiseScale
 from scantling.training.profiling import LENGTH, LabelledBatches, Profile
 from scantling.training.ranks import EndTogether
 from scantling.training.record import finish, loggers_of, sample_of
 from scantling.training.rollback import guarded, record, roll_back, stop
-from scantling.training.strategies import (
-    cluster_environment,
-)
 from scantling.training.task import LanguageModelTask
 
 
