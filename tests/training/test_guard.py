@@ -36,7 +36,7 @@ def plant(monkeypatch, what: str) -> None:
             return loss
         if what == "gradient":
             return loss + (loss - loss.detach()).abs().sqrt()  # whose slope at 0 is not finite
-        self.step_loss = self.step_loss + (float("inf") if what == "loss" else 50.0)
+        self.step_state.loss = self.step_state.loss + (float("inf") if what == "loss" else 50.0)
         return loss * float("inf") if what == "loss" else loss
 
     monkeypatch.setattr(task.LanguageModelTask, "training_step", planted)

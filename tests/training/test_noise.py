@@ -1,10 +1,13 @@
 """The gradient noise scale, where it is known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_task import B, T, batches, fit, task_of
 
 from scantling.training.noise import NoiseScale, estimates
+from scantling.training.step import StepState
 
 DIMENSIONS = 50
 
@@ -31,14 +34,12 @@ def test_a_known_noise_scale_comes_out():
     noise = NoiseScale(micro_batches=4, processes=1, tokens_before=lambda step: 32 * step)
     noise.DECAY = 0.999
 
-    class Task:
-        skipped = False
-
+    task = SimpleNamespace(step_state=StepState())
     values = []
     for step in range(6000):
         examples = g + sigma * torch.randn(32, DIMENSIONS)
-        noise.small, Task.grad_norm = examples[:8].mean(0).square().sum(), examples.mean(0).norm()
-        noise.on_step(None, Task, step)
+        noise.small, task.step_state.grad_norm = examples[:8].mean(0).square().sum(), examples.mean(0).norm()
+        noise.on_step(None, task, step)
         if step > 3000:
             values.append(noise.columns()["noise_scale"])
     assert sum(values) / len(values) == pytest.approx(sigma**2 / 0.25, rel=0.1)
@@ -61,7 +62,7 @@ def test_norms_are_those_of_the_mean_gradients(nano):
     noise = NoiseScale(micro_batches=B // 2, processes=1, tokens_before=lambda step: B * T * step)
     fit(task, batches(inputs, targets, 2), accumulate=B // 2, callbacks=[noise])
     torch.testing.assert_close(noise.small, norms[0], rtol=1e-4, atol=0)
-    torch.testing.assert_close(task.grad_norm.square(), norms[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(task.step_state.grad_norm.square(), norms[1], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

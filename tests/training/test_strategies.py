@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from scantling.training import strategies
-from scantling.training.strategies import FullySharded, Zero, check_launch, devices_per_node
+from scantling.training.launch import check_launch, devices_per_node
+from scantling.training.strategies import FullySharded, Zero
 
 GPU = torch.device("cuda")
 

@@ -120,8 +120,8 @@ def test_accumulation_equals_the_whole_batch_and_plain_pytorch(nano, tokens, tar
         assert_close(p, q, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
         assert not torch.equal(p, start), name
     assert task.take_step_loss().item() == pytest.approx(loss, rel=1e-5)
-    assert task.grad_norm.item() == pytest.approx(norm, rel=1e-4)  # before clipping
-    assert task.lr == LR
+    assert task.step_state.grad_norm.item() == pytest.approx(norm, rel=1e-4)  # before clipping
+    assert task.step_state.lr == LR
 
 
 def test_a_scaled_loss_is_clipped_by_the_norm_of_its_own_gradient(nano, tokens, targets):
@@ -133,7 +133,7 @@ def test_a_scaled_loss_is_clipped_by_the_norm_of_its_own_gradient(nano, tokens, 
     fit(task, batches(tokens[:, :-1], targets, 4), accumulate=2, clip=0.1, plugins=[half])
     _, norm = plain_step(by_hand, tokens[:, :-1], targets, 0.1)
     assert norm > 1
-    assert task.grad_norm.item() == pytest.approx(norm, rel=1e-2)
+    assert task.step_state.grad_norm.item() == pytest.approx(norm, rel=1e-2)
     for p, q in zip(decoder.parameters(), by_hand.parameters(), strict=True):
         assert_close(p, q, rtol=1e-2, atol=1e-3)
 
@@ -175,7 +175,7 @@ def test_the_schedule_multiplies_the_rate_of_each_step(nano, tokens, targets):
             p.data.sub_(LR * 2.0**-step * g)
     for p, q in zip(decoder.parameters(), by_hand.parameters(), strict=True):
         assert_close(p, q, rtol=1e-5, atol=1e-5)
-    assert task.lr == LR / 4
+    assert task.step_state.lr == LR / 4
 
 
 def test_training_loss_equals_gpt2s(gpt2_pair, tokens):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from scantling.cli.plan_study import plan_study
@@ -26,15 +24,8 @@ from scantling.model.decoder import Decoder
 from scantling.report.numbers import short
 from scantling.report.terminal import open_console
 from scantling.training.budget import steps_for
-from scantling.training.memory import (
-    ENGINES,
-    Choice,
-    Memory,
-    Sizes,
-    choices_of_memory,
-    number_of_bytes,
-    training_memory,
-)
+from scantling.training.memory import Choice, choices_of_memory, number_of_bytes
+from scantling.training.memory_forecast import Forecast, cheapest_within, memory_forecast
 
 
 def plan(config: DictConfig) -> None:
@@ -53,12 +44,17 @@ def plan(config: DictConfig) -> None:
         decoder = build_decoder(config, config.model.vocab_size, "meta")
         context = config.context or decoder.seq_len
         limit = None if config.memory is None else number_of_bytes(str(config.memory))
-        forecast = forecaster(config, decoder)
+        forecast = memory_forecast(
+            config,
+            decoder,
+            devices=config.devices,
+            half_precision=config.trainer.precision != "fp32",
+            on_gpu=config.trainer.accelerator != "cpu",  # that of the machine that is planned for
+        )
         sequences = config.micro_batch_size or max(1, config.batch_size // config.devices)
         chosen = None
         if limit is not None:
-            fitting = (choice for choice in choices_of_memory(sequences) if forecast(choice).total <= limit)
-            chosen = next(fitting, None)
+            chosen = cheapest_within(limit, choices_of_memory(sequences), forecast)
             sequences = 1 if chosen is None else chosen.micro_batch_size
         products = {"auto": "bf16"}.get(config.trainer.precision, config.trainer.precision)
         about = (
@@ -90,24 +86,7 @@ def plan(config: DictConfig) -> None:
         console.print(advice(chosen, forecast, limit, config.devices), soft_wrap=True)
 
 
-def forecaster(config: DictConfig, decoder: Decoder) -> Callable[[Choice], Memory]:
-    """The peak of one of `devices` devices."""
-    sizes = Sizes.of(decoder, instantiate(config.optim, _convert_="all"))
-    return lambda choice: training_memory(
-        sizes,
-        sequences=choice.micro_batch_size,
-        seq_len=decoder.seq_len,
-        half_precision=config.trainer.precision != "fp32",
-        checkpoint_activations=choice.checkpoint_activations,
-        engine=ENGINES[choice.engine],
-        devices=config.devices,
-        accumulates=choice.micro_batch_size * config.devices < config.batch_size,
-        averages=config.ema.decay is not None,
-        on_gpu=config.trainer.accelerator != "cpu",  # that of the machine that is planned for
-    )
-
-
-def advice(chosen: Choice | None, forecast: Callable[[Choice], Memory], limit: int, devices: int) -> str:
+def advice(chosen: Choice | None, forecast: Forecast, limit: int, devices: int) -> str:
     """The cheapest choice that fits into `limit`, as it is typed."""
     if chosen is None:
         return f"Nothing fits into {short(limit, 'B')}, with one sequence at once: more devices, or a shorter context"

@@ -14,14 +14,11 @@ from scantling.model import hardware
 from scantling.report.terminal import open_console
 from scantling.runs.directory import RunDirectory
 from scantling.training.assembly import assemble, description
-from scantling.training.ranks import die_with_the_first
+from scantling.training.launch import check_launch, devices_per_node
+from scantling.training.ranks import end_with_first_process
 from scantling.training.record import begin, last_screen
 from scantling.training.resume import already_finished, located
 from scantling.training.run import fit, is_full_disk
-from scantling.training.strategies import (
-    check_launch,
-    devices_per_node,
-)
 
 
 def train(config: DictConfig) -> RunDirectory:
@@ -31,7 +28,7 @@ def train(config: DictConfig) -> RunDirectory:
     """
     console = open_console(quiet=rank_zero_only.rank != 0)
     hardware.keep_freed_memory()
-    die_with_the_first()
+    end_with_first_process()
     with mistakes():
         if config.tune is not None and config.tuned is None:
             raise ValueError("tune=lr chooses the learning rate of a sweep's arms: add -m, or leave it out")

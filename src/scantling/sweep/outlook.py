@@ -24,7 +24,7 @@ from scantling.runs.directory import RunDirectory
 from scantling.sweep.devices import Devices
 from scantling.sweep.matching import Matching
 from scantling.training import assembly, resume
-from scantling.training.strategies import devices_per_node
+from scantling.training.launch import devices_per_node
 
 ASSUMED_MFU = 0.1
 """The share of peak that a forecast reckons with where no run has shown one."""

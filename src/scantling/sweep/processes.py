@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scantling.config.command_line import ROOT, Failed, Mistake
-
-PR_SET_PDEATHSIG = 1
+from scantling.runs.parent_process import end_with_parent
 
 TAKEN_OVER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP)
 """Signals that a launcher may have handlers for."""
@@ -84,10 +82,7 @@ def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[
     for which in TAKEN_OVER:
         signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if sys.platform == "linux":  # a job does not outlive its launcher, who alone renews its lease
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    end_with_parent(parent)  # the launcher, who alone renews the job's lease
     redirect_output(log)
     # Whatever stood in their place, a test's or a terminal's.
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))

@@ -30,14 +30,13 @@ from scantling.training import average, float8, noise
 from scantling.training.budget import steps_between_validations, steps_for
 from scantling.training.checkpoints import newest_whole
 from scantling.training.guard import GuardSettings
-from scantling.training.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
+from scantling.training.launch import devices_per_node
+from scantling.training.memory import ENGINES, Choice, choices_of_memory
+from scantling.training.memory_forecast import Forecast, cheapest_within, memory_forecast
 from scantling.training.optim import follow_width
 from scantling.training.plan import Plan, memory_line
 from scantling.training.profiling import check_length
-from scantling.training.strategies import (
-    WholeCheckpoints,
-    devices_per_node,
-)
+from scantling.training.strategies import WholeCheckpoints
 
 
 @dataclass
@@ -154,6 +153,7 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
     micro_batch_size = config.micro_batch_size or (1 if rest else of_each)
     sizes = BatchSizes(config.batch_size, **config.batch_warmup)
     check_batch_size(sizes, micro_batch_size, world_size)
+    chosen = Choice(config.trainer.engine, config.trainer.checkpoint_activations, micro_batch_size)
     # As if all were as small as the first; their sizes are multiples of it.
     steps = steps_for(
         tokens_per_step=sizes.first * decoder.seq_len,
@@ -168,41 +168,19 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
         sizes=sizes,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
-        memory=forecast(
-            config,
-            decoder,
-            device,
-            precision,
-            engine=ENGINES[config.trainer.engine],
-            devices=world_size,
-            micro_batch_size=micro_batch_size,
-            checkpoint_activations=config.trainer.checkpoint_activations,
-        ),
+        memory=forecast_of(config, decoder, device, precision, world_size)(chosen),
     )
 
 
-def forecast(
-    config: DictConfig,
-    decoder: Decoder,
-    device: torch.device,
-    precision: str,
-    *,
-    engine: Engine,
-    devices: int,
-    micro_batch_size: int,
-    checkpoint_activations: bool,
-) -> Memory:
-    """Of one device at its peak, under the run's settings but for these."""
-    return training_memory(
-        Sizes.of(decoder, instantiate(config.optim, _convert_="all")),
-        sequences=micro_batch_size,
-        seq_len=decoder.seq_len,
+def forecast_of(
+    config: DictConfig, decoder: Decoder, device: torch.device, precision: str, world_size: int
+) -> Forecast:
+    """Of one of the run's devices at its peak."""
+    return memory_forecast(
+        config,
+        decoder,
+        devices=world_size,
         half_precision=precision != "fp32",
-        checkpoint_activations=checkpoint_activations,
-        engine=engine,
-        devices=devices,
-        accumulates=micro_batch_size * devices < config.batch_size,
-        averages=config.ema.decay is not None,
         on_gpu=device.type == "cuda",
     )
 
@@ -243,30 +221,23 @@ def left_out(run: Run) -> set[int]:
 
 
 def what_would_fit(run: Run) -> str:
-    """Out of memory: what was forecast, and the cheapest settings that are forecast to take half of it at most."""
-    config, plan = run.config, run.plan
-    decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "meta")
+    """Out of memory: what was forecast, and the cheapest settings that are forecast to take at most half."""
+    trainer, plan = run.config.trainer, run.plan
+    decoder = build_decoder(run.config, run.corpus.tokenizer.vocab_size, "meta")
+    forecast = forecast_of(run.config, decoder, run.device, run.precision, plan.world_size)
+    offered = choices_of_memory(plan.micro_batch_size)
+    if plan.world_size == 1:
+        offered = (choice for choice in offered if choice.engine == trainer.engine)
+    chosen = cheapest_within(plan.memory.total / 2, offered, forecast)
     text = f"out of memory: the forecast was {memory_line(plan.memory)}"
-    for choice in choices_of_memory(plan.micro_batch_size):
-        if choice.engine != config.trainer.engine and plan.world_size == 1:
-            continue
-        memory = forecast(
-            config,
-            decoder,
-            run.device,
-            run.precision,
-            engine=ENGINES[choice.engine],
-            devices=plan.world_size,
-            micro_batch_size=choice.micro_batch_size,
-            checkpoint_activations=choice.checkpoint_activations,
+    if chosen is None:
+        return (
+            f"{text}; no setting of memory takes half of it: "
+            "more devices with trainer=fsdp, or a smaller model"
         )
-        if 2 * memory.total <= plan.memory.total:
-            changed = [] if choice.engine == config.trainer.engine else [f"trainer={choice.engine}"]
-            if choice.micro_batch_size != plan.micro_batch_size:
-                changed.append(f"micro_batch_size={choice.micro_batch_size}")
-            if choice.checkpoint_activations and not config.trainer.checkpoint_activations:
-                changed.append("trainer.checkpoint_activations=true")
-            return f"{text}; {' '.join(changed)} would take about {short(memory.total, 'B')}"
-    return (
-        f"{text}; no setting of memory takes half of it: more devices with trainer=fsdp, or a smaller model"
-    )
+    changed = [] if chosen.engine == trainer.engine else [f"trainer={chosen.engine}"]
+    if chosen.micro_batch_size != plan.micro_batch_size:
+        changed.append(f"micro_batch_size={chosen.micro_batch_size}")
+    if chosen.checkpoint_activations and not trainer.checkpoint_activations:
+        changed.append("trainer.checkpoint_activations=true")
+    return f"{text}; {' '.join(changed)} would take about {short(forecast(chosen).total, 'B')}"

@@ -19,7 +19,8 @@ from scantling.runs.directory import MetricsFile
 from scantling.training.checkpoints import Checkpoints
 from scantling.training.guard import BadStep, Guard
 from scantling.training.loggers import Wandb
-from scantling.training.strategies import AnyRank
+from scantling.training.ranks import AnyRank
+from scantling.training.step import is_step_over
 from scantling.training.task import LanguageModelTask
 
 
@@ -57,7 +58,7 @@ class StepCallbacks(Callback):
         self.callbacks = callbacks
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate():
+        if is_step_over(trainer):
             step = trainer.global_step
             for callback in self.callbacks:
                 if isinstance(callback, StepCallback):
@@ -133,8 +134,8 @@ class Metrics(StepCallback):
             self.clock = time.perf_counter()
 
     def on_step(self, trainer: L.Trainer, task: LanguageModelTask, step: int) -> None:
-        loss = task.take_step_loss()
-        self.guard.saw(step, loss, task.grad_norm)
+        loss, state = task.take_step_loss(), task.step_state
+        self.guard.note_step(step, loss, state.grad_norm)
         validates = self.validates(step)
         if step == self.total_steps:
             trainer.should_stop = True  # Lightning then validates once more, wherever the interval stands
@@ -152,15 +153,15 @@ class Metrics(StepCallback):
             "flops": tokens * self.flops_per_token,
             "seconds": round(self.training_seconds, 3),
             "train/loss": loss,
-            "lr": task.lr,
-            "grad_norm": task.grad_norm.item(),
+            "lr": state.lr,
+            "grad_norm": state.grad_norm.item(),
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self.flops_per_token / trainer.world_size / self.peak_flops, 4),
             **self.columns(),
         }
         self.clock, self.clock_step = None if validates else now, step
         try:
-            self.guard.look()
+            self.guard.judge_steps()
         except BadStep:
             self.write(trainer)
             raise
@@ -225,7 +226,7 @@ class CleanStop(StepCallback):
             return
         due = time.monotonic() - self.saved >= self.seconds
         if self.anyone(self.asked or due):
-            self.metrics.guard.look()
+            self.metrics.guard.judge_steps()
             self.checkpoints.save(trainer)
             self.go_on_or_stop(step)
 

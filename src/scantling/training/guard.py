@@ -1,4 +1,4 @@
-"""What happens when a step goes wrong, `guard`: its loss or gradient is not finite, or its loss is a spike."""
+"""Bad steps, whose loss or gradient is not finite or whose loss is a spike, and what a run does: `guard`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
@@ -24,14 +23,15 @@ ACTIONS = ("stop", "skip", "rollback")
 class BadStep(Exception):
     """A step that the guard does not let pass."""
 
-    def __init__(self, step: int, reason: str):
+    def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"{reason} at step {step}")
         self.step = step
 
 
 def robust_z(x: float, values: Sequence[float]) -> float:
-    """0.6745·(x - median)/MAD, MAD the median distance of `values` from their median: for normal numbers a standard score
-    that single outliers among them do not move. Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers, §3.3.
+    """0.6745·(x - median)/MAD, MAD the median distance of `values` from their median. For normal numbers it
+    is the standard score, and single outliers among them do not move it. Iglewicz & Hoaglin 1993, How to
+    Detect and Handle Outliers, §3.3.
     """
     middle = median(values)
     spread = median(abs(value - middle) for value in values)
@@ -59,10 +59,11 @@ class GuardSettings:
                 raise ValueError(f"guard.{key}={getattr(self, key)} must be at least {least}")
 
     def check(self, strategy: Strategy | None, precision: str, sizes: BatchSizes) -> None:
-        """Raise ValueError where a step cannot be left out."""
+        """Raise ValueError where this engine and these batches let no step be left out."""
         if self.action == "rollback" and sizes.steps:
             raise ValueError(
-                "guard.action=rollback leaves batches out of an order of equal ones: use stop or skip with batch_warmup"
+                "guard.action=rollback leaves batches out of an order of equal ones: "
+                "use stop or skip with batch_warmup"
             )
         if self.action != "skip":
             return
@@ -79,10 +80,11 @@ class GuardSettings:
 class Guard(Callback):
     """Judges the loss and the gradient's norm of every step, in order.
 
-    With `stop` and `rollback` they are read from the device when a row of metrics or a checkpoint is written, and
-    `look` raises BadStep for the first bad one. With `skip` they are read in every step, which a GPU is waited for;
-    a bad one then has no gradients. A spike is a loss whose `robust_z` among the last `window` good ones is above
-    `spike`; there is none before so many were seen. They are part of a checkpoint, so that a resumed run judges alike.
+    With `stop` and `rollback` metrics note every step, and `judge_steps`, called when a row of metrics or a
+    checkpoint is written, reads them from the device and raises BadStep for the first bad one. With `skip`
+    the task asks `leaves_out` in every step, which reads them then: a GPU is waited for. A spike is a loss
+    whose `robust_z` among the last `window` good ones is above `spike`; there is none before so many were
+    seen. These losses are part of a checkpoint, so that a resumed run judges alike.
     """
 
     def __init__(
@@ -92,38 +94,35 @@ class Guard(Callback):
         record: Callable[[BadStep, str], None],
         used: int,
         gradients_may_overflow: bool,
-    ):
-        """`record` notes a step and what was done; `used`: how often something was before."""
+    ) -> None:
+        """`record` writes a bad step and what was done about it down; `used`: how often that was before.
+
+        In float16 gradients may overflow: the scaler leaves such a step out itself.
+        """
         self.settings, self.record, self.used = settings, record, used
-        self.gradients_may_overflow = (
-            gradients_may_overflow  # in float16, where the scaler leaves the step out
-        )
+        self.gradients_may_overflow = gradients_may_overflow
         self.losses: deque[float] = deque(maxlen=settings.window)
         self.pending: list[tuple[int, Tensor, Tensor]] = []
 
-    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
-        if self.settings.action == "skip":
-            task.skips = self.skips
-
-    def saw(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """The step that just ended; nothing is read yet."""
+    def note_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Of the step that just ended; nothing is read yet."""
         if self.settings.action != "skip":
             self.pending.append((step, loss, grad_norm))
 
-    def look(self) -> None:
-        """Judge what was seen since. Raises BadStep."""
+    def judge_steps(self) -> None:
+        """Judge the steps noted since the last call. Raises BadStep."""
         pending, self.pending = self.pending, []
         if not pending:
             return
         steps, losses, norms = zip(*pending, strict=True)
         numbers = zip(steps, torch.stack(losses).tolist(), torch.stack(norms).tolist(), strict=True)
         for step, loss, norm in numbers:
-            if reason := self.wrong(loss, norm):
+            if reason := self.fault(loss, norm):
                 raise BadStep(step, reason)
 
-    def skips(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Whether a step, all but taken, is left out. Raises BadStep when too many were."""
-        reason = self.wrong(loss.item(), grad_norm.item())
+    def leaves_out(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether a step, all but taken, is skipped. Raises BadStep when too many were."""
+        reason = self.fault(loss.item(), grad_norm.item())
         if reason is None:
             return False
         bad = BadStep(step, reason)
@@ -133,8 +132,8 @@ class Guard(Callback):
         self.record(bad, "skip")
         return True
 
-    def wrong(self, loss: float, grad_norm: float) -> str | None:
-        """What is; a loss that is not joins those that the next ones are judged by."""
+    def fault(self, loss: float, grad_norm: float) -> str | None:
+        """What is wrong with a step; the loss of a good one joins those that the next ones are judged by."""
         if not math.isfinite(loss):
             return f"train/loss is {loss}"
         if not math.isfinite(grad_norm) and not self.gradients_may_overflow:
@@ -144,7 +143,8 @@ class Guard(Callback):
         if len(self.losses) == self.settings.window:
             z = robust_z(loss, self.losses)
             if z > self.settings.spike:
-                return f"train/loss is {loss:.4g}, {z:.1f} robust deviations above the last {self.settings.window},"
+                window = self.settings.window
+                return f"train/loss is {loss:.4g}, {z:.1f} robust deviations above the last {window},"
         self.losses.append(loss)
         return None
 

@@ -46,11 +46,12 @@ class NoiseScale(StepCallback):
             self.small = small if trainer.world_size == 1 else task.over_ranks(small) / trainer.world_size
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
-        if task.skipped:
+        state = task.step_state
+        if state.is_skipped:
             return
         big = self.tokens_before(step) - self.tokens_before(step - 1)
         small = big // (self.micro_batches * self.processes)
-        found = torch.stack(estimates(self.small, task.grad_norm.square(), small, big))
+        found = torch.stack(estimates(self.small, state.grad_norm.square(), small, big))
         self.averages = torch.lerp(found, self.averages.to(found.device), self.DECAY)
 
     def columns(self) -> dict[str, float]:

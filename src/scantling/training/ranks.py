@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -20,9 +19,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
+from scantling.runs.parent_process import end_with_parent
 from scantling.training.loggers import Wandb
 
-PR_SET_PDEATHSIG = 1
 FIRST_PROCESS = "SCANTLING_FIRST_PROCESS"
 """In the environment of those that it starts."""
 NEVER = timedelta(days=20)
@@ -115,9 +114,27 @@ def end_soon() -> None:
     timer.start()
 
 
-def die_with_the_first() -> None:
+def end_with_first_process() -> None:
     """A process that Lightning started from the first ends when that does, on Linux."""
-    if os.environ.get(FIRST_PROCESS) != str(os.getppid()):
+    parent = os.getppid()
+    if os.environ.get(FIRST_PROCESS) == str(parent):
+        end_with_parent(parent)
+    else:
         os.environ[FIRST_PROCESS] = str(os.getpid())
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class AnyRank:
+    """`any_rank(flag)`: whether the flag is set in any process; every process calls it.
+
+    The hosts ask each other over gloo, so that no GPU is waited for.
+    """
+
+    def __init__(self, world_size: int):
+        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+
+    def __call__(self, flag: bool) -> bool:
+        if self.group is None:
+            return flag
+        anyone = torch.tensor(int(flag))
+        dist.all_reduce(anyone, dist.ReduceOp.MAX, group=self.group)
+        return bool(anyone)

@@ -31,15 +31,13 @@ from scantling.training.callbacks import (
 )
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints
 from scantling.training.guard import BadStep, Guard
+from scantling.training.launch import cluster_environment
 from scantling.training.loggers import Wandb
 from scantling.training.noise import NoiseScale
 from scantling.training.profiling import LENGTH, LabelledBatches, Profile
 from scantling.training.ranks import EndTogether
 from scantling.training.record import finish, loggers_of, sample_of
 from scantling.training.rollback import guarded, record, roll_back, stop
-from scantling.training.strategies import (
-    cluster_environment,
-)
 from scantling.training.task import LanguageModelTask
 
 
@@ -100,6 +98,12 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         console.print(f"warning: {line}; skipped", soft_wrap=True)
     if run.first_step:
         console.print(f"resuming after step {run.first_step:,}")
+    guard = Guard(
+        run.guard,
+        record=lambda bad, action: record(run, bad, action),
+        used=guarded(run, run.first_step),
+        gradients_may_overflow=run.precision == "fp16",
+    )
     task = LanguageModelTask(
         decoder,
         optimizer=instantiate(config.optim, _convert_="all"),
@@ -107,15 +111,10 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
         total_steps=plan.steps,
         token_bytes=run.corpus.token_bytes,
         compiled=config.trainer.compile,
+        leaves_out=guard.leaves_out if run.guard.action == "skip" else None,
     )
     strategy = run.new_strategy()
     taken_up = directory.has_metrics
-    guard = Guard(
-        run.guard,
-        record=lambda bad, action: record(run, bad, action),
-        used=guarded(run, run.first_step),
-        gradients_may_overflow=run.precision == "fp16",
-    )
     noise_scale = NoiseScale(
         micro_batches=plan.micro_batches,
         processes=plan.world_size,

@@ -11,10 +11,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -124,11 +120,11 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         # Lightning has divided by the number of micro-batches already.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().optimizer_step(*args, **kwargs)
-        if (norm := self.deepspeed_engine.get_global_grad_norm()) is not None:
-            self.lightning_module.grad_norm = torch.as_tensor(norm)  # type: ignore[union-attr]
-        return result
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Of all gradients in the last step, before clipping; None where DeepSpeed has taken none."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -286,70 +282,3 @@ def check_precision(precision: str) -> None:
     """Raise ValueError for float16, whose loss scale lives in another place in each engine that shards."""
     if precision == "fp16":
         raise ValueError("trainer.precision=fp16 is for trainer=auto, gpu and ddp: use bf16 or fp32")
-
-
-# --- how many processes ---
-
-
-def devices_per_node(devices: int | str, device: torch.device) -> int:
-    """`auto` is every GPU, or one process on the CPU. Raises ValueError for more GPUs than there are, or none."""
-    found = torch.cuda.device_count() if device.type == "cuda" else 1
-    if devices == "auto":
-        return found
-    if not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"trainer.devices={devices}: use auto or a positive number")
-    if device.type == "cuda" and devices > found:
-        raise ValueError(f"trainer.devices={devices}, but there are {found} GPUs here")
-    return devices
-
-
-def check_launch(devices: int, nodes: int) -> None:
-    """Raise ValueError where torchrun or SLURM started others than the processes the run is for, or nothing started them."""
-    wanted = f"trainer.devices={devices} × trainer.nodes={nodes}"
-    if TorchElasticEnvironment.detect():
-        launcher, started, on_node = "torchrun", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
-    elif under_srun():
-        launcher, started, on_node = "SLURM", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"
-    elif nodes > 1 and "NODE_RANK" not in os.environ:
-        raise ValueError(
-            f"{wanted}, but nothing started this on other hosts: use torchrun or srun, docs/cluster.md"
-        )
-    else:
-        return
-    if os.environ[started] != "1" and on_node not in os.environ:  # Lightning asks for it
-        raise ValueError(
-            f"{launcher} was told how many tasks, but not how many a node: say --ntasks-per-node={devices}"
-        )
-    total, local = int(os.environ[started]), int(os.environ.get(on_node, 1))
-    if (total, local) != (devices * nodes, devices):
-        raise ValueError(
-            f"{launcher} started {total} process(es), {local} a node, but {wanted} is {devices * nodes}: "
-            "let the two agree"
-        )
-
-
-def under_srun() -> bool:
-    """As Lightning sees it, which also warns everybody who has an srun and does not use it."""
-    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-
-
-def cluster_environment() -> list[ClusterEnvironment]:
-    """SLURM's without Lightning's own way to requeue, a checkpoint of another kind: `CleanStop` minds its signals."""
-    return [SLURMEnvironment(auto_requeue=False)] if under_srun() else []
-
-
-class AnyRank:
-    """`any_rank(flag)`: whether the flag is set in any process; every process calls it.
-
-    The hosts ask each other over gloo, so that no GPU is waited for.
-    """
-
-    def __init__(self, world_size: int):
-        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
-
-    def __call__(self, flag: bool) -> bool:
-        if self.group is None:
-            return flag
-        anyone = torch.tensor(int(flag))
-        dist.all_reduce(anyone, dist.ReduceOp.MAX, group=self.group)
-        return bool(anyone)
