@@ -18,11 +18,12 @@ import yaml
 
 from scantling.analysis.arms import rows
 from scantling.analysis.observations import some
-from scantling.config.settings import NOT_TRAINED
+from scantling.config.differences import leaves, varying_leaves
+from scantling.config.settings import NOT_TRAINED, NOTES
 from scantling.report.spec import Link, Samples
 from scantling.runs.directory import RunDirectory, read_rows
-from scantling.runs.overrides import NOTES, arms_changes, settings_of
-from scantling.runs.table import Loader, differing, leaves
+from scantling.runs.overrides import arms_changes, settings_of
+from scantling.runs.table import Loader
 
 SHOWN = ("trainer", "guard")
 """Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should see it."""
@@ -60,7 +61,7 @@ def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
     for run in runs.iloc[:COMPARED].to_dict("records"):
         found = leaves(yaml.load(RunDirectory(run["path"]).config.read_text(), Loader))
         configurations[run[label]] = {key: written(value) for key, value in found.items() if is_setting(key)}
-    keys = differing([*configurations.values()])
+    keys = varying_leaves([*configurations.values()])
     table = [
         {
             "setting": key.removeprefix("choices."),
