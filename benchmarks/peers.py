@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from scantling import run as scantling_run
-from scantling.config.command_line import CONF
+from scantling.config.options import CONF
 from scantling.training.assembly import Run, training_batches
 from scantling.training.callbacks import StepCallback, StepCallbacks
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from scantling.hub.family import Family, all_families
 from scantling.hub.files import Tensors, exported, imported, read_json, write_tensors
-from scantling.hub.runs import composed, expressed, train_overrides
+from scantling.hub.runs import compose_run, expressed, train_overrides
 from scantling.hub.weights import rules_of
 from scantling.model.decoder import Decoder
 
@@ -204,7 +204,7 @@ def pair(request, tmp_path_factory) -> Pair:
     theirs = model_of(family, CASES[request.param])
     source = tmp_path_factory.mktemp("theirs")
     theirs.save_pretrained(source)
-    config = composed(tuple(train_overrides(family, read_json(source / "config.json"))))["decoder"]
+    config = compose_run(tuple(train_overrides(family, read_json(source / "config.json"))))["decoder"]
     ours = instantiate(config)
     state = imported(family, ours, Tensors(source))
     ours.load_state_dict(state)

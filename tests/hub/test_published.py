@@ -3,7 +3,7 @@
 import pytest
 
 from scantling.hub.family import all_families
-from scantling.hub.runs import composed, on_meta, train_overrides
+from scantling.hub.runs import compose_run, on_meta, train_overrides
 
 FAMILIES = all_families()
 PUBLISHED = {
@@ -358,7 +358,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_has_its_published_size(name):
     model_type, settings, n_parameters = PUBLISHED[name]
-    decoder = on_meta(composed(tuple(train_overrides(FAMILIES[model_type], settings)))["decoder"])
+    decoder = on_meta(compose_run(tuple(train_overrides(FAMILIES[model_type], settings)))["decoder"])
     assert sum(parameter.numel() for parameter in decoder.parameters()) == n_parameters
 
 

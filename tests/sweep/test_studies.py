@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hydra.core.plugins import Plugins
 
-from scantling.config.command_line import ROOT, run_entry
+from scantling.config.command_line import run_entry
+from scantling.config.options import ROOT
 from scantling.sweep.jobs import labels
 from scantling.sweep.outlook import look_ahead
 from scantling.training import run

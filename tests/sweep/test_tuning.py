@@ -5,11 +5,10 @@ import math
 import pytest
 from omegaconf import OmegaConf
 
-from scantling.config.command_line import Mistake
-from scantling.config.composition import choices
+from scantling.config.mistakes import Mistake
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import load_runs, load_tuning
-from scantling.sweep.tuning import Search, Settings
+from scantling.sweep.tuning import Search, SearchSettings
 from scantling.training import run
 
 SETTINGS = {"factors": [0.25, 0.5, 1, 2, 4], "extend": 2, "budget": 0.25, "seed": 7}
@@ -21,7 +20,7 @@ def loss(rate: float, best: float) -> float:
 
 
 def searched(best: float, **settings) -> Search:
-    search = Search("arm", [], 1e-3, {"tokens": 1000}, Settings(**{**SETTINGS, **settings}))
+    search = Search("arm", [], 1e-3, {"tokens": 1000}, SearchSettings(**{**SETTINGS, **settings}))
     while wanted := search.wanted():
         search.tried |= {rate: loss(rate, best) for rate in wanted}
     return search
@@ -63,7 +62,7 @@ def test_a_failed_try_leaves_the_arm_without_a_rate():
 )
 def test_numbers_that_make_no_search_are_refused(wrong):
     with pytest.raises(Mistake, match=f"tune.{next(iter(wrong))}="):
-        Settings(**{**SETTINGS, **wrong})
+        SearchSettings(**{**SETTINGS, **wrong})
 
 
 BEST = {"mha": 3e-3, "mqa": 1e-3}
@@ -75,7 +74,7 @@ def known(monkeypatch):
     """Runs end at once with a loss that is known; they note that they ran."""
 
     def fit(this, console):
-        attn = choices()["attn"]
+        attn = this.config.choices.attn
         (this.directory.path / "ran").open("a").write("x")
         bpb = loss(this.config.lr, BEST[attn])
         row = {
@@ -168,7 +167,7 @@ def test_an_arm_whose_search_fails_leaves_the_others_alone(command, tmp_path, kn
     fit = run.fit
 
     def sometimes(this, console):
-        if choices()["attn"] == "mqa" and this.config.lr == 3e-3:
+        if this.config.choices.attn == "mqa" and this.config.lr == 3e-3:
             raise RuntimeError("the matrix is cursed")
         fit(this, console)
 

@@ -14,14 +14,14 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from scantling.config.command_line import Failed, Mistake
+from scantling.config.mistakes import Failed, Mistake
 from scantling.runs.directory import RunDirectory, replace_text
 from scantling.sweep.devices import Devices, visible_gpus
 from scantling.sweep.forecast import forecast
 from scantling.sweep.jobs import FAILED, Job, labels
 from scantling.sweep.processes import answer_of_a_child
 from scantling.sweep.screen import outcome, rates
-from scantling.sweep.tuning import Search, Settings, diverged, score, searches
+from scantling.sweep.tuning import Search, SearchSettings, diverged, score, searches
 
 
 class SweepLauncher(Launcher):
@@ -67,7 +67,8 @@ class SweepLauncher(Launcher):
         searched: list[Search] = []
         tries: list[tuple[str, dict[str, Any]]] = []
         if self.config.tune is not None:
-            searched = searches(looks, named, Settings(**OmegaConf.to_container(self.config.tune)))  # type: ignore[arg-type]
+            settings = SearchSettings(**OmegaConf.to_container(self.config.tune))  # type: ignore[arg-type]
+            searched = searches(looks, named, settings)
             tries = self.search(list({id(search): search for search in searched}.values()))
             for i, search in enumerate(searched):
                 if not search.failed:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from scantling.analysis.arms import told_apart
 from scantling.cli.report_page import command, directory_of, warn, written
-from scantling.config.command_line import Mistake, mistakes
+from scantling.config.mistakes import Mistake, mistakes
 from scantling.report.pages import Recorded, run_page, runs_page
 from scantling.report.view_charts import Views
 from scantling.runs.directory import RunDirectory
@@ -102,7 +102,7 @@ def report_run(config: DictConfig, console: Console) -> None:
         study=None,
         sweep=None,
         question="",
-        command=command(),
+        command=command(config),
     )
     made = runs_page(recorded) if config.runs is not None else run_page(recorded, views(config, found[0]))
     files = written(config, made, recorded.directory)

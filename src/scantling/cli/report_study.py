@@ -23,7 +23,7 @@ from scantling.analysis.law_report import LawReport, fit_law, report_law
 from scantling.analysis.observations import Observations, observe, read_table, some
 from scantling.analysis.scaling import Fit
 from scantling.cli.report_page import command, directory_of, warn, written
-from scantling.config.command_line import ROOT
+from scantling.config.options import ROOT
 from scantling.report.pages import Recorded, partial_page
 from scantling.report.spec import PAGE, Report, figures_of, holds_answer
 from scantling.report.study_pages import arms_page, law_page
@@ -216,7 +216,7 @@ def recorded_study(config: DictConfig, directory: Path, runs: pd.DataFrame) -> R
         study=directory,
         sweep=None if path is None else yaml.safe_load(path.read_text()),
         question="" if path is None else question_of(path),
-        command=command(),
+        command=command(config),
     )
 
 

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from scantling.config.command_line import mistakes, nearest
+from scantling.config.mistakes import mistakes
+from scantling.config.suggestions import nearest
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import differences, find, load_curves, load_runs
 from scantling.runs.wandb_import import import_run, mirrored_runs

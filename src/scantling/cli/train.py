@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 
-from scantling.config.command_line import mistakes
+from scantling.config.mistakes import mistakes
 from scantling.model import hardware
 from scantling.runs.directory import RunDirectory
 from scantling.training.assembly import assemble, description
 from scantling.training.ranks import die_with_the_first
 from scantling.training.record import begin, last_screen
-from scantling.training.resume import already_finished, located
+from scantling.training.resume import already_finished, locate_run
 from scantling.training.run import fit, is_full_disk
 from scantling.training.strategies import (
     check_launch,
@@ -37,7 +37,7 @@ def train(config: DictConfig) -> RunDirectory:
     with mistakes():
         if config.tune is not None and config.tuned is None:
             raise ValueError("tune=lr chooses the learning rate of a sweep's arms: add -m, or leave it out")
-        config, directory = located(config)
+        config, directory = locate_run(config)
         if directory.is_finished:
             console.print(already_finished(directory))
             return directory

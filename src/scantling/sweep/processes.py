@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scantling.config.command_line import ROOT, Failed, Mistake
+from scantling.config.mistakes import Failed, Mistake
+from scantling.config.options import ROOT
 
 PR_SET_PDEATHSIG = 1
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scantling.config.command_line import Mistake
+from scantling.config.mistakes import Mistake
 from scantling.runs.directory import RunDirectory
 
 FOLDER = "tuning"
@@ -19,7 +19,7 @@ FOLDER = "tuning"
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """`conf/tune/lr.yaml`. Raises Mistake for numbers that make no search."""
 
     factors: list[float]
@@ -47,7 +47,7 @@ class Search:
     overrides: list[str]
     lr: float
     budget: dict[str, float]
-    settings: Settings
+    settings: SearchSettings
     tried: dict[float, float | None] = field(default_factory=dict)
     """Bits per byte by rate: infinite where the loss was not finite, None where the run failed for another reason."""
 
@@ -103,7 +103,7 @@ class Search:
         return [f"lr={self.best:g}", f"tuned={{{lists},edge:{str(self.edge).lower()},{settings}}}"]
 
 
-def searches(looks: Sequence[dict[str, Any]], named: Sequence[str], settings: Settings) -> list[Search]:
+def searches(looks: Sequence[dict[str, Any]], named: Sequence[str], settings: SearchSettings) -> list[Search]:
     """One for each job, the same for those that differ in their seed alone.
 
     Raises Mistake where jobs differ in the learning rate alone.
