@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from scantling import run as run_module
+from scantling.cli.train import train
 from scantling.config.command_line import run_entry
 from scantling.sweep.processes import Process
 
@@ -26,7 +26,7 @@ class Child(Process):
                 os.dup2(out, 2)
                 before()
                 sys.argv = ["train.py", *overrides]
-                run_entry(run_module.train, config_name="train")
+                run_entry(train, config_name="train")
                 code = 0
             except SystemExit as stop:
                 code = stop.code

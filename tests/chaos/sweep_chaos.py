@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 from child import Child
 
-from scantling import run as run_module
+from scantling.cli import train
 from scantling.model.hardware import cpu_name
 from scantling.runs.directory import RunDirectory
 
@@ -147,7 +147,7 @@ def killed(
 
 def failing() -> None:
     """One job raises in its first step, another hangs for good."""
-    fit = run_module.fit
+    fit = train.fit
 
     def fated(run, console):
         if (run.config.seed, run.config.choices.attn) == (0, "gqa"):
@@ -157,7 +157,7 @@ def failing() -> None:
             time.sleep(3600)
         fit(run, console)
 
-    run_module.fit = fated
+    train.fit = fated
 
 
 def main() -> None:

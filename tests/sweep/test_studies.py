@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hydra.core.plugins import Plugins
 
+from scantling.cli.train import train
 from scantling.config.command_line import run_entry
 from scantling.config.options import ROOT
 from scantling.sweep.jobs import labels
 from scantling.sweep.outlook import look_ahead
-from scantling.training import run
 
 LAUNCHER = "hydra_plugins.scantling_launcher.processes.ProcessLauncher"
 STUDIES = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -52,7 +52,7 @@ def looks(tmp_path, monkeypatch):
             monkeypatch.setattr(Plugins.instance().class_name_to_class[LAUNCHER], "launch", only_look)
             monkeypatch.setattr(sys, "argv", ["train", *command_of(study), "seed=0"])
             with pytest.raises(SystemExit) as stop:
-                run_entry(run.train, config_name="train")
+                run_entry(train, config_name="train")
             assert stop.value.code == 0
         return LOOKS[study]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from scantling.cli import train
 from scantling.runs.directory import RunDirectory
-from scantling.training import run
 
 TIMES = ("seconds", "tokens_per_second", "mfu", "peak_flops")
 
@@ -43,12 +43,12 @@ def starts(directory: RunDirectory) -> int:
 def fate(monkeypatch):
     """`fate[seed] = call` makes a job of that seed do something else than train; jobs are forked and inherit it."""
     fates = {}
-    fit = run.fit
+    fit = train.fit
 
     def fated(this, console):
         fates.get(this.config.seed, lambda: fit(this, console))()
 
-    monkeypatch.setattr(run, "fit", fated)
+    monkeypatch.setattr(train, "fit", fated)
     return fates
 
 

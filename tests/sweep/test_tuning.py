@@ -5,11 +5,11 @@ import math
 import pytest
 from omegaconf import OmegaConf
 
+from scantling.cli import train
 from scantling.config.mistakes import Mistake
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import load_runs, load_tuning
 from scantling.sweep.tuning import Search, SearchSettings
-from scantling.training import run
 
 SETTINGS = {"factors": [0.25, 0.5, 1, 2, 4], "extend": 2, "budget": 0.25, "seed": 7}
 
@@ -90,8 +90,8 @@ def known(monkeypatch):
             raise RuntimeError("not finite")
         this.directory.finish(row)
 
-    monkeypatch.setattr(run, "fit", fit)
-    monkeypatch.setattr(run, "last_screen", lambda this: "")
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "last_screen", lambda this: "")
 
 
 def ran(folder) -> dict[str, int]:
@@ -164,21 +164,21 @@ def test_an_outermost_rate_warns_and_what_diverges_is_not_tried_again(command, t
 
 
 def test_an_arm_whose_search_fails_leaves_the_others_alone(command, tmp_path, known, monkeypatch):
-    fit = run.fit
+    fit = train.fit
 
     def sometimes(this, console):
         if this.config.choices.attn == "mqa" and this.config.lr == 3e-3:
             raise RuntimeError("the matrix is cursed")
         fit(this, console)
 
-    monkeypatch.setattr(run, "fit", sometimes)
+    monkeypatch.setattr(train, "fit", sometimes)
     few = (*SWEEP, "seed=0", "tune.extend=0")
     code, out, err = command(*few)
     assert code == 1
     assert err.strip().endswith("error: 1 of 2 jobs failed")
     assert "the matrix is cursed" in " ".join(out.split())
     assert len(ran(tmp_path / "runs" / "default")) == 1
-    monkeypatch.setattr(run, "fit", fit)
+    monkeypatch.setattr(train, "fit", fit)
     assert command(*few)[0] == 0
     assert len(ran(tmp_path / "runs" / "default")) == 2
 
