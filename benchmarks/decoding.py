@@ -36,7 +36,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from scantling.config.composition import build_decoder
+from scantling.config.decoder import build_decoder
 from scantling.data.loading import validation_batches
 from scantling.inference.decoding_layout import lay_out_for_decoding
 from scantling.inference.generation import generate

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from scantling.config.composition import build_decoder
+from scantling.config.decoder import build_decoder
 from scantling.model import hardware
 from scantling.model.linear import linear
 from scantling.runs.directory import RunDirectory

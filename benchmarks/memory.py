@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from scantling.config.command_line import CONF
-from scantling.config.composition import build_decoder
+from scantling.config.decoder import build_decoder
+from scantling.config.options import CONF
 from scantling.training.optim import adamw
 
 SHAPE = Shape("10.6M", n_layers=6, n_heads=6, d_model=384, seq_len=256, batch_size=16, vocab_size=50257)

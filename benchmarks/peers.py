@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from scantling.config.command_line import CONF
+from scantling.config.options import CONF
 from scantling.training import run as scantling_run
 from scantling.training.assembly import Run, training_batches
 from scantling.training.callbacks import StepCallback, StepCallbacks

@@ -37,7 +37,7 @@ from peers import FAMILIES, Enough, PlainGPT, Shape, bare_loop, configuration, f
 from rich.console import Console
 from rich.table import Table
 
-from scantling.config.composition import build_decoder
+from scantling.config.decoder import build_decoder
 from scantling.model import hardware
 from scantling.runs.directory import RunDirectory
 from scantling.training.assembly import assemble

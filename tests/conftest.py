@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from scantling.config.composition import compose_config, resolved_config
 from scantling.data.tokenizers import Byte
 from scantling.model import processors
 from scantling.model.decoder import Decoder
@@ -129,8 +129,7 @@ def composed() -> Callable[..., DictConfig]:
 
     @cache
     def composed(*overrides: str) -> DictConfig:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return compose("train", overrides=list(overrides))
+        return compose_config("train", overrides)
 
     return composed
 
@@ -279,7 +278,7 @@ def checkpointed(nano, composed, book, tmp_path) -> Callable[..., tuple[RunDirec
         config = composed("model=nano", "data=text", *paths, *sized)
         run = RunDirectory(directory)
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        record = OmegaConf.to_yaml(config, resolve=True) + OmegaConf.to_yaml({"choices": {"attn": "mha"}})
+        record = OmegaConf.to_yaml(resolved_config(config) | {"choices": {"attn": "mha"}})
         run.config.write_text(record)
         codec.save(run.tokenizer)
         decoders = [nano(*sized, gain=8, seed=seed).eval() for seed in range(len(steps))]

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from child import Child
 
 from scantling.cli import train
-from scantling.config.composition import choices
 from scantling.model.hardware import cpu_name
 from scantling.runs.directory import RunDirectory
 
@@ -151,9 +150,9 @@ def failing() -> None:
     fit = train.fit
 
     def fated(run, console):
-        if (run.config.seed, choices()["attn"]) == (0, "gqa"):
+        if (run.config.seed, run.config.choices.attn) == (0, "gqa"):
             raise RuntimeError("the matrix is cursed")
-        if (run.config.seed, choices()["attn"]) == (1, "mha"):
+        if (run.config.seed, run.config.choices.attn) == (1, "mha"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(3600)
         fit(run, console)

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from scantling.cli import sample
+from scantling.config.composition import resolved_config
 from scantling.data.context_windows import ContextWindows
 from scantling.data.tokenizers import Byte, Char
 from scantling.inference.stored_run import StoredRun
@@ -34,7 +35,7 @@ def stored(tmp_path, text, nano, composed):
         config = composed("model=nano", "data=text", f"data.files={text}", *overrides)
         directory = RunDirectory(tmp_path / name)
         choices = {"pos": "rope"} | dict(o.split("=") for o in overrides if "." not in o)
-        record = OmegaConf.to_yaml(config, resolve=True) + OmegaConf.to_yaml({"choices": choices})
+        record = OmegaConf.to_yaml(resolved_config(config) | {"choices": choices})
         directory.begin(record, {"corpus": {"fingerprint": "none"}})
         codec.save(directory.tokenizer)
         weights = nano(*overrides, gain=8, seed=seed).state_dict()

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 
 from scantling.cli import parts_table
 from scantling.cli.plan_tables import first_sentence
-from scantling.config.composition import build_decoder
+from scantling.config.decoder import build_decoder
 from scantling.model.accounting import CONVENTIONS, cache_bytes, parameter_counts
 from scantling.report import terminal
 from scantling.report.numbers import duration, short

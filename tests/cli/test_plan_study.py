@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from scantling.cli import plan_study
-from scantling.config.command_line import ROOT
+from scantling.config.options import ROOT
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import load_runs
 from scantling.training import record, run

@@ -21,7 +21,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 from shop import assert_same_training
 
-from scantling.config.command_line import CONF, OR_NULL, one_line
+from scantling.config.messages import one_line
+from scantling.config.options import CONF
+from scantling.config.settings import SETTINGS
 from scantling.data.loading import BatchSizes, TrainBatches
 from scantling.inference import stored_run
 from scantling.runs.directory import RunDirectory
@@ -274,7 +276,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
         (("-m", "norm=null,rmsnorm"), "norm takes an option: use one of layernorm,"),
         (("optim=null",), "optim takes an option: use one of adamw, lion, muon, sgd"),
         (("norm.epsilon=1e-5",), "norm.epsilon is not a setting: did you mean norm.eps?"),
-        (("model",), "model is no setting with its value, as seed=1: did you mean model"),
+        (("model",), "model is not a setting with a value, such as seed=1: did you mean model"),
         (
             ("~budget.tokens",),
             "~budget.tokens: there is no budget.tokens to take away: did you mean budget.steps",
@@ -327,7 +329,7 @@ def test_null_and_lists_go_where_they_are_documented(command):
     for name in ("train", "sample", "evaluate", "plan", "report", "runs", "hub"):
         for line in (CONF / f"{name}.yaml").read_text().splitlines():
             if found := documented.match(line):
-                assert any(key.endswith(found[1]) for key in OR_NULL), line
+                assert any(key.endswith(found[1]) for key, known in SETTINGS.items() if known.nullable), line
 
 
 def test_a_value_that_cannot_be_read_is_named():

@@ -15,8 +15,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from scantling.config.command_line import ROOT as PROJECT
-from scantling.config.command_line import quoted, search_path
+from scantling.config.composition import search_path
+from scantling.config.options import ROOT as PROJECT
+from scantling.config.values import quoted
 
 TYPED = [
     command for page in PAGES for block in blocks(page) if block.is_commands for command in commands(block)

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from scantling.hub.family import Family, all_families
 from scantling.hub.files import TensorFiles, export_tensors, import_tensors, read_json, write_tensors
-from scantling.hub.runs import composed, express_decoder, train_overrides
+from scantling.hub.runs import compose_run, express_decoder, train_overrides
 from scantling.hub.weights import rules_of
 from scantling.model.decoder import Decoder
 
@@ -206,7 +206,7 @@ def pair(request, tmp_path_factory) -> Pair:
     theirs = model_of(family, CASES[request.param])
     source = tmp_path_factory.mktemp("theirs")
     theirs.save_pretrained(source)
-    config = composed(tuple(train_overrides(family, read_json(source / "config.json"))))["decoder"]
+    config = compose_run(tuple(train_overrides(family, read_json(source / "config.json"))))["decoder"]
     ours = instantiate(config)
     state = import_tensors(family, ours, TensorFiles(source))
     ours.load_state_dict(state)

@@ -21,10 +21,12 @@ from torch.testing import assert_close
 from scantling.cli.evaluate import evaluate
 from scantling.cli.hub import hub
 from scantling.cli.sample import sample
-from scantling.config.command_line import CONF, Mistake
+from scantling.config.composition import resolved_config
+from scantling.config.mistakes import Mistake
+from scantling.config.options import CONF
 from scantling.data.tokenizers import BPE, Byte, Char, Unigram, WordPiece
 from scantling.hub.files import INDEX
-from scantling.hub.runs import composed
+from scantling.hub.runs import compose_run
 from scantling.inference.stored_run import StoredRun
 from scantling.runs.directory import RunDirectory
 
@@ -98,7 +100,7 @@ def stored(tmp_path, nano, composed):
         codec = tokenizer or Byte().train(iter(()))
         overrides = (f"model.vocab_size={codec.vocab_size}", *overrides)
         directory = RunDirectory(tmp_path / "run")
-        directory.begin(OmegaConf.to_yaml(composed("model=nano", *overrides), resolve=True), {})
+        directory.begin(OmegaConf.to_yaml(resolved_config(composed("model=nano", *overrides))), {})
         codec.save(directory.tokenizer)
         weights = nano(*overrides, gain=8).state_dict()
         torch.save({"state_dict": {f"decoder.{k}": v for k, v in weights.items()}}, directory.best)
@@ -120,7 +122,7 @@ def test_an_imported_model_is_a_run(command, source, tmp_path):
     assert "33,504 parameters" in out  # 2·257·32 + 2·(2·32² + 2·16·32 + 3·32·56 + 2·32) + 32
     run = StoredRun.load("runs/imported/tiny", "best")
     assert_close(run.decoder(TOKENS), logits(source), rtol=0, atol=1e-4)
-    again = composed(tuple(run.directory.environment["overrides"]))  # what train.py would make of them
+    again = compose_run(tuple(run.directory.environment["overrides"]))  # what train.py would make of them
     assert again["decoder"] == OmegaConf.to_container(run.config.decoder)
     assert again["tokenizer"]["source"] == str(Path("runs/imported/tiny/tokenizer.json").resolve())
     # sampling with temperature 0 gives what transformers' own generation gives

@@ -5,7 +5,7 @@ models have.
 import pytest
 
 from scantling.hub.family import all_families
-from scantling.hub.runs import build_on_meta, composed, train_overrides
+from scantling.hub.runs import build_on_meta, compose_run, train_overrides
 
 FAMILIES = all_families()
 PUBLISHED = {
@@ -360,7 +360,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_has_its_published_size(name):
     model_type, settings, n_parameters = PUBLISHED[name]
-    decoder = build_on_meta(composed(tuple(train_overrides(FAMILIES[model_type], settings)))["decoder"])
+    decoder = build_on_meta(compose_run(tuple(train_overrides(FAMILIES[model_type], settings)))["decoder"])
     assert sum(parameter.numel() for parameter in decoder.parameters()) == n_parameters
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scantling.config.composition import PARTS, build_decoder
+from scantling.config.composition import PARTS
+from scantling.config.decoder import build_decoder
 from scantling.model.accounting import (
     CACHED,
     CONVENTIONS,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scantling.config.composition import build_decoder
+from scantling.config.decoder import build_decoder
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))

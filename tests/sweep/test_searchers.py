@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from warm import Command
 
-from scantling.config.command_line import ROOT
+from scantling.config.options import ROOT
 from scantling.runs.directory import RunDirectory
 
 FILES = sorted((ROOT / "sweeps" / "wandb").glob("*.yaml"))

@@ -9,7 +9,8 @@ import pytest
 from hydra.core.plugins import Plugins
 
 from scantling.cli.train import train
-from scantling.config.command_line import ROOT, run_entry
+from scantling.config.command_line import run_entry
+from scantling.config.options import ROOT
 from scantling.sweep.jobs import label_jobs
 from scantling.sweep.outlook import look_ahead
 

@@ -9,8 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from scantling.cli import train
-from scantling.config.command_line import Mistake
-from scantling.config.composition import choices
+from scantling.config.mistakes import Mistake
 from scantling.runs.directory import RunDirectory
 from scantling.runs.table import load_runs, load_tuning
 from scantling.sweep.tuning import Search, TuningSettings
@@ -82,7 +81,7 @@ def known(monkeypatch):
     """Runs end at once with a loss that is known; they note that they ran."""
 
     def fit(this, console):
-        attn = choices()["attn"]
+        attn = this.config.choices.attn
         (this.directory.path / "ran").open("a").write("x")
         bpb = loss(this.config.lr, BEST[attn])
         row = {
@@ -176,7 +175,7 @@ def test_an_arm_whose_search_fails_leaves_the_others_alone(command, tmp_path, kn
     fit = train.fit
 
     def sometimes(this, console):
-        if choices()["attn"] == "mqa" and this.config.lr == 3e-3:
+        if this.config.choices.attn == "mqa" and this.config.lr == 3e-3:
             raise RuntimeError("the matrix is cursed")
         fit(this, console)
 

@@ -10,7 +10,7 @@ from hydra.core.utils import JobStatus, run_job
 from rich.console import Console
 
 from hydra_plugins.scantling_launcher.sweep import SweepLauncher
-from scantling.config.command_line import Mistake
+from scantling.config.mistakes import Mistake
 from scantling.sweep.devices import Share, own_cores
 from scantling.sweep.jobs import Job
 from scantling.sweep.processes import Process, fork_job, run_afresh

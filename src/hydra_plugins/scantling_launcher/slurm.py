@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from hydra_plugins.scantling_launcher.sweep import SweepLauncher
-from scantling.config.command_line import Mistake
+from scantling.config.mistakes import Mistake
 from scantling.sweep.devices import own_cores
 from scantling.sweep.jobs import Job
 from scantling.sweep.screen import Screen

@@ -14,7 +14,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from scantling.config.command_line import Failed, Mistake
+from scantling.config.mistakes import Failed, Mistake
 from scantling.report.terminal import open_console
 from scantling.runs.directory import RunDirectory, replace_text
 from scantling.sweep.devices import Devices, visible_gpus

@@ -8,7 +8,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from scantling.config.command_line import Mistake, nearest
+from scantling.config.mistakes import Mistake
+from scantling.config.suggestions import nearest
 
 
 @dataclass

@@ -12,20 +12,13 @@ import pandas as pd
 
 from scantling.analysis.findings import ConstantSchedule, Finding, NotFinished, PartnerLost, Unreadable
 from scantling.analysis.observations import listed
+from scantling.config.settings import FOLLOWS_SIZE, SHAPE, TUNED
 from scantling.runs.overrides import arms_changes, joined, settings_of, varied_keys, varied_within
 from scantling.runs.table import load_runs
 
-SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff")
 LAW_SPAN = 2.0
 """Runs that differ in shape alone make a law when the compute of the largest is above so many times the
 smallest's."""
-
-FOLLOWS_SIZE = ("lr", "batch_size", "micro_batch_size")
-"""Settings that a study of sizes changes with them."""
-
-TUNED = ("lr", "batch_size")
-"""Of these, what changes the loss: where a size has several, most of its runs are not the best that it can
-do."""
 
 MOST_ARMS = 40
 """Of a figure or a chart: curves of more cannot be told apart, and those with the lowest losses are drawn."""

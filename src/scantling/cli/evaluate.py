@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 from rich.table import Table
 
-from scantling.config.command_line import mistakes
+from scantling.config.mistakes import mistakes
 from scantling.data.context_windows import ContextWindows
 from scantling.data.tokens import TokenizedCorpus
 from scantling.inference.stored_run import StoredRun, find_run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from scantling.config.command_line import mistakes
+from scantling.config.mistakes import mistakes
 from scantling.hub.runs import export_run, import_run, write_weights
 
 

@@ -13,12 +13,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from scantling.cli.plan_tables import first_sentence
-from scantling.config.command_line import CONF, ROOT
-from scantling.config.composition import PARTS, build_decoder
+from scantling.config.composition import PARTS, compose_config, with_settings
+from scantling.config.decoder import build_decoder
+from scantling.config.options import CONF, ROOT
 from scantling.hub.family import all_families
 from scantling.model.accounting import cache_bytes, forward_flops_per_token, parameter_counts
 from scantling.model.decoder import Decoder
@@ -95,13 +95,12 @@ def groups() -> list[str]:
     ]
 
 
-def composed() -> tuple[DictConfig, dict[str, dict[str, Option]]]:
+def compose_options() -> tuple[DictConfig, dict[str, dict[str, Option]]]:
     """The model's configuration, and every option as it stands in that model; one composition serves them all."""
     names = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in groups()}
     places = {group: f"options.{group.replace('/', '_')}" for group in names}
     added = [f"+{group}@{places[group]}.{name}={name}" for group in names for name in names[group]]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", overrides=[f"model={MODEL}", *added])
+    config = compose_config("train", [f"model={MODEL}", *added])
     options = {
         group: {
             name: Option(group, name, OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
@@ -109,16 +108,11 @@ def composed() -> tuple[DictConfig, dict[str, dict[str, Option]]]:
         }
         for group, place in places.items()
     }
-    del config.options
-    return config, options
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "options"]), options
 
 
 def cost_with(config: DictConfig, group: str, settings: dict[str, Any]) -> Cost:
-    before, config[group] = config[group], settings
-    try:
-        return Cost.of(build_decoder(config, config.model.vocab_size, "meta"))
-    finally:
-        config[group] = before
+    return Cost.of(build_decoder(with_settings(config, {group: settings}), config.model.vocab_size, "meta"))
 
 
 def families() -> dict[str, list[str]]:
@@ -133,7 +127,7 @@ def families() -> dict[str, list[str]]:
 
 
 def page() -> str:
-    config, options = composed()
+    config, options = compose_options()
     default = Cost.of(build_decoder(config, config.model.vocab_size, "meta"))
     chosen = {group: defaults_of(options[group], config[group]) for group in PARTS}
     having, n_families = families(), len(all_families())

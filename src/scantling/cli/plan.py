@@ -15,8 +15,9 @@ from scantling.cli.plan_tables import (
     parts_table,
     training_table,
 )
-from scantling.config.command_line import mistakes
-from scantling.config.composition import PARTS, build_decoder, choices, tokenizer_entries, unknown_entries
+from scantling.config.composition import PARTS, tokenizer_entries, unknown_entries, with_settings
+from scantling.config.decoder import build_decoder
+from scantling.config.mistakes import mistakes
 from scantling.data.loading import BatchSizes
 from scantling.model.accounting import active_parameters, convention
 from scantling.model.checks import check_positive, check_share, check_whole
@@ -35,10 +36,10 @@ def plan(config: DictConfig) -> None:
     """
     console = open_console()
     with mistakes():
-        check(config)
+        check_settings(config)
         entries = tokenizer_entries(config)
         if entries is not None:
-            config.model.vocab_size = entries
+            config = with_settings(config, {"model.vocab_size": entries})
         if config.isoflop.flops is not None or config.isoflop.device_hours is not None:
             return plan_study(config, console, entries)
         decoder = build_decoder(config, config.model.vocab_size, "meta")
@@ -59,7 +60,7 @@ def plan(config: DictConfig) -> None:
         products = {"auto": "bf16"}.get(config.trainer.precision, config.trainer.precision)
         about = (
             f"of one of {config.devices} devices, {sequences} × {decoder.seq_len:,} tokens at once; "
-            f"{choices()['optim']}, products in {products}"
+            f"{config.choices.optim}, products in {products}"
         )
         tables = [
             parts_table(decoder, context),
@@ -68,7 +69,7 @@ def plan(config: DictConfig) -> None:
             memory_table(forecast, sequences, about, limit),
             cache_table(decoder, sorted({context, *config.cache.contexts}), config.cache.precisions),
         ]
-    options = choices()
+    options = config.choices
     parts = " ".join(f"{group}={options[group]}" for group in PARTS)
     shape = config.model
     console.print(f"[bold]{options['model']}[/bold]  {parts}")
@@ -98,7 +99,7 @@ def advice(chosen: Choice | None, forecast: Forecast, limit: int, devices: int) 
     )
 
 
-def check(config: DictConfig) -> None:
+def check_settings(config: DictConfig) -> None:
     for key in ("peak", "mfu"):
         check_positive(key, config[key])
     check_share("mfu", config.mfu)
@@ -112,7 +113,7 @@ def check(config: DictConfig) -> None:
 def trainings(config: DictConfig, decoder: Decoder) -> list[Training]:
     """The budget, and twenty tokens for each active parameter."""
     budget: dict[str, Any] = dict(config.budget)
-    name = "budget=" + choices()["budget"]
+    name = f"budget={config.choices.budget}"
     flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
     n, active = sum(p.numel() for p in decoder.parameters()), active_parameters(decoder)
     # In steps of one token, for a budget below one step of this batch is worth seeing too.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -25,8 +25,9 @@ from scantling.analysis.design import (
     alternatives,
     forecast,
 )
-from scantling.config.command_line import CONF, ROOT
-from scantling.config.composition import build_decoder, choices, unknown_entries
+from scantling.config.composition import unknown_entries
+from scantling.config.decoder import build_decoder
+from scantling.config.options import CONF, ROOT, is_group
 from scantling.model import hardware
 from scantling.model.accounting import exact
 from scantling.report.figures import draw_design
@@ -44,7 +45,7 @@ def plan_study(config: DictConfig, console: Console, entries: int | None) -> Non
     """
     settings = config.isoflop
     grid = Grid(settings.budgets, settings.ratio, settings.sizes, settings.spread, settings.seeds)
-    check(config, grid)
+    check_study(config, grid)
     path = ROOT / "sweeps" / f"{config.study}.yaml"
     if path.exists() and not settings.overwrite:
         raise ValueError(f"{path} exists: choose another study=NAME, or isoflop.overwrite=true")
@@ -72,7 +73,7 @@ def plan_study(config: DictConfig, console: Console, entries: int | None) -> Non
     console.print(f"\n{path}, {figure}\npython src/train.py -m sweeps={config.study} dry_run=true")
 
 
-def check(config: DictConfig, grid: Grid) -> None:
+def check_study(config: DictConfig, grid: Grid) -> None:
     settings = config.isoflop
     grid.check()
     if (settings.flops is None) == (settings.device_hours is None):
@@ -145,13 +146,13 @@ def sweep_yaml(
     config: DictConfig, cells: list[Cell], grid: Grid, expected: Forecast, law: dict[str, float], speed: float
 ) -> str:
     """A file of `sweeps/`: the choices of this command line, and an arm for each cell."""
-    groups, values = typed()
+    groups, values = typed_for_runs(config.overrides)
     total = grid.seeds * sum(cell.flops for cell in cells)
-    arms = {cell.name: overrides(config, cell) for cell in cells}
+    arms = {cell.name: changes_of(cell) for cell in cells}
     head = [
         "# @package _global_",
         "# How should compute be divided between parameters and tokens? Written by",
-        f"#   python src/plan.py {' '.join(HydraConfig.get().overrides.task)}",
+        f"#   python src/plan.py {' '.join(config.overrides)}",
         f"#   python src/train.py -m sweeps={config.study}",
         f"#   python src/report.py study={config.study}",
         f"# {grid.runs} runs, {total:.3g} FLOPs, {duration(total / speed)} at {short(speed, 'FLOP/s')}. Forecast at noise "
@@ -169,25 +170,25 @@ def sweep_yaml(
     return "\n".join([*head, text.rstrip(), "", *lines]) + "\n"
 
 
-def typed() -> tuple[dict[str, str], dict[str, Any]]:
-    """Of this command line, what a run of the study needs: options of groups, and settings as a nested mapping."""
+def typed_for_runs(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Of a command line, what a run of the study needs: options of groups, and settings as a nested mapping."""
     own = OmegaConf.load(CONF / "plan.yaml")
     assert isinstance(own, DictConfig)
     left_out = {*own, "study", "budget", "seed"}
     groups: dict[str, str] = {}
     settings = OmegaConf.create({})
-    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, value = override.key_or_group, override.value()
         if key.partition(".")[0] in left_out:
             continue
-        if (CONF / key).is_dir():
+        if is_group(key):
             groups[key] = str(value)
         else:
             OmegaConf.update(settings, key, value)
     return groups, OmegaConf.to_container(settings)  # type: ignore[return-value]
 
 
-def overrides(config: DictConfig, cell: Cell) -> list[str]:
+def changes_of(cell: Cell) -> list[str]:
     """What the cell's arm changes."""
     shape = {f"model.{name}": value for name, value in vars(cell.shape).items()}
     changes = {"budget.flops": f"{cell.budget:.3g}", **shape, "lr": f"{cell.lr:.3g}"}
@@ -296,6 +297,6 @@ def remarks(
             f"{some(len(few), 'cell')} of fewer than {FEWEST_STEPS} steps, {few[0]} the first: a smaller batch_size, "
             "or more FLOPs"
         )
-    if choices()["schedule"] == "constant":
+    if config.choices.schedule == "constant":
         doubts.append("schedule=constant does not end with the run, as these laws suppose")
     return [*lines, *(f"[yellow]warning: {doubt}[/yellow]" for doubt in doubts)]

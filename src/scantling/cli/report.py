@@ -16,7 +16,7 @@ from rich.console import Console
 
 from scantling.analysis.arms import tell_models_apart
 from scantling.cli.report_page import command, directory_of, warn, write_page
-from scantling.config.command_line import Mistake, mistakes
+from scantling.config.mistakes import Mistake, mistakes
 from scantling.report.pages import Recorded, run_page, runs_page
 from scantling.report.terminal import open_console
 from scantling.report.view_charts import Views
@@ -99,7 +99,7 @@ def report_run(config: DictConfig, console: Console) -> None:
         study=None,
         sweep=None,
         question="",
-        command=command(),
+        command=command(config),
     )
     page = runs_page(recorded) if config.runs is not None else run_page(recorded, views(config, found[0]))
     files = write_page(config, page, recorded.directory)

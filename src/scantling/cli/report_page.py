@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -12,9 +11,9 @@ from scantling.report.html import page
 from scantling.report.spec import Report, write
 
 
-def command() -> str:
+def command(config: DictConfig) -> str:
     """What was typed."""
-    return " ".join(["python src/report.py", *HydraConfig.get().overrides.task])
+    return " ".join(["python src/report.py", *config.overrides])
 
 
 def directory_of(config: DictConfig, name: str) -> Path:
@@ -25,7 +24,7 @@ def directory_of(config: DictConfig, name: str) -> Path:
 def write_page(config: DictConfig, made: Report, directory: Path) -> list[Path]:
     """Its file, and those beside it."""
     reload_seconds = config.watch_seconds if config.watch else None
-    return write(made, directory, page=page(made, command=command(), reload_seconds=reload_seconds))
+    return write(made, directory, page=page(made, command=command(config), reload_seconds=reload_seconds))
 
 
 def warn(console: Console, caution: str) -> None:

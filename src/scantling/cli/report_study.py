@@ -26,7 +26,7 @@ from scantling.analysis.law import ScalingLaw, find_law, fit_law
 from scantling.analysis.observations import Observations, observe, read_table
 from scantling.analysis.scaling import Fit
 from scantling.cli.report_page import command, directory_of, warn, write_page
-from scantling.config.command_line import ROOT
+from scantling.config.options import ROOT
 from scantling.report import arm_words, law_words
 from scantling.report.numbers import cell_text, some
 from scantling.report.pages import Recorded, partial_page
@@ -229,7 +229,7 @@ def recorded_study(config: DictConfig, directory: Path, runs: pd.DataFrame) -> R
         study=directory,
         sweep=None if path is None else yaml.safe_load(path.read_text()),
         question="" if path is None else question_of(path),
-        command=command(),
+        command=command(config),
     )
 
 

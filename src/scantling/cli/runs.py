@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from scantling.config.command_line import mistakes, nearest
+from scantling.config.mistakes import mistakes
+from scantling.config.suggestions import nearest
 from scantling.report.numbers import number_or_blank
 from scantling.report.terminal import fitting_columns, line_width, longest, open_console
 from scantling.runs.directory import RunDirectory

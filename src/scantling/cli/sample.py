@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
-from scantling.config.command_line import mistakes
+from scantling.config.mistakes import mistakes
 from scantling.inference.continuation import continue_prompts
 from scantling.inference.decoding_layout import lay_out_for_decoding
 from scantling.inference.sampling import GenerationSettings

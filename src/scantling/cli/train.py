@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from scantling.config.command_line import mistakes
+from scantling.config.mistakes import mistakes
 from scantling.model import hardware
 from scantling.report.terminal import open_console
 from scantling.runs.directory import RunDirectory
@@ -17,7 +17,7 @@ from scantling.training.assembly import assemble, description
 from scantling.training.launch import check_launch, devices_per_node
 from scantling.training.ranks import end_with_first_process
 from scantling.training.record import begin, last_screen
-from scantling.training.resume import already_finished, located
+from scantling.training.resume import already_finished, locate_run
 from scantling.training.run import fit, is_full_disk
 
 
@@ -32,7 +32,7 @@ def train(config: DictConfig) -> RunDirectory:
     with mistakes():
         if config.tune is not None and config.tuned is None:
             raise ValueError("tune=lr chooses the learning rate of a sweep's arms: add -m, or leave it out")
-        config, directory = located(config)
+        config, directory = locate_run(config)
         if directory.is_finished:
             console.print(already_finished(directory))
             return directory

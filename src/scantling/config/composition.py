@@ -1,26 +1,77 @@
-"""What Hydra composed from the command line: the options chosen, and the decoder that they make."""
+"""What Hydra composes of a command line, and the configuration that everything else reads."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from hydra.core.hydra_config import HydraConfig
+from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch.overrides import TorchFunctionMode
 
-from scantling.model.decoder import Decoder
+from scantling.config.differences import leaves
+from scantling.config.options import CONF, ROOT
 
 PARTS = ("norm", "pos", "attn", "ffn", "block", "embed", "head")
 
+TAKES_SWEEPS = ("train", "plan")
+"""Entries: `report.py runs=[…]` would choose in the folder `runs`."""
 
-def choices() -> dict[str, str]:
-    """Which option each group took."""
-    chosen = HydraConfig.get().runtime.choices
-    return {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
+
+def search_path(entry: str) -> list[str]:
+    """The override that makes the folder `sweeps` beside `conf` a group of it; and every other folder there, so that only
+    what takes sweeps has it.
+    """
+    return [f"hydra.searchpath=['file://{ROOT}']"] if entry in TAKES_SWEEPS else []
+
+
+def compose_config(entry: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of `src/<entry>.py` with these overrides, as if typed. Hydra's own state stays as it was."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            typed = [*overrides, *search_path(entry)]
+            config = compose(entry, overrides=typed, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = outer
+    return with_choices(config, config.hydra)
+
+
+def with_choices(config: DictConfig, hydra: DictConfig | HydraConf) -> DictConfig:
+    """A copy that has, in the place of Hydra's own node, `choices`, the option of each group, and `overrides`, what was
+    typed. Nothing but the edges where Hydra hands a configuration over knows Hydra's node.
+    """
+    chosen = hydra.runtime.choices.items()
+    own = {key: node for key, node in config.items_ex(resolve=False) if key != "hydra"}
+    own["choices"] = {group: option for group, option in chosen if not group.startswith("hydra/")}
+    own["overrides"] = hydra.overrides.task
+    whole = OmegaConf.create(own)
+    OmegaConf.set_struct(whole, True)
+    return whole
+
+
+def with_settings(config: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
+    """A copy with other values, by dotted key."""
+    changed = copy.deepcopy(config)
+    for key, value in settings.items():
+        OmegaConf.update(changed, key, value, merge=False)
+    return changed
+
+
+def resolved_config(config: DictConfig) -> dict[str, Any]:
+    """What is recorded of a run: interpolations resolved, the choices last; what was typed is recorded beside it."""
+    resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return {key: value for key, value in resolved.items() if key != "overrides"}
+
+
+def unresolved_settings(config: DictConfig) -> dict[str, Any]:
+    """Dotted keys and their values, interpolations as they are written."""
+    written: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    return leaves({key: value for key, value in written.items() if key not in ("choices", "overrides")})
 
 
 def tokenizer_entries(config: DictConfig) -> int | None:
@@ -38,29 +89,6 @@ def tokenizer_entries(config: DictConfig) -> int | None:
 def unknown_entries(config: DictConfig) -> str:
     """What is taken in their place, for the user."""
     return (
-        f"tokenizer={choices()['tokenizer']}: its entries are not known before its text is read, and are taken to be "
+        f"tokenizer={config.choices.tokenizer}: its entries are not known before its text is read, and are taken to be "
         f"model.vocab_size={config.model.vocab_size}"
     )
-
-
-def build_decoder(config: DictConfig, vocab_size: int, device: str) -> Decoder:
-    """On the device "meta" it has shapes and no memory."""
-    factory = plain(instantiate(config.decoder, vocab_size=vocab_size, _partial_=True))
-    with torch.device(device), Unfilled() if device == "meta" else nullcontext():
-        return factory()
-
-
-def plain(value: Any) -> Any:
-    """Without Hydra's check of its policy at each call of a part, which is most of the time that 15,000 experts take."""
-    if not isinstance(value, partial):
-        return value
-    return partial(value.func, *value.args, **{name: plain(part) for name, part in value.keywords.items()})
-
-
-class Unfilled(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: what has no memory takes no values, and pretending costs half of the time."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))

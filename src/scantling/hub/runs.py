@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from scantling import __version__
-from scantling.config.command_line import CONF, leaves, nearest
-from scantling.config.composition import plain
+from scantling.config.composition import compose_config, resolved_config
+from scantling.config.decoder import without_hydra_checks
+from scantling.config.differences import different_leaves, leaves
+from scantling.config.suggestions import nearest
 from scantling.data.tokenizers import Tokenizer
 from scantling.hub.family import Family, all_families
 from scantling.hub.fields import Config, fill_nulls
@@ -54,7 +54,7 @@ def import_run(config: DictConfig) -> str:
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     kept = str(target.resolve() / "tokenizer.json").replace("'", "\\'")
     overrides = [*train_overrides(family, hf), "tokenizer=pretrained", f"tokenizer.source='{kept}'"]
-    run = composed(tuple(overrides))
+    run = compose_run(tuple(overrides))
     decoder = build_on_meta(run["decoder"])
     check_vocabulary(tokenizer, run["decoder"]["vocab_size"], source)
     state = import_tensors(family, decoder, TensorFiles(source))
@@ -140,26 +140,14 @@ def train_overrides(family: Family, hf: Config) -> list[str]:
 
 
 @cache
-def composed(overrides: tuple[str, ...]) -> Config:
+def compose_run(overrides: tuple[str, ...]) -> Config:
     """The resolved configuration of `train.py` with these overrides, and which option each group took."""
-    outer = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", overrides=list(overrides), return_hydra_config=True)
-            chosen = config.hydra.runtime.choices
-    finally:
-        GlobalHydra.instance().hydra = outer
-    choices = {group: option for group, option in chosen.items() if not group.startswith("hydra/")}
-    with_hydra: Config = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
-    del with_hydra["hydra"]
-    resolved = OmegaConf.to_container(OmegaConf.create(with_hydra), resolve=True)
-    return {**resolved, "choices": choices}  # type: ignore[dict-item]
+    return resolved_config(compose_config("train", overrides))
 
 
 def build_on_meta(decoder: Config) -> Decoder:
     """The decoder of this configuration, its tensors without memory."""
-    factory = plain(instantiate(decoder, _partial_=True))
+    factory = without_hydra_checks(instantiate(decoder, _partial_=True))
     with torch.device("meta"):
         return factory()
 
@@ -172,8 +160,8 @@ def express_decoder(family: Family, decoder: Config) -> Config:
     """
     hf = family.hf_config(fill_nulls(decoder))
     try:
-        again = composed(tuple(train_overrides(family, hf)))["decoder"]
-        lost = differences(decoder, again)
+        again = compose_run(tuple(train_overrides(family, hf)))["decoder"]
+        lost = settings_lost(decoder, again)
     except ValueError as error:
         raise ValueError(f"family {family.model_type} cannot express this run: {error}") from error
     if lost:
@@ -193,28 +181,32 @@ def express_decoder(family: Family, decoder: Config) -> Config:
     return hf
 
 
-def differences(decoder: Config, again: Config) -> list[str]:
+def settings_lost(decoder: Config, again: Config) -> list[str]:
     """`setting=value` for what the second has otherwise; of a part that is another class, the class alone."""
-    ours, theirs = leaves(fill_nulls(decoder)), leaves(fill_nulls(again))
-    wrong = [key for key, value in ours.items() if compared(key) and not equal(value, theirs.get(key, ...))]
-    if not wrong:
-        wrong = [key for key in theirs if compared(key) and key not in ours]
+    ours, theirs = fill_nulls(decoder), fill_nulls(again)
+    different = {
+        key: here
+        for key, here, there in different_leaves(ours, theirs)
+        if shows_in_outputs(key) and not is_same_number(here, there)
+    }
+    own = leaves(ours)
+    wrong = [key for key in own if key in different] or [*different]
     classes = [key.removesuffix("_target_") for key in wrong if key.endswith("_target_")]
     return [
-        f"{key}={ours.get(key, '(nothing)')}"
+        f"{key}={own.get(key, '(nothing)')}"
         for key in wrong
         if key.endswith("_target_") or not any(key.startswith(part) for part in classes)
     ]
 
 
-def compared(key: str) -> bool:
+def shows_in_outputs(key: str) -> bool:
+    """Whether a setting changes what a trained model computes."""
     return key.rpartition(".")[2] not in (*IN_TRAINING, *IN_SHAPES)
 
 
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, int | float):
-        return math.isclose(a, b, rel_tol=1e-9)
-    return a == b
+def is_same_number(a: Any, b: Any) -> bool:
+    """But for rounding."""
+    return isinstance(a, float) and isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-9)
 
 
 # --- files ---

@@ -18,12 +18,13 @@ import pandas as pd
 import yaml
 
 from scantling.analysis.arms import rows_where
-from scantling.config.settings import NOT_TRAINED
+from scantling.config.differences import leaves, varying_leaves
+from scantling.config.settings import NOT_TRAINED, NOTES
 from scantling.report.numbers import duration, number_or_blank, some
 from scantling.report.spec import Link, Samples
 from scantling.runs.directory import RunDirectory, read_rows
-from scantling.runs.overrides import NOTES, arms_changes, settings_of
-from scantling.runs.table import Loader, differing, leaves
+from scantling.runs.overrides import arms_changes, settings_of
+from scantling.runs.table import Loader
 
 SHOWN = ("trainer", "guard")
 """Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should
@@ -64,7 +65,7 @@ def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
         configurations[run[label]] = {
             key: setting_text(value) for key, value in found.items() if is_setting(key)
         }
-    keys = differing([*configurations.values()])
+    keys = varying_leaves([*configurations.values()])
     table = [
         {
             "setting": key.removeprefix("choices."),

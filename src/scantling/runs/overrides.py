@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
 
-from scantling.config.settings import NOT_TRAINED
-
-NOTES = {"matched": "model.d_ff", "tuned": "lr"}
-"""Overrides that `match=` and `tune=` leave, each with the setting that it says the origin of."""
-
-NOT_AN_ARM = (*NOT_TRAINED, "seed", "hydra")
-"""Settings that are no part of what an arm is."""
+from scantling.config.settings import NOT_AN_ARM, NOTES
 
 
 def settings_of(overrides: str) -> dict[str, str]:

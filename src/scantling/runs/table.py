@@ -35,6 +35,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from scantling.config.differences import leaves, varying_leaves
+from scantling.config.settings import COLUMNS
 from scantling.runs.directory import RunDirectory, read_rows
 from scantling.runs.overrides import names_by_difference
 
@@ -50,7 +52,6 @@ UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
 NOT_RUNS = ("wandb", "checkpoints", "tuning")
 """Directories that stand among runs by right."""
 
-SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "seq_len")
 APART = ("embedding", "position", "head")
 """Groups of parameters that `params_without_embeddings` leaves out."""
 
@@ -124,7 +125,7 @@ def run_row(directory: RunDirectory) -> dict[str, Any]:
         "overrides": "\n".join(environment["overrides"]),
     }
     row |= {f"choice.{group}": option for group, option in config["choices"].items()}
-    row |= {name: config["model"].get(name) for name in SIZES}
+    row |= {name: config["model"].get(name) for name in COLUMNS}
     row |= {
         "batch_size": config["batch_size"],
         "lr": config["lr"],
@@ -264,34 +265,7 @@ def differences(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, 
     """(setting, here, there) for every leaf of the resolved configurations that differs and repeats no
     other."""
     ours, theirs = (leaves(yaml.load(run.config.read_text(), Loader)) for run in (one, other))
-    return [(key, ours.get(key), theirs.get(key)) for key in sorted(differing([ours, theirs]))]
-
-
-def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and values."""
-    if not isinstance(node, dict):
-        return {prefix.removesuffix("."): node}
-    return {k: v for key, value in node.items() for k, v in leaves(value, f"{prefix}{key}.").items()}
-
-
-def differing(configurations: Sequence[dict[str, Any]]) -> list[str]:
-    """The leaves in which configurations are not alike, less those that repeat another leaf wherever they
-    stand."""
-    keys = dict.fromkeys(key for found in configurations for key in found)
-    return [
-        key
-        for key in keys
-        if any(found.get(key) != configurations[0].get(key) for found in configurations)
-        and not all(repeats(key, found) for found in configurations if key in found)
-    ]
-
-
-def repeats(key: str, found: dict[str, Any]) -> bool:
-    """Whether a leaf of the built decoder or optimiser has the value of the one that it follows, unless set
-    apart."""
-    group, _, rest = key.partition(".")
-    followed = {"decoder": (rest, f"model.{rest}"), "optim": ("lr",) if rest == "lr" else ()}.get(group, ())
-    return any(name in found and found[name] == found[key] for name in followed)
+    return [(key, ours.get(key), theirs.get(key)) for key in sorted(varying_leaves([ours, theirs]))]
 
 
 def find(runs: Path, names: Sequence[str]) -> list[RunDirectory]:

@@ -18,7 +18,7 @@ from scantling.analysis.design import (
     nearest_shape,
     optimal_size,
 )
-from scantling.config.composition import build_decoder
+from scantling.config.decoder import build_decoder
 from scantling.model.accounting import convention, non_embedding, parameter_counts
 from scantling.training.budget import steps_for
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Callable
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
-from scantling.config.composition import build_decoder
+from scantling.config.composition import with_settings
+from scantling.config.decoder import build_decoder
+from scantling.config.settings import OWN_REFERENCE
 from scantling.model.accounting import exact
 from scantling.model.decoder import Decoder
 
@@ -18,8 +20,6 @@ QUANTITIES: dict[str, Callable[[Decoder], float]] = {
 """All parameters; training FLOPs a token by the `exact` convention."""
 
 TOLERANCE = 0.01
-SIZES = ("model", "data", "tokenizer", "embed", "budget")
-"""Jobs that differ in these are not arms of one comparison: each combination has a reference of its own."""
 
 
 class Matching:
@@ -29,32 +29,34 @@ class Matching:
         self.references: dict[tuple[str, ...], float] = {}
         self.found: dict[tuple[str, ...], tuple[int, str]] = {}
 
-    def match(self, config: DictConfig, typed: list[str]) -> list[str]:
-        """Make a job as large as its reference; the overrides that do so. Raises ValueError where no d_ff comes within 1 %."""
+    def width_of(self, config: DictConfig, typed: list[str]) -> tuple[int, str]:
+        """The `model.d_ff` that makes a job as large as its reference, and a note of how near it comes.
+
+        Raises ValueError where none comes within 1 %.
+        """
         if config.match not in QUANTITIES:
             raise ValueError(f"match={config.match} is unknown: use {' or '.join(QUANTITIES)}")
-        size = tuple(o for o in typed if o.partition("=")[0].partition(".")[0].partition("/")[0] in SIZES)
+        size = tuple(o for o in typed if re.split(r"[./=]", o)[0] in OWN_REFERENCE)
         arm = tuple(o for o in typed if not o.startswith("seed="))
         if size not in self.references:
-            self.references[size] = measured(config, config.model.d_ff)
+            self.references[size] = size_with(config, config.model.d_ff)
         if arm not in self.found:
-            self.found[arm] = nearest(config, self.references[size])
-        config.model.d_ff, note = self.found[arm]
-        return [f"model.d_ff={config.model.d_ff}", f"matched={note}"]
+            self.found[arm] = nearest_width(config, self.references[size])
+        return self.found[arm]
 
 
-def nearest(config: DictConfig, target: float) -> tuple[int, str]:
+def nearest_width(config: DictConfig, target: float) -> tuple[int, str]:
     """The width of the feed-forward that comes nearest to `target`, and a note of how near."""
-    before = measured(config, config.model.d_ff)
+    before = size_with(config, config.model.d_ff)
     best, value = config.model.d_ff, before
     if before != target:
         low, high = 1, 64 * config.model.d_model
-        tried = {d_ff: measured(config, d_ff) for d_ff in (low, high)}
+        tried = {d_ff: size_with(config, d_ff) for d_ff in (low, high)}
         # Sizes are a straight line in d_ff but for rounding: the next guess lies on it, each second one amid.
         while high - low > 1 and tried[low] < target < tried[high]:
             share = (target - tried[low]) / (tried[high] - tried[low]) if len(tried) % 2 == 0 else 0.5
             guess = min(max(low + round(share * (high - low)), low + 1), high - 1)
-            tried[guess] = measured(config, guess)
+            tried[guess] = size_with(config, guess)
             low, high = (guess, high) if tried[guess] < target else (low, guess)
         best = min(tried, key=lambda d_ff: abs(tried[d_ff] - target))
         value = tried[best]
@@ -68,8 +70,6 @@ def nearest(config: DictConfig, target: float) -> tuple[int, str]:
     return best, note
 
 
-def measured(config: DictConfig, d_ff: int) -> float:
-    sized = copy.deepcopy(config)
-    with open_dict(sized):
-        sized.model.d_ff = d_ff
+def size_with(config: DictConfig, d_ff: int) -> float:
+    sized = with_settings(config, {"model.d_ff": d_ff})
     return QUANTITIES[config.match](build_decoder(sized, sized.model.vocab_size, "meta"))

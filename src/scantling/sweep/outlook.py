@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.conf import HydraConf
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from scantling.config import identity
-from scantling.config.command_line import Mistake, check_values, mistakes, one_line
+from scantling.config.composition import with_choices, with_settings
+from scantling.config.messages import one_line
+from scantling.config.mistakes import Mistake, mistakes
+from scantling.config.values import check_values
 from scantling.model import hardware
 from scantling.runs.directory import RunDirectory
 from scantling.sweep.devices import Devices
 from scantling.sweep.matching import Matching
-from scantling.training import assembly, resume
+from scantling.training import assembly
 from scantling.training.launch import devices_per_node
 
 ASSUMED_MFU = 0.1
@@ -84,10 +84,12 @@ def look_ahead(
         try:
             with mistakes():
                 if arm not in arms:
-                    arms[arm] = looked_at(compose, list(overrides), matching, speeds, elsewhere)
+                    arms[arm] = build_arm(compose, list(overrides), matching, speeds, elsewhere)
                 outlook = arms[arm].outlook_of(overrides)
         except (Mistake, HydraException, OmegaConfBaseException) as error:
-            raise Mistake(f"job {i + 1} of {len(jobs)}, {labels[i]}: {one_line(error, 'train')}") from error
+            raise Mistake(
+                f"job {i + 1} of {len(jobs)}, {labels[i]}: {one_line(error, 'train', overrides)}"
+            ) from error
         first = places.setdefault(outlook.directory, i)
         if first != i:
             raise Mistake(
@@ -98,23 +100,22 @@ def look_ahead(
     return [asdict(outlook) for outlook in found]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arm:
-    """Jobs that differ in their seed alone: what they share of an outlook, a configuration, and Hydra's part of that."""
+    """Jobs that differ in their seed alone: what they share of an outlook, and the configuration of one of them."""
 
     shared: Outlook
     config: DictConfig
-    hydra: HydraConf | None
     more: list[str]
     """Overrides beyond those typed, which match the arm to others."""
 
     def outlook_of(self, overrides: Sequence[str]) -> Outlook:
         """Of the job with these overrides, which is one of the arm's."""
-        HydraConfig.instance().cfg = self.hydra
+        config = self.config
         for override in overrides:
             if match := SEED.fullmatch(override):
-                self.config.seed = int(match[1])
-        directory = RunDirectory(identity.path_of(self.config))
+                config = with_settings(config, {"seed": int(match[1])})
+        directory = RunDirectory(identity.path_of(config))
         return replace(
             self.shared,
             overrides=[*overrides, *self.more],
@@ -123,40 +124,38 @@ class Arm:
         )
 
 
-def looked_at(
+def build_arm(
     compose: Compose, overrides: list[str], matching: Matching, speeds: Speeds, elsewhere: bool
 ) -> Arm:
-    config, more = task_config(compose(overrides)), []
+    """The arm of the job with these overrides. Raises Mistake or ValueError for what cannot be built."""
+    whole = compose(overrides)
+    config, more = with_choices(whole, whole.hydra), []
     if config.resume != "auto":
         raise ValueError(
             f"resume={config.resume} is for single runs: a sweep goes on by itself, and anew with another study=NAME"
         )
     if config.match is not None:
-        more = matching.match(config, overrides)
+        d_ff, note = matching.width_of(config, overrides)
+        config, more = with_settings(config, {"model.d_ff": d_ff}), [f"model.d_ff={d_ff}", f"matched={note}"]
     check_values(config, "train")
-    as_trained, path = copy.deepcopy(config), identity.path_of(config)
-    on_gpu = config.trainer.accelerator == "gpu"
-    if elsewhere:
-        config.trainer.accelerator = "cpu"
-        if config.trainer.precision == "fp16":
-            config.trainer.precision = "fp32"
     if config.tune is not None and config.optim.lr != config.lr:
         raise ValueError(
             f"tune=lr finds nothing out: optim.lr={config.optim.lr} does not follow lr; optim.lr=\\${{lr}} makes it"
         )
-    device, precision, decoder = assembly.checked(config)
-    if device.type == "cuda" and config.trainer.devices == "auto":
-        config.trainer.devices = 1  # a job of a sweep sees the GPUs that it is given
-    plan = assembly.plan_of(config, decoder, device, precision)
+    here = on_this_machine(config) if elsewhere else config
+    device, precision, decoder = assembly.checked(here)
+    if device.type == "cuda" and here.trainer.devices == "auto":
+        here = with_settings(here, {"trainer.devices": 1})  # a job of a sweep sees the GPUs that it is given
+    plan = assembly.plan_of(here, decoder, device, precision)
+    path = identity.path_of(config)
     if config.dry_run:  # with the tokenizer's own vocabulary
-        config, directory = resume.located(config)
-        plan = assembly.assemble(config, directory).plan
+        plan = assembly.assemble(here, RunDirectory(path)).plan
     shared = Outlook(
         overrides=overrides,
         directory=str(path),
-        devices=devices_per_node(config.trainer.devices, device),
+        devices=devices_per_node(here.trainer.devices, device),
         nodes=config.trainer.nodes,
-        on_gpu=on_gpu if elsewhere else device.type == "cuda",
+        on_gpu=config.trainer.accelerator == "gpu" if elsewhere else device.type == "cuda",
         gpus=torch.cuda.device_count() if device.type == "cuda" else 0,
         steps=plan.steps,
         parameters=plan.parameters,
@@ -169,15 +168,15 @@ def looked_at(
         if config.dry_run
         else None,
     )
-    return Arm(shared, as_trained, HydraConfig.instance().cfg, more)
+    return Arm(shared, config, more)
 
 
-def task_config(config: DictConfig) -> DictConfig:
-    """Set Hydra's own part up for `choices()`, and give the rest."""
-    HydraConfig.instance().set_config(config)
-    with read_write(config), open_dict(config):
-        del config["hydra"]
-    return config
+def on_this_machine(config: DictConfig) -> DictConfig:
+    """The configuration of a job for another machine, as it can be built on one without a GPU."""
+    settings = {"trainer.accelerator": "cpu"}
+    if config.trainer.precision == "fp16":
+        settings["trainer.precision"] = "fp32"
+    return with_settings(config, settings)
 
 
 class Speeds:

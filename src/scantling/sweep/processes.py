@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scantling.config.command_line import ROOT, Failed, Mistake
+from scantling.config.mistakes import Failed, Mistake
+from scantling.config.options import ROOT
 from scantling.runs.parent_process import end_with_parent
 
 TAKEN_OVER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scantling.config.command_line import ROOT, Mistake
+from scantling.config.mistakes import Mistake
+from scantling.config.options import ROOT
 from scantling.runs.directory import replace_text
 from scantling.sweep.jobs import ENDED, Job
 from scantling.sweep.leases import Lease

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scantling.config.command_line import Mistake
+from scantling.config.mistakes import Mistake
 from scantling.runs.directory import RunDirectory
 
 FOLDER = "tuning"

@@ -11,7 +11,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from scantling.config.composition import PARTS, build_decoder, choices
+from scantling.config.composition import PARTS
+from scantling.config.decoder import build_decoder
 from scantling.data.loading import (
     BatchSizes,
     TrainBatches,
@@ -203,7 +204,7 @@ def training_batches(run: Run, rank: int) -> TrainBatches:
 
 def description(run: Run) -> dict[str, str]:
     """Lines above the plan's numbers."""
-    chosen, corpus = choices(), run.corpus
+    chosen, corpus = run.config.choices, run.corpus
     return {
         "model": f"{chosen['model']}: {', '.join(f'{group}={chosen[group]}' for group in PARTS)}",
         "data": f"{corpus.description}; {chosen['tokenizer']} tokenizer, {corpus.tokenizer.vocab_size:,} entries; "

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import Strategy
@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from scantling import __version__
-from scantling.config.composition import PARTS, build_decoder, choices
+from scantling.config.composition import PARTS, resolved_config
+from scantling.config.decoder import build_decoder
 from scantling.inference.continuation import continue_text
 from scantling.model import hardware
 from scantling.model.decoder import Decoder
@@ -35,10 +36,7 @@ from scantling.training.strategies import WholeCheckpoints
 @rank_zero_only
 def begin(run: Run) -> None:
     """Set the run's directory up, so that it explains itself; raises where it cannot be written or is too small."""
-    resolved = OmegaConf.create(OmegaConf.to_container(run.config, resolve=True))
-    run.directory.begin(
-        OmegaConf.to_yaml(resolved) + OmegaConf.to_yaml({"choices": choices()}), environment(run)
-    )
+    run.directory.begin(OmegaConf.to_yaml(resolved_config(run.config)), environment(run))
     there = len(run.directory.step_checkpoints())
     wanted = run.config.checkpoint.keep + 2  # the best, the next
     run.plan.check_disk(run.directory.path, checkpoints=wanted - min(there, wanted - 1))
@@ -49,7 +47,7 @@ def environment(run: Run) -> dict[str, Any]:
     return {
         "scantling": __version__,
         "commit": git_commit(),
-        "overrides": [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")],
+        "overrides": [o for o in run.config.overrides if not o.startswith("resume=")],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": version("lightning"),
@@ -89,24 +87,19 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
         name=name,
         wandb_id=run.directory.wandb_id,
         group=run.config.study,
-        tags=[*config.tags, *tags_of_arm(run.config.arm)],
+        tags=[*config.tags, *tags_of_arm(run.config.arm, run.config.overrides)],
     )
-    resolved: dict[str, Any] = OmegaConf.to_container(run.config, resolve=True)  # type: ignore[assignment]
-    console.print(
-        logger.start(
-            resolved | {"choices": choices(), "environment": environment(run), "parameters": run.plan.counts}
-        )
-    )
+    recorded = {"environment": environment(run), "parameters": run.plan.counts}
+    console.print(logger.start(resolved_config(run.config) | recorded))
     if taken_up:
         logger.catch_up(run.directory.metrics(), read_rows(run.directory.samples))
     return [logger]
 
 
-def tags_of_arm(arm: str | None) -> list[str]:
+def tags_of_arm(arm: str | None, typed: Sequence[str]) -> list[str]:
     """Its name; of one without a name the parts that were typed for it, as `attn=gqa`."""
     if arm is not None:
         return [arm]
-    typed = HydraConfig.get().overrides.task
     return [text for text in typed if re.split(r"[/.=]", text)[0] in PARTS]
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from scantling.config.composition import build_decoder, plain
+from scantling.config.decoder import build_decoder, without_hydra_checks
 from scantling.data.loading import validation_batches
 from scantling.model import hardware
 from scantling.training import float8
@@ -107,7 +107,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     task = LanguageModelTask(
         decoder,
         optimizer=instantiate(config.optim, _convert_="all"),
-        schedule=plain(instantiate(config.schedule)),
+        schedule=without_hydra_checks(instantiate(config.schedule)),
         total_steps=plan.steps,
         token_bytes=run.corpus.token_bytes,
         compiled=config.trainer.compile,
