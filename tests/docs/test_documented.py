@@ -104,7 +104,14 @@ def test_each_rule_of_the_check_is_of_some_command():
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, "CONTRIBUTING.md", *sorted(f"results/{p.name}" for p in (ROOT / "results").glob("*.md"))]
+    "page",
+    [
+        *PAGES,
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        *sorted(f"results/{p.name}" for p in (ROOT / "results").glob("*.md")),
+    ],
 )
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
