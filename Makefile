@@ -39,7 +39,8 @@ bench: .venv/development
 	.venv/bin/python benchmarks/throughput.py
 
 .venv/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, and this is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else \
+		f"Python 3.11 or 3.12 is needed, and this is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv .venv
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The files beside the code: the changelog, the citation, the linters' versions, the workflow, the Makefile's help."""
+"""The files beside the code: changelog, citation, linters, workflow, the help of the Makefile."""
 
 import re
 from datetime import date
