@@ -1,10 +1,10 @@
-"""Runs every command of README.md and docs/, in order, each page in a fresh copy of the project: `make docs-check`.
+"""Runs each command of README.md and docs/, each page in a fresh copy of the project: `make docs-check`.
 
     python tests/docs/docs_check.py                    all of them, a quarter of an hour on two cores
     python tests/docs/docs_check.py docs/sweeps.md     those of a page
 
-Commands are read off the pages. What is changed before they run, and what is not run here, stands in the three tables
-below and nowhere else.
+Commands are read off the pages, and run in order. What is changed before they run, and what is not run here,
+stands in the three tables below and nowhere else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NOT_HERE = {
 """What commands say -> why they cannot run."""
 
 SHORTER = {
-    r"^(?:srun|torchrun --nnodes).*? (?:python )?(src/train\.py .*)$": r"python \1",  # what a process is given
+    r"^(?:srun|torchrun --nnodes).*? (?:python )?(src/train\.py .*)$": r"python \1",  # as a process is given
     r"^make train$": 'make train ARGS="model=llama_small attn=gqa"',  # as the Makefile has it
     r"^(make train ARGS=.*)\"$": r'\1 dry_run=true"',
     r"^make test$": "make test ARGS_TEST=tests/test_architecture.py",

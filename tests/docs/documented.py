@@ -31,7 +31,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """Where the block belongs: the introduction names it in the end, as in "and `conf/norm/mine.yaml`:"."""
+        """Where the block belongs: the introduction names it last, as in "and `conf/norm/mine.yaml`:"."""
         named = re.search(r"`([\w/]+\.(?:py|yaml))`:$", self.introduction)
         return named[1] if named else None
 
@@ -75,7 +75,7 @@ def in_passing(page: str) -> Iterator[Command]:
 
 
 def write_files(page: str, tree: Path) -> None:
-    """Put the page's blocks that belong into files there: at the end of a file that exists, or as a new one."""
+    """Put the page's blocks that belong into files there: at the end of one that exists, or as a new one."""
     for block in blocks(page):
         if block.file:
             path = tree / block.file

@@ -1,4 +1,4 @@
-"""README.md and docs/: commands that compose, links that lead somewhere. `docs_check.py` runs the commands."""
+"""README.md and docs/: commands compose, links lead somewhere. `docs_check.py` runs the commands."""
 
 import ast
 import importlib
@@ -27,7 +27,7 @@ ENTRY = re.compile(r"(?:python|torchrun .*|srun .* python) src/(\w+)\.py ?(.*)$"
 
 @pytest.fixture(scope="module")
 def tree_of(tmp_path_factory):
-    """`tree_of("docs/sweeps.md")`: settings as they are for a reader of that page, who has written what it says."""
+    """`tree_of("docs/sweeps.md")`: settings as a reader of that page has them, who wrote what it says."""
 
     @cache
     def tree_of(page):
@@ -44,8 +44,8 @@ def tree_of(tmp_path_factory):
 
 
 def composed(tree, entry, arguments):
-    """What Hydra makes of a command line: an exception where an option or a setting is unknown. Of a grid so many jobs
-    that each value is in one.
+    """What Hydra makes of a command line: an exception where an option or a setting is unknown. Of a grid so
+    many jobs that each value is in one.
     """
     typed = [quoted(argument) for argument in arguments if argument != "-m"]
     searched = [o.replace(str(PROJECT), str(tree)) for o in search_path(entry)]
@@ -105,7 +105,14 @@ def test_each_rule_of_the_check_is_of_some_command():
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, "CONTRIBUTING.md", *sorted(f"results/{p.name}" for p in (ROOT / "results").glob("*.md"))]
+    "page",
+    [
+        *PAGES,
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        *sorted(f"results/{p.name}" for p in (ROOT / "results").glob("*.md")),
+    ],
 )
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
