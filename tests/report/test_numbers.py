@@ -10,6 +10,7 @@ from scantling.report.numbers import (
     counted,
     digits,
     duration,
+    hours,
     interval,
     number_or_blank,
     short,
@@ -88,3 +89,11 @@ def test_a_duration_has_its_largest_unit(seconds, text):
 @pytest.mark.parametrize(("seconds", "text"), [(3723, "1:02:03"), (59.6, "1:00"), (0, "0:00"), (-5, "0:00")])
 def test_a_clock_counts_from_nothing(seconds, text):
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(119, "119 seconds"), (3000, "50 minutes"), (7200, "2.0 hours"), (3e5, "83.3 hours")],
+)
+def test_a_cost_is_counted_in_hours(seconds, text):
+    assert hours(seconds) == text

@@ -232,7 +232,7 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
     if len(d) < 2:
         raise ValueError("one seed only: the interval of a gain needs two at least")
 
-    def multiplier(reducible_coefficient, beta, shift):
+    def multiplier(reducible_coefficient: Array | float, beta: Array | float, shift: Array | float) -> Array:
         reducible = reducible_coefficient / compute**beta
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(shift > -reducible, ((reducible + shift) / reducible) ** (-1 / beta), np.inf)

@@ -23,8 +23,8 @@ def hoffmann_loss(law: Mapping[str, Any], n: ArrayLike, d: ArrayLike) -> Array:
 
 
 def optimal_parameters(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Array:
-    """N that minimises Hoffmann's form under C = kND: N =
-    (alpha·A/(beta·B))^(1/(alpha+beta))·(C/k)^(beta/(alpha+beta)) (Hoffmann et al. 2022, equation 4)."""
+    """N that minimises Hoffmann's form under C = kND:
+    N = (alpha·A/(beta·B))^(1/(alpha+beta))·(C/k)^(beta/(alpha+beta)) (Hoffmann et al. 2022, equation 4)."""
     alpha, beta = law["alpha"], law["beta"]
     log_g = (np.log(alpha * law["A"]) - np.log(beta * law["B"])) / (alpha + beta)
     return np.exp(log_g + beta / (alpha + beta) * np.log(np.asarray(compute, dtype=float) / k))
@@ -80,8 +80,8 @@ def allocation_exponent(fit: Fit) -> tuple[float, Interval | None]:
 
 
 def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
-    """The loss of compute-optimal training against C, exactly: L = E + B'/C^gamma, gamma =
-    alpha·beta/(alpha+beta).
+    """The loss of compute-optimal training against C, exactly: L = E + B'/C^gamma,
+    gamma = alpha·beta/(alpha+beta).
 
     A `Fit` of `saturating("C")` at the budgets of the runs, with the same resamples and doubts.
     """
@@ -112,8 +112,8 @@ def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
 def convention_table(
     counts: Mapping[str, ArrayLike], tokens: ArrayLike, loss: ArrayLike, **settings
 ) -> pd.DataFrame:
-    """The same runs under each way of counting parameters: alpha, beta and the exponent a of N_opt ∝ C^a, C =
-    6ND.
+    """The same runs under each way of counting parameters: alpha, beta and the exponent a of N_opt ∝ C^a,
+    C = 6ND.
 
     Porian et al. 2024 (arXiv:2406.19146) trace the disagreement between Kaplan and Hoffmann to this, among
     other things.

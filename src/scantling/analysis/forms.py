@@ -193,7 +193,7 @@ class KaplanSum(Form):
         return tuple(name for x in self.inputs for name in (f"{x}_c", f"alpha_{x}"))
 
     @property
-    def _powers(self) -> PowerSum:
+    def powers(self) -> PowerSum:
         """The same with x_c^alpha_x as coefficient, which is affine."""
         return PowerSum(
             formula=self.formula,
@@ -208,10 +208,10 @@ class KaplanSum(Form):
         )
 
     def predictor(self, sizes: Sizes) -> Callable[[Array], tuple[Array, Array]]:
-        return self._powers.predictor(sizes)
+        return self.powers.predictor(sizes)
 
     def starts(self) -> Array:
-        return self._powers.starts()
+        return self.powers.starts()
 
     def published(self, theta_SP: Array) -> dict[str, Array]:
         found = {}

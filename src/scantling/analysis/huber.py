@@ -63,18 +63,26 @@ def minimise(
             part = slice(first, first + chunk)
             weights = None if weights_SN is None else weights_SN[part]
             targets = target if target.ndim == 1 else target[part]
-            theta_SP[part], objective_S[part], converged_S[part] = _minimise_together(
+            theta_SP[part], objective_S[part], converged_S[part] = minimise_together(
                 log_loss, targets, theta_SP[part], weights, delta, max_steps, tolerance
             )
     return Optima(theta_SP, objective_S, converged_S)
 
 
-def _minimise_together(log_loss, target, theta, weights, delta, max_steps, tolerance):
+def minimise_together(
+    log_loss: Callable[[Array], tuple[Array, Array]],
+    target: Array,
+    theta: Array,
+    weights: Array | None,
+    delta: float,
+    max_steps: int,
+    tolerance: float,
+) -> tuple[Array, Array, Array]:
     """As `minimise`, of problems few enough for the cache; those that are done leave."""
     final, final_objective = theta.copy(), np.full(len(theta), np.inf)
     converged = np.zeros(len(theta), dtype=bool)
 
-    def evaluate(theta, target, weights):
+    def evaluate(theta: Array, target: Array, weights: Array | None) -> tuple[Array, Array, Array]:
         prediction, jacobian = log_loss(theta)
         residual = prediction - target
         loss = huber(residual, delta)

@@ -92,10 +92,10 @@ def observe(
 ) -> Observations:
     """Pick the columns and check them.
 
-    `n`, `d`, `c`, `loss`: names of columns; several for `n` are conventions of counting. Without `d`, D =
-    C/(6N); without `c`, C = 6ND. `run` names the run of each row where a run has several. `unique`: fresh
-    tokens of the run. `same`: columns that, where there are such, must not mix values. `drop_highest`: so
-    many of the highest losses are left out. `irreducible`: known entropy, below which no loss can be.
+    `n`, `d`, `c`, `loss`: names of columns; several for `n` are conventions of counting. Without `d`,
+    D = C/(6N); without `c`, C = 6ND. `run` names the run of each row where a run has several. `unique`:
+    fresh tokens of the run. `same`: columns that, where there are such, must not mix values. `drop_highest`:
+    so many of the highest losses are left out. `irreducible`: known entropy, below which no loss can be.
 
     Raises ValueError naming the rows.
     """

@@ -69,6 +69,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
+def hours(seconds: float) -> str:
+    """As costs are counted: in hours from two on, however many."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def clock(seconds: float) -> str:
     """1:02:03"""
     minutes, seconds = divmod(max(0, round(seconds)), 60)

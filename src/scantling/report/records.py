@@ -20,7 +20,7 @@ import yaml
 from scantling.analysis.arms import rows_where
 from scantling.config.differences import leaves, varying_leaves
 from scantling.config.settings import NOT_TRAINED, NOTES
-from scantling.report.numbers import duration, number_or_blank, some
+from scantling.report.numbers import hours, number_or_blank, some
 from scantling.report.spec import Link, Samples
 from scantling.runs.directory import RunDirectory, read_rows
 from scantling.runs.overrides import arms_changes, settings_of
@@ -166,7 +166,7 @@ def provenance(runs: pd.DataFrame) -> pd.DataFrame:
     table += [{"": title, "value": value} for title, value in extra.items() if value]
     flops, seconds = (float(np.nansum(runs[name].to_numpy(dtype=float))) for name in ("flops", "seconds"))
     tuned = "" if all(pd.isna(note) for note in runs["tuned"].tolist()) else ", the tries of tune=lr apart"
-    table.append({"": "cost", "value": f"{flops:.3g} FLOPs, {duration(seconds)} of training{tuned}"})
+    table.append({"": "cost", "value": f"{flops:.3g} FLOPs, {hours(seconds)} of training{tuned}"})
     return pd.DataFrame(table)
 
 
