@@ -16,7 +16,7 @@ PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
 
 
 def settings(n_tokens: int, **given) -> GenerationSettings:
-    return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
+    return GenerationSettings(n_tokens=n_tokens, **(PLAIN | given))
 
 
 @pytest.fixture(scope="module")

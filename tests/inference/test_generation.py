@@ -37,7 +37,7 @@ def seeded():
 
 
 def settings(n_tokens: int, **given) -> GenerationSettings:
-    return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
+    return GenerationSettings(n_tokens=n_tokens, **(PLAIN | given))
 
 
 def generated(

@@ -24,7 +24,7 @@ LOGITS = 3 * torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
 
 
 def settings(n_tokens: int, **given) -> GenerationSettings:
-    return GenerationSettings(**({"n_tokens": n_tokens} | PLAIN | given))
+    return GenerationSettings(n_tokens=n_tokens, **(PLAIN | given))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])

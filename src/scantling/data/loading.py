@@ -256,8 +256,8 @@ def check_batch_size(sizes: BatchSizes, micro_batch_size: int, world_size: int) 
     micro_batches = batch_size // micro_batch_size
     if sizes.first % micro_batches:
         raise ValueError(
-            f"batch_warmup.start={sizes.first} is not a multiple of the {micro_batches} micro-batches of a step, "
-            f"over all ranks: use one, or a larger micro_batch_size"
+            f"batch_warmup.start={sizes.first} is not a multiple of the {micro_batches} micro-batches "
+            f"of a step, over all ranks: use one, or a larger micro_batch_size"
         )
 
 

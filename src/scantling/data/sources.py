@@ -77,7 +77,8 @@ class Source(Corpus):
     def describe(self) -> str:
         return (
             f"{type(self).__name__}, {self.characters / 1e6:.1f} MB, "
-            f"entropy rate {self.entropy_rate:.6f} nats a byte, {self.entropy_rate / np.log(2):.6f} bits per byte"
+            f"entropy rate {self.entropy_rate:.6f} nats a byte, "
+            f"{self.entropy_rate / np.log(2):.6f} bits per byte"
         )
 
 

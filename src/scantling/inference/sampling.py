@@ -60,7 +60,7 @@ class GenerationSettings:
     window.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         whole = {"n_tokens": self.n_tokens, "beams": self.beams, "draft_tokens": self.draft_tokens}
         if self.top_k is not None:
             whole["top_k"] = self.top_k
