@@ -30,8 +30,8 @@ from scantling.training.budget import steps_for
 from scantling.training.memory import (
     ENGINES,
     Choice,
+    DecoderSizes,
     Memory,
-    Sizes,
     choices_of_memory,
     number_of_bytes,
     training_memory,
@@ -96,7 +96,7 @@ def plan(config: DictConfig) -> None:
 
 def forecaster(config: DictConfig, decoder: Decoder) -> Callable[[Choice], Memory]:
     """The peak of one of `devices` devices."""
-    sizes = Sizes.of(decoder, instantiate(config.optim, _convert_="all"))
+    sizes = DecoderSizes.of(decoder, instantiate(config.optim, _convert_="all"))
     return lambda choice: training_memory(
         sizes,
         sequences=choice.micro_batch_size,

@@ -70,8 +70,18 @@ def choose_kernel(
         return "sdpa"
     on_cpu = (BFLOAT16 if dtype == torch.bfloat16 else FLOAT32)[processor]
     T, S, E = q_BHTE[2], k_BKSE[2], q_BHTE[3]
-    if T == 1:
-        faster = k_BKSE.numel() > on_cpu.many_numbers
-    else:
-        faster = on_cpu.few_keys >= S
+    faster = k_BKSE.numel() > on_cpu.many_numbers if T == 1 else on_cpu.few_keys >= S
     return "formula" if faster or on_cpu.few_queries * E >= T else on_cpu.beyond
+
+
+def forms_scores(
+    kernel: Kernel, device: str, *, same_widths: bool, learned_bias: bool, dropout: float
+) -> bool:
+    """Whether the kernel forms all scores, to keep them for the backward pass.
+
+    On a CPU PyTorch's `scaled_dot_product_attention` does, for values of another width than keys, for a bias with a
+    gradient and for dropout.
+    """
+    if kernel in ("sdpa", "sdpa in float32"):
+        return device == "cpu" and (not same_widths or learned_bias or dropout > 0)
+    return kernel == "formula"

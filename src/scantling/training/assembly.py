@@ -30,7 +30,14 @@ from scantling.training import average, float8, noise
 from scantling.training.budget import steps_between_validations, steps_for
 from scantling.training.checkpoints import newest_whole
 from scantling.training.guard import GuardSettings
-from scantling.training.memory import ENGINES, Engine, Memory, Sizes, choices_of_memory, training_memory
+from scantling.training.memory import (
+    ENGINES,
+    DecoderSizes,
+    Engine,
+    Memory,
+    choices_of_memory,
+    training_memory,
+)
 from scantling.training.optim import follow_width
 from scantling.training.plan import Plan, memory_line
 from scantling.training.profiling import check_length
@@ -194,7 +201,7 @@ def forecast(
 ) -> Memory:
     """Of one device at its peak, under the run's settings but for these."""
     return training_memory(
-        Sizes.of(decoder, instantiate(config.optim, _convert_="all")),
+        DecoderSizes.of(decoder, instantiate(config.optim, _convert_="all")),
         sequences=micro_batch_size,
         seq_len=decoder.seq_len,
         half_precision=precision != "fp32",
