@@ -1,5 +1,7 @@
-"""How far rounding may take a kernel from the numbers it stands for, whatever the order of its sums: Higham 2002, *Accuracy
-and Stability of Numerical Algorithms*, §3.1 and §3.5. A sum of n products is off by n·u·Σ|a|·|b| at most, to first order.
+"""How far rounding may take a kernel from the numbers it stands for, whatever the order of its sums.
+
+A sum of n products is off by n·u·Σ|a|·|b| at most, to first order: Higham 2002, *Accuracy and Stability of
+Numerical Algorithms*, §3.1 and §3.5.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(cap(scale·QKᵀ) + bias)·V in float64 over the keys that are seen, and a bound on what float32 makes of it.
 
-    A score is off by δ: its sum's rounding, and a few of the score's own and the bias's. A weight is then off by 2·max δ of
-    itself, and a few roundings for each term of the two sums over keys.
+    A score is off by δ: its sum's rounding, and a few of the score's own and the bias's. A weight is then off by
+    2·max δ of itself, and a few roundings for each term of the two sums over keys.
     """
     q, k, v = q_BHTE.double(), k_BHSE.double(), v_BHSC.double()
     score = scale * q @ k.mT
