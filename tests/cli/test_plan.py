@@ -14,7 +14,7 @@ from scantling.model.accounting import CONVENTIONS, cache_bytes, parameter_count
 from scantling.report import terminal
 from scantling.report.numbers import duration, short
 from scantling.report.terminal import bar
-from scantling.training.memory import ENGINES, Sizes, training_memory
+from scantling.training.memory import ENGINES, DecoderSizes, training_memory
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_every_table_holds_what_accounting_counts(command, composed):
             cache_bytes(decoder, context=n, batch=1, precision=precision) for n in (1, 4096, 8192, 100_000)
         ]
         assert row(out, precision) == [short(size, "B") for size in sizes]
-    sizes = Sizes.of(decoder, instantiate(config.optim, _convert_="all"))
+    sizes = DecoderSizes.of(decoder, instantiate(config.optim, _convert_="all"))
     for name, engine in ENGINES.items():
         kept, twice = (
             training_memory(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import rounding
 import torch
 from torch.testing import assert_close
 
@@ -41,16 +42,19 @@ def test_weights_times_values_are_what_attention_gives(decoder, monkeypatch):
     calls, attend = [], Scores.attend
 
     def recorded(self, q, k, v, **settings):
-        calls.append((v, attend(self, q, k, v, **settings), settings["pattern"]))
-        return calls[-1][1]
+        out = attend(self, q, k, v, **settings)
+        bias = None if self.bias is None else self.bias(torch.arange(q.shape[1])[:, None, None], t, s)
+        calls.append((q, k, v, out, bias, settings))
+        return out
 
     monkeypatch.setattr(Scores, "attend", recorded)
     T = 80 if decoder.pos.max_len is None else decoder.pos.max_len
     tokens = torch.randint(1, 512, (2, T), generator=torch.Generator().manual_seed(0))
     tokens[1, 30] = 0
+    t, s = torch.arange(T)[:, None], torch.arange(T)
+    of = (tokens == 0).cumsum(1)
     logits = decoder(tokens)
     calls.clear()
-    t, s = torch.arange(T)[:, None], torch.arange(T)
     for of_documents in (False, True):
         if of_documents:
             decoder.separate_documents(0)
@@ -59,9 +63,16 @@ def test_weights_times_values_are_what_attention_gives(decoder, monkeypatch):
         assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
         assert not weights[..., t < s].any()
         assert weights.std() > 0.01  # far from uniform
-        for of_layer, (v, out, pattern) in zip(weights, calls, strict=True):
-            assert not of_layer[:, :, ~pattern.sees(t, s).expand(T, T)].any()
-            assert_close(of_layer @ repeated(v, decoder.n_heads), out, rtol=1e-4, atol=2e-5)
+        for of_layer, (q, k, v, out, bias, settings) in zip(weights, calls, strict=True):
+            seen = (s <= t) & settings["pattern"].sees(t, s)
+            assert not of_layer[:, :, ~seen].any()
+            if of_documents:
+                seen = seen & (of[:, None, :, None] == of[:, None, None, :])
+            k, v = (repeated(x, decoder.n_heads) for x in (k, v))
+            how = {"scale": settings["scale"], "softcap": settings["softcap"], "bias": bias}
+            exact, bound = rounding.attention(q, k, v, seen, **how)
+            rounding.assert_within(out, exact, bound)
+            rounding.assert_within(of_layer @ v, exact, bound)
         assert bool(weights[:, 1, :, 30:, :30].any()) != of_documents
         calls.clear()
     decoder.first_of_document = None

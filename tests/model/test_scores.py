@@ -1,12 +1,19 @@
 """Every kernel against the softmax written out over one query at a time."""
 
+import itertools
+from typing import get_args
+
 import jaxtyping
 import pytest
+import rounding
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 
+from scantling.model import scores as module
 from scantling.model.cache import Buffer, KVCache, LayerCache, Placement
+from scantling.model.kernels import Kernel
 from scantling.model.pattern import BlockGlobal, Dilated, Full, Random, Sinks, Sliding
 from scantling.model.pos import ALiBi
 from scantling.model.scores import Scores
@@ -90,15 +97,26 @@ def scores_of(biased: bool, placement: Placement) -> Scores:
 def test_every_kernel_equals_the_formula(monkeypatch, pattern, n_kv_heads, biased, softcap):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # flex cannot trace the checks of shapes
     pattern = PATTERNS[pattern]
-    for length in (T, LONG):
+    monkeypatch.setattr(module, "compiled_flex_attention", lambda: flex_attention)
+    for length, kernel in itertools.product((T, LONG), get_args(Kernel)):
+        if softcap is not None and kernel.startswith("sdpa"):
+            continue  # which caps no scores
+        monkeypatch.setattr(module, "choose_kernel", lambda *_, kernel=kernel, **__: kernel)
         scores = scores_of(biased, Placement.whole(torch.zeros(B, length)))
         q, k, v = inputs(n_kv_heads, length)
-        expected = formula(q, k, v, pattern, biased, softcap)
-        chosen = scores.attend(q, k, v, keys=None, pattern=pattern, scale=SCALE, softcap=softcap, dropout=0.0)
-        assert_close(chosen, expected, rtol=1e-4, atol=1e-5)
-        written_out = scores.formula(q, k, v, scores.mask(None, pattern), SCALE, softcap, 0.0)
-        assert_close(written_out, expected, rtol=1e-4, atol=1e-5)
-        assert_close(scores.flex(q, k, v, pattern, SCALE, softcap), expected, rtol=1e-4, atol=1e-5)
+        ours = scores.attend(q, k, v, keys=None, pattern=pattern, scale=SCALE, softcap=softcap, dropout=0.0)
+        t, s = torch.arange(length)[:, None], torch.arange(length)
+        rounding.assert_within(
+            ours,
+            *rounding.attention(
+                q,
+                *(x.repeat_interleave(H // n_kv_heads, dim=1) for x in (k, v)),
+                (s <= t) & pattern.sees(t, s),
+                scale=SCALE,
+                softcap=softcap,
+                bias=bias(torch.arange(H)[:, None, None], t, s) if biased else None,
+            ),
+        )
 
 
 @over_patterns

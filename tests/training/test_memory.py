@@ -10,7 +10,7 @@ from scantling.training import memory
 from scantling.training.memory import (
     ENGINES,
     Choice,
-    Sizes,
+    DecoderSizes,
     choices_of_memory,
     number_of_bytes,
     training_memory,
@@ -30,7 +30,7 @@ def forecast(decoder, **settings) -> memory.Memory:
         "averages": False,
         "on_gpu": False,
     }
-    return training_memory(Sizes.of(decoder, lambda named: adamw(named, **ADAMW)), **usual | settings)
+    return training_memory(DecoderSizes.of(decoder, lambda named: adamw(named, **ADAMW)), **usual | settings)
 
 
 def allocated(decoder, optimizer, sequences: int, half: bool) -> int:
@@ -125,7 +125,7 @@ def test_shares_of_the_engines(composed):
     there, K = 12: float32 weights count 4 with the optimiser's 8, where theirs are 2 and gradients 2.
     """
     n = 7_500_000_000
-    sizes = Sizes(
+    sizes = DecoderSizes(
         parameters=n,
         optimizer=2 * n,
         blocks=(0,),
@@ -135,6 +135,7 @@ def test_shares_of_the_engines(composed):
         d_model=0,
         products=(0,),
         norms=(0,),
+        attentions=(None,),
     )
 
     def per_device(engine: str) -> float:

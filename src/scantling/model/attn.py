@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -65,6 +65,15 @@ class Mixer(nn.Module, ABC):
         """Room for what is kept of at most `max_len` tokens, with `select` and `nbytes` as `cache.LayerCache` has them."""
 
 
+class HeadSizes(NamedTuple):
+    """Of the queries, keys and values that attention is computed of."""
+
+    n_heads: int
+    n_kv_heads: int
+    width: int
+    value_width: int
+
+
 class PatternedAttention(Mixer):
     """Base of those that attend by a softmax over the keys of a pattern."""
 
@@ -75,6 +84,11 @@ class PatternedAttention(Mixer):
         check_positive("attn.softcap", softcap, or_null=True)
         check_share("attn.dropout", dropout)
         self.pattern, self.softcap, self.dropout = pattern(layer), softcap, dropout
+
+    @property
+    @abstractmethod
+    def head_sizes(self) -> HeadSizes:
+        """In training; over cached keys they may be others."""
 
     @property
     @abstractmethod
@@ -199,6 +213,10 @@ class Attention(PatternedAttention):
         widths = (heads * self.d_head for heads in self.heads)
         none = self.qkv.weight.new_zeros
         return torch.cat([none(w) if b is None else b for b, w in zip(biases, widths, strict=True)])
+
+    @property
+    def head_sizes(self) -> HeadSizes:
+        return HeadSizes(self.heads[0], self.heads[1], self.d_head, self.d_head)
 
     @property
     def cached_widths(self) -> int:
@@ -348,6 +366,10 @@ class LatentAttention(PatternedAttention):
             )
             o_BTHE = o_BHTE.transpose(1, 2)
         return self.out(o_BTHE.flatten(2))
+
+    @property
+    def head_sizes(self) -> HeadSizes:
+        return HeadSizes(self.n_heads, self.n_heads, self.d_nope + self.d_rotated, self.d_value)
 
     @property
     def cached_widths(self) -> int:

@@ -62,14 +62,7 @@ class Decoder(nn.Module):
         sizes = {"n_layers": n_layers, "layers_per_block": layers_per_block, "d_model": d_model}
         for name, size in {**sizes, "n_heads": n_heads, "d_ff": d_ff, "seq_len": seq_len}.items():
             check_whole(name, size)
-        if d_head is None:
-            if d_model % n_heads:
-                raise ValueError(
-                    f"n_heads={n_heads} does not divide d_model={d_model}: use one of "
-                    f"{[h for h in range(1, d_model + 1) if d_model % h == 0 and d_model // h >= 8]}"
-                    ", or set model.d_head"
-                )
-            d_head = d_model // n_heads
+        d_head = head_width(d_model, n_heads) if d_head is None else d_head
         check_whole("d_head", d_head)
         if n_layers % layers_per_block:
             raise ValueError(f"layers_per_block={layers_per_block} does not divide n_layers={n_layers}")
@@ -89,15 +82,7 @@ class Decoder(nn.Module):
             for layer in range(0, n_layers, layers_per_block)
         ]
         self.pos = pos(d_model, n_heads, blocks[0].attn.d_rotated)
-        if self.pos.max_len is not None and seq_len > self.pos.max_len:
-            raise ValueError(
-                f"seq_len={seq_len} is longer than the {self.pos.max_len} positions of the position embedding: "
-                f"use model.seq_len={self.pos.max_len} or pos.max_len={seq_len}"
-            )
-        if self.pos.bias is not None and not all(block.attn.takes_bias for block in blocks):
-            raise ValueError(
-                "this attention forms no scores that a position could add to: use pos=rope, learned, sinusoidal or none"
-            )
+        check_position(self.pos, seq_len, blocks)
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(d_model) if blocks[-1].final_norm else nn.Identity()
         self.routers = tuple(module for module in self.modules() if isinstance(module, Router))
@@ -226,3 +211,27 @@ def drawn(shape: torch.Size, name: str) -> Tensor:
     digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.empty(shape).normal_(generator=generator)
+
+
+def head_width(d_model: int, n_heads: int) -> int:
+    """d_model / n_heads. Raises ValueError where it is no whole number."""
+    if d_model % n_heads:
+        raise ValueError(
+            f"n_heads={n_heads} does not divide d_model={d_model}: use one of "
+            f"{[h for h in range(1, d_model + 1) if d_model % h == 0 and d_model // h >= 8]}"
+            ", or set model.d_head"
+        )
+    return d_model // n_heads
+
+
+def check_position(pos: Position, seq_len: int, blocks: list[Block]) -> None:
+    """Raises ValueError for sequences longer than its table, and for attention that it cannot add to."""
+    if pos.max_len is not None and seq_len > pos.max_len:
+        raise ValueError(
+            f"seq_len={seq_len} is longer than the {pos.max_len} positions of the position embedding: "
+            f"use model.seq_len={pos.max_len} or pos.max_len={seq_len}"
+        )
+    if pos.bias is not None and not all(block.attn.takes_bias for block in blocks):
+        raise ValueError(
+            "this attention forms no scores that a position could add to: use pos=rope, learned, sinusoidal or none"
+        )

@@ -1,4 +1,4 @@
-"""Which kernel computes attention: one function of shapes and settings, and a table of what each processor is good at."""
+"""Which kernel computes attention: a function of shapes and settings, and a table for each processor."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from scantling.model.processors import Processor
 
 Kernel = Literal["flex", "formula", "sdpa", "sdpa in float32"]
-"""FlexAttention, compiled; softmax(…)·V written out as two batched products; `scaled_dot_product_attention`, for which
-PyTorch takes its flash kernel or its own formula, in the precision of the queries or in float32.
+"""FlexAttention, compiled; softmax(…)·V written out as two batched products; `scaled_dot_product_attention`,
+for which PyTorch takes its flash kernel or its own formula, in the precision of the queries or in float32.
 """
 
 
@@ -34,8 +34,8 @@ FLOAT32: dict[Processor, CPUKernels] = {
     "zen5": CPUKernels(many_numbers=2**19, few_keys=64, few_queries=0, beyond="sdpa"),
     "other": CPUKernels(many_numbers=2**19, few_keys=64, few_queries=0, beyond="sdpa"),
 }
-"""A single query of each of many rows is faster as two batched products. Up to 64 keys so are several queries, but on
-Zen 4.
+"""A single query of each of many rows is faster as two batched products. So are several queries up to 64 keys,
+but on Zen 4.
 """
 
 BFLOAT16: dict[Processor, CPUKernels] = {
@@ -44,8 +44,8 @@ BFLOAT16: dict[Processor, CPUKernels] = {
     "zen5": CPUKernels(many_numbers=2**16, few_keys=64, few_queries=8, beyond="sdpa in float32"),
     "other": CPUKernels(many_numbers=2**16, few_keys=64, few_queries=8, beyond="sdpa in float32"),
 }
-"""Without AMX the flash kernel is slow in bfloat16. Up to T = 8·E the formula takes no more memory than a cast to float32,
-which serves longer contexts.
+"""Without AMX the flash kernel is slow in bfloat16. Up to T = 8·E the formula takes no more memory than a cast to
+float32, which serves longer contexts.
 """
 
 
@@ -70,8 +70,18 @@ def choose_kernel(
         return "sdpa"
     on_cpu = (BFLOAT16 if dtype == torch.bfloat16 else FLOAT32)[processor]
     T, S, E = q_BHTE[2], k_BKSE[2], q_BHTE[3]
-    if T == 1:
-        faster = k_BKSE.numel() > on_cpu.many_numbers
-    else:
-        faster = on_cpu.few_keys >= S
+    faster = k_BKSE.numel() > on_cpu.many_numbers if T == 1 else on_cpu.few_keys >= S
     return "formula" if faster or on_cpu.few_queries * E >= T else on_cpu.beyond
+
+
+def forms_scores(
+    kernel: Kernel, device: str, *, same_widths: bool, learned_bias: bool, dropout: float
+) -> bool:
+    """Whether the kernel forms all scores, to keep them for the backward pass.
+
+    On a CPU PyTorch's `scaled_dot_product_attention` does, for values of another width than keys, for a bias with a
+    gradient and for dropout.
+    """
+    if kernel in ("sdpa", "sdpa in float32"):
+        return device == "cpu" and (not same_widths or learned_bias or dropout > 0)
+    return kernel == "formula"

@@ -31,13 +31,13 @@ ONEDNN: dict[Processor, Limits] = {
     "zen4": Limits(small=2**16, little=2**24, weight_gradients=True),
     "zen5": Limits(small=0, little=0, weight_gradients=False),
 }
-"""Processors whose float32 products go to oneDNN: MKL keeps to AVX2 on AMD's. Exact float32 in both. AVX-512 is 256 bits
-wide inside of Zen 4: there MKL is ahead where little is multiplied, and in the gradients of weights.
+"""Processors whose float32 products go to oneDNN: MKL keeps to AVX2 on AMD's. Exact float32 in both. AVX-512 is
+256 bits wide inside of Zen 4: there MKL is ahead where little is multiplied, and in the gradients of weights.
 """
 
 FEW = 8
-"""Rows of x up to which, without gradients, MKL is given slices of W as a batch: it reads W with one thread and at a third
-of memory's speed as one matrix, with all threads and as fast as memory is as a batch.
+"""Rows of x up to which, without gradients, MKL is given slices of W as a batch: it reads W with one thread and at
+a third of memory's speed as one matrix, with all threads and as fast as memory is as a batch.
 """
 
 

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 
 Processor = Literal["amx", "zen4", "zen5", "other"]
-"""`amx`: an Intel Xeon that multiplies tiles of bfloat16. `zen4`, `zen5`: AMD's with AVX-512, which is 256 bits wide inside
-of Zen 4. `other`: any without these.
+"""`amx`: an Intel Xeon that multiplies tiles of bfloat16. `zen4`, `zen5`: AMD's with AVX-512, which is
+256 bits wide inside of Zen 4. `other`: any without these.
 """
 
 PROCESSORS: tuple[Processor, ...] = get_args(Processor)

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from scantling.model import cross_entropy
+from scantling.model import cross_entropy, processors
 from scantling.model.accounting import passed
+from scantling.model.attn import HeadSizes, PatternedAttention
 from scantling.model.decoder import Decoder
+from scantling.model.kernels import choose_kernel, forms_scores
 
 FLOAT32 = 4
 
@@ -79,7 +81,73 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AttentionSizes:
+    """Of one layer: what the choice of its kernel follows from, and what that kernel keeps."""
+
+    heads: HeadSizes
+    plain: bool
+    """Whether no score is masked, biased or capped, but for causality."""
+    learned_bias: bool
+    softcap: float | None
+    dropout: float
+
+    @classmethod
+    def of(cls, decoder: Decoder, mixer: PatternedAttention) -> AttentionSizes:
+        biased = decoder.pos.bias is not None
+        unmasked = mixer.pattern.is_full and decoder.first_of_document is None
+        return cls(
+            heads=mixer.head_sizes,
+            plain=unmasked and not biased and mixer.softcap is None,
+            learned_bias=biased and any(p.requires_grad for p in decoder.pos.parameters()),
+            softcap=mixer.softcap,
+            dropout=mixer.dropout,
+        )
+
+    def kept(self, sequences: int, seq_len: int, half_precision: bool, on_gpu: bool) -> int:
+        """Bytes, beside queries, keys, values and output, which stand among the layer's `products`.
+
+        A kernel that forms no scores keeps a number for each query, the logarithm of its sum of exponentials. One that
+        forms them keeps the weights; with dropout its mask and what that leaves too, with a cap the tangent. PyTorch's
+        own formula takes bfloat16 to float32.
+        """
+        device = "cuda" if on_gpu else "cpu"
+        n_heads, n_kv_heads, width, value_width = self.heads
+        kernel = choose_kernel(
+            torch.Size((sequences, n_heads, seq_len, width)),
+            torch.Size((sequences, n_kv_heads, seq_len, width)),
+            torch.bfloat16 if half_precision else torch.float32,
+            device,
+            plain=self.plain,
+            softcap=self.softcap,
+            cached=False,
+            dropout=self.dropout,
+            processor=processors.HERE,
+        )
+        forms = forms_scores(
+            kernel,
+            device,
+            same_widths=width == value_width,
+            learned_bias=self.learned_bias,
+            dropout=self.dropout,
+        )
+        casts = half_precision and (kernel == "sdpa in float32" or (kernel == "sdpa" and forms))
+        queries, kept = sequences * n_heads * seq_len, 0
+        if forms:
+            scores = (3 if self.dropout else 1) + (0 if self.softcap is None else 1)
+            kept += queries * seq_len * scores * (2 if half_precision and not casts else FLOAT32)
+        else:
+            kept += FLOAT32 * queries
+        if (
+            casts
+        ):  # queries, keys and values are kept in float32 instead, and the flash kernel's output besides
+            numbers = n_heads * width + n_kv_heads * (width + value_width)
+            output = 0 if forms else n_heads * value_width
+            kept += sequences * seq_len * ((FLOAT32 - 2) * numbers + FLOAT32 * output)
+        return kept
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
     """Of a model, in numbers: what its memory follows from."""
 
     parameters: int
@@ -96,9 +164,11 @@ class Sizes:
     """For each layer: inputs and outputs of its linear layers, and masks of dropout, a token."""
     norms: tuple[int, ...]
     """For each layer: inputs of norms and residual sums, a token."""
+    attentions: tuple[AttentionSizes | None, ...]
+    """For each layer; None for a mixer without scores."""
 
     @classmethod
-    def of(cls, decoder: Decoder, optimizer: Callable[..., torch.optim.Optimizer]) -> Sizes:
+    def of(cls, decoder: Decoder, optimizer: Callable[..., torch.optim.Optimizer]) -> DecoderSizes:
         """After Korthikanti et al. 2022, arXiv:2205.05198, §4. A layer keeps the input and output of every linear layer,
         of the experts those chosen, and two tensors of width D for each norm, at least four for the residual sums.
         """
@@ -125,6 +195,10 @@ class Sizes:
             d_model=out.out_features,
             products=tuple(products),
             norms=tuple(norms),
+            attentions=tuple(
+                AttentionSizes.of(decoder, block.attn) if isinstance(block.attn, PatternedAttention) else None
+                for block in decoder.layers
+            ),
         )
 
 
@@ -147,7 +221,7 @@ def optimizer_numbers(decoder: Decoder, optimizer: Callable[..., torch.optim.Opt
 
 
 def training_memory(
-    sizes: Sizes,
+    sizes: DecoderSizes,
     *,
     sequences: int,
     seq_len: int,
@@ -165,10 +239,15 @@ def training_memory(
     gradient among them, as if every head took the whole vocabulary; where they come in chunks, those of one chunk do,
     and the head's gradient waits beside the others. In half precision autocast keeps a copy of each matrix until the
     backward pass is over. Gradients come while activations go, where not all of them stand from the
-    start. An average of the weights is as large as they are. Scores are left out, as kernels for long contexts do.
+    start. An average of the weights is as large as they are. Of
+    attention stands what the kernel keeps that is taken.
     """
     n, tokens, width = sizes.parameters, sequences * seq_len, 2 if half_precision else FLOAT32
-    kept = [tokens * (width * p + FLOAT32 * m) for p, m in zip(sizes.products, sizes.norms, strict=True)]
+    kept = [
+        tokens * (width * p + FLOAT32 * m)
+        + (0 if attention is None else attention.kept(sequences, seq_len, half_precision, on_gpu))
+        for p, m, attention in zip(sizes.products, sizes.norms, sizes.attentions, strict=True)
+    ]
     inputs = tokens * FLOAT32 * sizes.d_model * len(kept)
     whole = tokens * sizes.vocab_size <= cross_entropy.chunk(on_gpu)
     formed = tokens if whole else cross_entropy.chunk_rows(sizes.vocab_size, on_gpu)

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from scantling.model.decoder import Decoder
-from scantling.training.memory import ENGINES, Choice, Memory, Sizes, training_memory
+from scantling.training.memory import ENGINES, Choice, DecoderSizes, Memory, training_memory
 
 Forecast = Callable[[Choice], Memory]
 """The peak of one device, for each choice of what memory depends on."""
@@ -18,7 +18,7 @@ def memory_forecast(
     config: DictConfig, decoder: Decoder, *, devices: int, half_precision: bool, on_gpu: bool
 ) -> Forecast:
     """That of one of `devices` devices, under the settings of `config` but for those of the choice."""
-    sizes = Sizes.of(decoder, instantiate(config.optim, _convert_="all"))
+    sizes = DecoderSizes.of(decoder, instantiate(config.optim, _convert_="all"))
     return lambda choice: training_memory(
         sizes,
         sequences=choice.micro_batch_size,
