@@ -130,7 +130,7 @@ def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole, precisio
         code = in_child(command, *LONG, chosen, before=lambda name=name, count=count: kill_at(name, count))
         assert code == -signal.SIGKILL
         run = only_run(tmp_path / "runs")
-        newest, damaged = checkpoints.newest_whole(run)
+        newest, damaged = checkpoints.newest_whole_checkpoint(run)
         assert damaged == []
         assert (0 if newest is None else run.step_of(newest)) == finished
     code, out, _ = command(*LONG, chosen)

@@ -144,7 +144,7 @@ def looked_at(
         raise ValueError(
             f"tune=lr finds nothing out: optim.lr={config.optim.lr} does not follow lr; optim.lr=\\${{lr}} makes it"
         )
-    device, precision, decoder = assembly.checked(config)
+    device, precision, decoder = assembly.check_config(config)
     if device.type == "cuda" and config.trainer.devices == "auto":
         config.trainer.devices = 1  # a job of a sweep sees the GPUs that it is given
     plan = assembly.plan_of(config, decoder, device, precision)
