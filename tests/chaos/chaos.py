@@ -31,7 +31,7 @@ from child import Child
 
 from scantling.model.hardware import cpu_name
 from scantling.runs.directory import RunDirectory
-from scantling.training.checkpoints import damage
+from scantling.training.checkpoints import damage_of
 
 STEPS = 60
 SETTINGS = (
@@ -84,7 +84,7 @@ def whole_steps(place: Path) -> tuple[list[int], list[Path]]:
     """Steps of whole checkpoints, newest first, and the damaged ones."""
     run = directory_of(place)
     paths = [] if run is None else run.step_checkpoints()
-    bad = [path for path in paths if damage(path) is not None]
+    bad = [path for path in paths if damage_of(path) is not None]
     return [RunDirectory.step_of(path) for path in paths if path not in bad], bad
 
 

@@ -18,7 +18,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def test_products_and_gradients_are_those_of_rounded_matrices(nano):
     decoder = nano("attn=gqa", "ffn=gelu", gain=10)
     before = decoder.state_dict()
-    float8.convert(decoder)
+    float8.convert_to_float8(decoder)
     assert decoder.state_dict().keys() == before.keys()
     layer, generator = decoder.layers[0].ffn.up, torch.Generator().manual_seed(0)
     n_tokens = 21  # no multiple of 16
@@ -50,7 +50,7 @@ def test_products_and_gradients_are_those_of_rounded_matrices(nano):
 )
 def test_layers_of_blocks_are_converted_where_they_fit_but_no_experts(nano, overrides, line):
     decoder = nano(*overrides)
-    assert float8.convert(decoder) == f"fp8 in {line} linear layers of the blocks"
+    assert float8.convert_to_float8(decoder) == f"fp8 in {line} linear layers of the blocks"
     converted = [name for name, m in decoder.named_modules() if type(m).__name__ == "Float8Linear"]
     assert len(converted) == int(line.split()[0])
     assert not any("router" in name or "experts" in name for name in converted)
@@ -90,7 +90,7 @@ def test_older_gpus_are_refused(nano, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     with pytest.raises(ValueError, match=r"capability 8\.9 .* and NVIDIA A100 is older: use bf16"):
-        float8.check("fp8", torch.device("cuda"), nano())
+        float8.check_float8("fp8", torch.device("cuda"), nano())
 
 
 def assert_refused(command, expected: str, *overrides: str) -> None:

@@ -14,7 +14,7 @@ from test_resume import LONG, assert_equal_runs, assert_equal_trees, in_child, k
 from scantling.data.loading import BatchSizes, TrainBatches
 from scantling.runs.wandb_file import records as wandb_records
 from scantling.training import task
-from scantling.training.assembly import left_out
+from scantling.training.assembly import places_left_out
 from scantling.training.guard import GuardSettings, robust_z
 from scantling.training.rollback import samples_of
 
@@ -93,7 +93,7 @@ def test_places_left_out_by_several_rollbacks():
         world_size=1,
         seed=0,
         first_step=2,
-        left_out=left_out(run),
+        left_out=places_left_out(run),
     )
     met = next(iter(order))["inputs"][:, 0].tolist()
     assert met == order.order.starts(np.arange(32, 36)).tolist()  # place 8
@@ -305,9 +305,9 @@ def test_engines_that_cannot_skip_say_so():
     zero = Zero(torch.device("cpu"), "fp32", zero_optimization={"stage": 2})
     settings = {"spike": None, "window": 100, "batches": 1, "most": 1}
     with pytest.raises(ValueError, match="DeepSpeed's engine takes every step"):
-        GuardSettings(action="skip", **settings).check(zero, "fp32", BatchSizes(4))
+        GuardSettings(action="skip", **settings).check_engine(zero, "fp32", BatchSizes(4))
     with pytest.raises(ValueError, match="the loss scale leaves steps out itself"):
-        GuardSettings(action="skip", **settings).check(None, "fp16", BatchSizes(4))
-    GuardSettings(action="rollback", **settings).check(zero, "fp16", BatchSizes(4))
+        GuardSettings(action="skip", **settings).check_engine(None, "fp16", BatchSizes(4))
+    GuardSettings(action="rollback", **settings).check_engine(zero, "fp16", BatchSizes(4))
     with pytest.raises(ValueError, match="use stop or skip with batch_warmup"):
-        GuardSettings(action="rollback", **settings).check(None, "fp32", BatchSizes(4, 2, 10))
+        GuardSettings(action="rollback", **settings).check_engine(None, "fp32", BatchSizes(4, 2, 10))

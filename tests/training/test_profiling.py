@@ -9,7 +9,7 @@ import torch
 from torch.profiler import record_function
 
 from scantling.runs.directory import RunDirectory
-from scantling.training.profiling import PART, times, without_stderr
+from scantling.training.profiling import PART, time_by_part, without_stderr
 
 
 def test_backward_time_goes_to_the_part_whose_gradient_it_is():
@@ -27,7 +27,7 @@ def test_backward_time_goes_to_the_part_whose_gradient_it_is():
         found = [event for event in profile.events() if event.name.endswith(name)]
         return [event.cpu_time_total for event in sorted(found, key=lambda event: event.time_range.start)]
 
-    spent = times(profile.events(), "cpu")
+    spent = time_by_part(profile.events(), "cpu")
     assert [spent["first"][0]] == pytest.approx(spans(PART + "first"))
     assert [spent["second"][0]] == pytest.approx(spans(PART + "second"))
     # Backward, the one that came last is the first.

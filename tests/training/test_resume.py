@@ -82,11 +82,13 @@ def in_child(command, *overrides, before=lambda: None) -> int:
 def kill_at(name: str, count: int):
     """Make the `count`-th call of `name` in the module that writes checkpoints the process's last."""
     owner, _, attribute = name.rpartition(".")
-    target = {"os": os, "Hashed": checkpoints.Hashed}[owner]
+    target = {"os": os, "HashedFile": checkpoints.HashedFile}[owner]
     original, calls = getattr(target, attribute), iter(range(1, 10**9))
 
     def call(*arguments):
-        inside = owner == "Hashed" or any("checkpoints" in str(a) or isinstance(a, int) for a in arguments)
+        inside = owner == "HashedFile" or any(
+            "checkpoints" in str(a) or isinstance(a, int) for a in arguments
+        )
         if inside and next(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
@@ -119,18 +121,18 @@ def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole, precisio
     uninterrupted = whole(chosen)
     run = None
     for name, count, finished in (
-        ("Hashed.write", 20, 0),
+        ("HashedFile.write", 20, 0),
         ("os.replace", 1, 0),
         ("os.replace", 2, 0),
         ("os.replace", 3, 20),
-        ("Hashed.write", 40, 20),
+        ("HashedFile.write", 40, 20),
         ("os.replace", 2, 20),
         ("os.replace", 4, 40),
     ):
         code = in_child(command, *LONG, chosen, before=lambda name=name, count=count: kill_at(name, count))
         assert code == -signal.SIGKILL
         run = only_run(tmp_path / "runs")
-        newest, damaged = checkpoints.newest_whole(run)
+        newest, damaged = checkpoints.newest_whole_checkpoint(run)
         assert damaged == []
         assert (0 if newest is None else run.step_of(newest)) == finished
     code, out, _ = command(*LONG, chosen)

@@ -13,10 +13,10 @@ from scantling.config.mistakes import mistakes
 from scantling.model import hardware
 from scantling.report.terminal import open_console
 from scantling.runs.directory import RunDirectory
-from scantling.training.assembly import assemble, description
+from scantling.training.assembly import assemble, describe_run
 from scantling.training.launch import check_launch, devices_per_node
 from scantling.training.ranks import end_with_first_process
-from scantling.training.record import begin, last_screen
+from scantling.training.record import last_screen, set_up_directory
 from scantling.training.resume import already_finished, locate_run
 from scantling.training.run import fit, is_full_disk
 
@@ -40,10 +40,10 @@ def train(config: DictConfig) -> RunDirectory:
             device = hardware.device_of(config.trainer.accelerator)
             check_launch(devices_per_node(config.trainer.devices, device), config.trainer.nodes)
         run = assemble(config, directory)
-        console.print(run.plan.table(description(run), len(run.corpus.train.tokens)))
+        console.print(run.plan.table(describe_run(run), len(run.corpus.train.tokens)))
         if config.dry_run:
             return directory
-        begin(run)
+        set_up_directory(run)
     with out_of_disk(directory):
         fit(run, console)
     if rank_zero_only.rank == 0:
@@ -60,8 +60,8 @@ def out_of_disk(directory: RunDirectory) -> Iterator[None]:
         if not is_full_disk(error):
             raise
         print(
-            f"error: {error.filename or directory.path} cannot be written ({error.strerror}); finished checkpoints stand: "
-            "free some space, and the same command goes on from the last",
+            f"error: {error.filename or directory.path} cannot be written ({error.strerror}); "
+            "finished checkpoints stand: free some space, and the same command goes on from the last",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -143,7 +143,7 @@ def build_arm(
             f"tune=lr finds nothing out: optim.lr={config.optim.lr} does not follow lr; optim.lr=\\${{lr}} makes it"
         )
     here = on_this_machine(config) if elsewhere else config
-    device, precision, decoder = assembly.checked(here)
+    device, precision, decoder = assembly.check_config(here)
     if device.type == "cuda" and here.trainer.devices == "auto":
         here = with_settings(here, {"trainer.devices": 1})  # a job of a sweep sees the GPUs that it is given
     plan = assembly.plan_of(here, decoder, device, precision)

@@ -1,1 +1,1 @@
-"""From a decoder and token windows to a trained run: the Lightning module, optimisers, schedules, budgets, callbacks."""
+"""From a decoder and token windows to a trained run: Lightning module, optimisers, schedules, callbacks."""

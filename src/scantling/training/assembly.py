@@ -27,16 +27,18 @@ from scantling.model.checks import check_positive, check_whole
 from scantling.model.decoder import Decoder
 from scantling.report.numbers import short
 from scantling.runs.directory import RunDirectory
-from scantling.training import average, float8, noise
+from scantling.training.average import check_average
 from scantling.training.budget import steps_between_validations, steps_for
-from scantling.training.checkpoints import newest_whole
+from scantling.training.checkpoints import newest_whole_checkpoint
+from scantling.training.float8 import check_float8
 from scantling.training.guard import GuardSettings
 from scantling.training.launch import devices_per_node
 from scantling.training.memory import ENGINES, Choice, choices_of_memory
 from scantling.training.memory_forecast import Forecast, cheapest_within, memory_forecast
+from scantling.training.noise import check_noise_scale
 from scantling.training.optim import follow_width
 from scantling.training.plan import Plan, memory_line
-from scantling.training.profiling import check_length
+from scantling.training.profiling import check_profile
 from scantling.training.strategies import WholeCheckpoints
 
 
@@ -63,7 +65,7 @@ class Run:
         return None if strategy is None else strategy(self.device, self.precision)
 
 
-def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
+def check_config(config: DictConfig) -> tuple[torch.device, str, Decoder]:
     """The device, the precision and, without memory, the model: what can be known before the text is read.
 
     Raises ValueError for what cannot be built.
@@ -80,10 +82,11 @@ def checked(config: DictConfig) -> tuple[torch.device, str, Decoder]:
         check_positive(key, OmegaConf.select(config, key), or_null=True)
     instantiate(config.schedule)(0, 1)
     decoder = build_decoder(config, config.model.vocab_size, "meta")
-    float8.check(precision, device, decoder)
+    check_float8(precision, device, decoder)
     if config.z_loss is not None and not (decoder.head.takes_z_loss and config.z_loss >= 0):
         raise ValueError(
-            f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: leave it null with other heads"
+            f"z_loss={config.z_loss} is a weight of 0 or more, for head=full and softcap: "
+            "leave it null with other heads"
         )
     if config.document_mask:
         decoder.separate_documents(0)
@@ -99,7 +102,7 @@ def optimizer_of_one_matrix(config: DictConfig) -> torch.optim.Optimizer:
 
 
 def assemble(config: DictConfig, directory: RunDirectory) -> Run:
-    device, precision, _ = checked(config)
+    device, precision, _ = check_config(config)
     corpus = prepare_corpus(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
     decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
     validation_batches(corpus.val.tokens, decoder.seq_len, config.val_windows, 1)
@@ -118,18 +121,19 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
         damaged=[],
     )
     strategy = run.new_strategy()
-    guard.check(strategy, precision, plan.sizes)
-    average.check(config.ema.decay, strategy)
+    guard.check_engine(strategy, precision, plan.sizes)
+    check_average(config.ema.decay, strategy)
     if config.noise_scale:
-        noise.check(strategy, precision, plan.micro_batches)
+        check_noise_scale(strategy, precision, plan.micro_batches)
     if config.trainer.checkpoint_activations and not ENGINES[config.trainer.engine].recomputes:
         raise ValueError(
-            "trainer.checkpoint_activations=true is not for ZeRO 3: use trainer=fsdp, which shares out as much, or zero2"
+            "trainer.checkpoint_activations=true is not for ZeRO 3: "
+            "use trainer=fsdp, which shares out as much, or zero2"
         )
     if isinstance(strategy, WholeCheckpoints):
-        strategy.check(optimizer_of_one_matrix(config))
+        strategy.check_optimizer(optimizer_of_one_matrix(config))
     training_batches(run, rank=0)
-    run.checkpoint, run.damaged = newest_whole(directory)
+    run.checkpoint, run.damaged = newest_whole_checkpoint(directory)
     if run.checkpoint is not None:
         before = directory.environment["corpus"]["fingerprint"]
         if before != corpus.fingerprint:
@@ -139,7 +143,7 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
             )
         run.first_step = directory.step_of(run.checkpoint)
     if config.profile:
-        check_length(plan.steps)
+        check_profile(plan.steps)
     return run
 
 
@@ -197,24 +201,25 @@ def training_batches(run: Run, rank: int) -> TrainBatches:
         world_size=run.plan.world_size,
         seed=run.config.seed,
         first_step=run.first_step,
-        left_out=left_out(run),
+        left_out=places_left_out(run),
         pin=run.device.type == "cuda",
     )
 
 
-def description(run: Run) -> dict[str, str]:
+def describe_run(run: Run) -> dict[str, str]:
     """Lines above the plan's numbers."""
     chosen, corpus = run.config.choices, run.corpus
     return {
         "model": f"{chosen['model']}: {', '.join(f'{group}={chosen[group]}' for group in PARTS)}",
-        "data": f"{corpus.description}; {chosen['tokenizer']} tokenizer, {corpus.tokenizer.vocab_size:,} entries; "
+        "data": f"{corpus.description}; {chosen['tokenizer']} tokenizer, "
+        f"{corpus.tokenizer.vocab_size:,} entries; "
         f"{len(corpus.train.tokens):,} tokens to train, {len(corpus.val.tokens):,} held out",
         "device": f"{hardware.describe(run.device)}, {run.precision}",
         "directory": str(run.directory.path),
     }
 
 
-def left_out(run: Run) -> set[int]:
+def places_left_out(run: Run) -> set[int]:
     """The places in the order of data that rollbacks passed over."""
     ranges = [row["samples"] for row in run.directory.guarded() if row["action"] == "rollback"]
     full = run.plan.sizes.full  # which every step is, where something is left out

@@ -8,22 +8,23 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from scantling.training.callbacks import StepCallback
-from scantling.training.strategies import Zero
+from scantling.training.strategies import Zero, gather_to_first, shard_like
 
 
 class WeightAverage(StepCallback):
-    """After step t: w̄ ← d·w̄ + (1-d)·w, d = min(`decay`, (1+t)/(10+t)), from w̄ = w. Polyak & Juditsky 1992; exponential,
-    with the start of TensorFlow's `ExponentialMovingAverage`, so that a short run does not remember its initial weights.
+    """After step t: w̄ ← d·w̄ + (1-d)·w, d = min(`decay`, (1+t)/(10+t)), from w̄ = w. Polyak & Juditsky 1992;
+    exponential, with the start of TensorFlow's `ExponentialMovingAverage`, so that a short run does not
+    remember its initial weights.
 
-    Validation and samples see w̄, training never does. A checkpoint keeps both, w̄ in `callbacks`. Each process averages
-    the weights that it keeps; buffers are not averaged.
+    Validation and samples see w̄, training never does. A checkpoint keeps both, w̄ in `callbacks`. Each
+    process averages the weights that it keeps; buffers are not averaged.
     """
 
-    def __init__(self, decay: float):
+    def __init__(self, decay: float) -> None:
         self.decay = decay
         self.averages: dict[str, Tensor] = {}
         self.trained: list[Tensor] = []
@@ -33,55 +34,45 @@ class WeightAverage(StepCallback):
         self.parameters = dict(task.decoder.named_parameters())
         stored = self.averages
         self.averages = {
-            name: like(stored[name], p) if stored else p.detach().clone()
+            name: shard_like(stored[name], p) if stored else p.detach().clone()
             for name, p in self.parameters.items()
         }
 
     @torch.no_grad()
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = own(self.averages.values())
-        torch._foreach_lerp_(averages, own(self.parameters.values()), 1 - decay)  # type: ignore[attr-defined]
+        averages, here = local_shares(self.averages.values()), local_shares(self.parameters.values())
+        torch._foreach_lerp_(averages, here, 1 - decay)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
-        here = own(self.parameters.values())
+        here = local_shares(self.parameters.values())
         self.trained = [p.clone() for p in here]
-        torch._foreach_copy_(here, own(self.averages.values()))  # type: ignore[attr-defined]
+        torch._foreach_copy_(here, local_shares(self.averages.values()))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
         """Stands behind what looks at the weights, and before what keeps them."""
-        torch._foreach_copy_(own(self.parameters.values()), self.trained)  # type: ignore[attr-defined]
+        here = local_shares(self.parameters.values())
+        torch._foreach_copy_(here, self.trained)  # type: ignore[attr-defined]
         self.trained = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": {name: on_first_process(w) for name, w in self.averages.items()}}
+        whole = {
+            name: gather_to_first(w) if isinstance(w, DTensor) else w for name, w in self.averages.items()
+        }
+        return {"weights": whole}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.averages = state_dict["weights"]
 
 
-def own(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local_shares(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's shares."""
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
 
-def on_first_process(w: Tensor) -> Tensor:
-    """The whole of it, for a checkpoint; every process calls this."""
-    if not isinstance(w, DTensor):
-        return w
-    whole = w.full_tensor()
-    return whole.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
-
-
-def like(whole: Tensor, p: nn.Parameter) -> Tensor:
-    """Cut up and placed as `p`."""
-    whole = whole.to(p.device, copy=True)
-    return distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
-
-
-def check(decay: float | None, strategy: Strategy | None) -> None:
+def check_average(decay: float | None, strategy: Strategy | None) -> None:
     """Raise ValueError for a decay out of range, and where no process can average weights on its own."""
     if decay is None:
         return

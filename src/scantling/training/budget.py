@@ -1,5 +1,6 @@
-"""How long to train, `budget=`: any of four currencies becomes a number of optimiser steps. How long between validations,
-`val_every=`."""
+"""How long to train, `budget=`: any of four currencies becomes a number of optimiser steps. How long between
+validations, `val_every=`.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ def steps_for(
 ) -> int:
     """Whole optimiser steps that the one given amount pays for, rounded down.
 
-    `flops` counts forward and backward under the budget's convention, whose `flops_per_token` is passed beside it;
-    `tokens_per_param` is D/N over all parameters (Hoffmann et al. 2022, arXiv:2203.15556, table 3: about 20).
+    `flops` counts forward and backward under the budget's convention, whose `flops_per_token` is passed
+    beside it; `tokens_per_param` is D/N over all parameters (Hoffmann et al. 2022, arXiv:2203.15556, table 3:
+    about 20).
 
     Raises ValueError when the amount is not positive and finite, or pays for less than one step.
     """

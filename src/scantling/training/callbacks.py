@@ -27,7 +27,7 @@ from scantling.training.task import LanguageModelTask
 class Interrupted(Exception):
     """Ctrl-C, SIGTERM or SIGUSR1, raised between two steps, after a checkpoint was written."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int) -> None:
         super().__init__(f"interrupted after step {step}")
 
 
@@ -38,7 +38,7 @@ class StepCallback(Callback):
         """After step `step`, the first being 1."""
 
 
-def of_each(hook: str) -> Any:
+def call_each(hook: str) -> Any:
     """The method that calls `hook` of each callback."""
 
     def call(self: StepCallbacks, *arguments: Any, **named: Any) -> None:
@@ -54,7 +54,7 @@ class StepCallbacks(Callback):
     Lightning goes through six hooks of each of its callbacks at every micro-batch, some 10 µs each.
     """
 
-    def __init__(self, callbacks: list[Callback]):
+    def __init__(self, callbacks: list[Callback]) -> None:
         self.callbacks = callbacks
 
     def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
@@ -64,29 +64,29 @@ class StepCallbacks(Callback):
                 if isinstance(callback, StepCallback):
                     callback.on_step(trainer, task, step)
 
-    setup = of_each("setup")
-    on_train_start = of_each("on_train_start")
-    on_train_batch_start = of_each("on_train_batch_start")
-    on_validation_start = of_each("on_validation_start")
-    on_validation_end = of_each("on_validation_end")
-    on_train_end = of_each("on_train_end")
-    on_fit_end = of_each("on_fit_end")
-    on_exception = of_each("on_exception")
-    teardown = of_each("teardown")
+    setup = call_each("setup")
+    on_train_start = call_each("on_train_start")
+    on_train_batch_start = call_each("on_train_batch_start")
+    on_validation_start = call_each("on_validation_start")
+    on_validation_end = call_each("on_validation_end")
+    on_train_end = call_each("on_train_end")
+    on_fit_end = call_each("on_fit_end")
+    on_exception = call_each("on_exception")
+    teardown = call_each("teardown")
 
     def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["callbacks"] |= {callback.state_key: callback.state_dict() for callback in self.callbacks}
 
     def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
-        recount(checkpoint, trainer.accumulate_grad_batches)
+        recount_micro_batches(checkpoint, trainer.accumulate_grad_batches)
         for callback in self.callbacks:
             if callback.state_key in checkpoint["callbacks"]:
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
 
-def recount(checkpoint: dict[str, Any], micro_batches: int) -> None:
-    """Let Lightning's counts of micro-batches, which steps and validations go by, be those of so many a step. Another number
-    of processes has another.
+def recount_micro_batches(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Make Lightning's counts of micro-batches those of `micro_batches` a step: it counts steps and
+    validations by them, and a run that goes on with more processes has fewer of them a step.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
@@ -98,8 +98,8 @@ def recount(checkpoint: dict[str, Any], micro_batches: int) -> None:
 class Metrics(StepCallback):
     """Writes a row every `log_every` steps and at every validation, to `metrics.jsonl` and to the loggers.
 
-    `row` is the latest one; other callbacks show it. Between rows nothing is read from the device. The guard looks at
-    every row, before a checkpoint can be written.
+    `row` is the latest one; other callbacks show it. Between rows nothing is read from the device. At every
+    row the guard judges the steps since the last, before a checkpoint can be written.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class Metrics(StepCallback):
         flops_per_token: float,
         peak_flops: float,
         columns: Callable[[], dict[str, float]] = dict,
-    ):
-        """`columns` gives more of a row."""
+    ) -> None:
+        """`columns` gives more columns of a row. Units: steps, tokens, FLOPs and FLOPs a second."""
         self.columns = columns
         self.file, self.guard = file, guard
         self.log_every, self.val_every, self.total_steps = log_every, val_every, total_steps
@@ -193,39 +193,40 @@ class Metrics(StepCallback):
 
 
 class CleanStop(StepCallback):
-    """Ctrl-C, SIGTERM or SIGUSR1 ends the run after the step under way, with a checkpoint; a second Ctrl-C at once.
+    """Ctrl-C, SIGTERM or SIGUSR1 ends the run after the step under way, with a checkpoint; a second Ctrl-C
+    ends it at once.
 
-    Schedulers announce a preemption with SIGTERM or SIGUSR1. A checkpoint is due every `every_minutes` too. A step
-    that is validated gets its checkpoint after that: one before it would resume behind a validation left out.
+    Schedulers announce a preemption with SIGTERM or SIGUSR1. A checkpoint is due every `every_minutes` too. A
+    validated step gets its checkpoint after the validation, or a resumed run would leave that out.
     """
 
-    def __init__(self, checkpoints: Checkpoints, metrics: Metrics, *, every_minutes: float | None):
+    def __init__(self, checkpoints: Checkpoints, metrics: Metrics, *, every_minutes: float | None) -> None:
         self.checkpoints, self.metrics = checkpoints, metrics
         self.seconds = float("inf") if every_minutes is None else 60 * every_minutes
-        self.asked = False
-        self.before: dict[signal.Signals, Any] = {}
+        self.is_asked = False
+        self.handlers_before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
         # Later than `setup`, after which Lightning sets handlers that talk to other processes at any moment.
         self.anyone = AnyRank(trainer.world_size)
         which = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        self.before = {s: signal.signal(s, self.ask) for s in which}
-        self.saved = time.monotonic()
+        self.handlers_before = {s: signal.signal(s, self.ask_to_stop) for s in which}
+        self.saved_at = time.monotonic()
 
     def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
-        for which, handler in self.before.items():
+        for which, handler in self.handlers_before.items():
             signal.signal(which, handler)
 
-    def ask(self, which: int, *_: Any) -> None:
-        if self.asked and which == signal.SIGINT:
+    def ask_to_stop(self, which: int, *_: Any) -> None:
+        if self.is_asked and which == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.is_asked = True
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
         if self.metrics.validates(step):
             return
-        due = time.monotonic() - self.saved >= self.seconds
-        if self.anyone(self.asked or due):
+        due = time.monotonic() - self.saved_at >= self.seconds
+        if self.anyone(self.is_asked or due):
             self.metrics.guard.judge_steps()
             self.checkpoints.save(trainer)
             self.go_on_or_stop(step)
@@ -236,8 +237,8 @@ class CleanStop(StepCallback):
 
     def go_on_or_stop(self, step: int) -> None:
         """After a checkpoint."""
-        self.saved = time.monotonic()
-        if self.anyone(self.asked):
+        self.saved_at = time.monotonic()
+        if self.anyone(self.is_asked):
             self.checkpoints.files.wait()
             raise Interrupted(step)
 
@@ -248,7 +249,7 @@ class Samples(Callback):
     `sample` is called in every process and gives the text in one.
     """
 
-    def __init__(self, path: Path, *, sample: Callable[[], str | None]):
+    def __init__(self, path: Path, *, sample: Callable[[], str | None]) -> None:
         self.path, self.sample = path, sample
 
     def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
@@ -265,9 +266,9 @@ class Samples(Callback):
 
 
 class ProgressBar(StepCallback):
-    """A bar with loss, speed and time left on a terminal; elsewhere a line at every validation."""
+    """On a terminal a bar with loss, speed and time left; everywhere a line at every validation."""
 
-    def __init__(self, console: Console, metrics: Metrics):
+    def __init__(self, console: Console, metrics: Metrics) -> None:
         self.metrics = metrics
         self.console = console
         self.bar = Progress(
@@ -280,7 +281,7 @@ class ProgressBar(StepCallback):
             disable=not console.is_terminal,
             auto_refresh=False,  # a thread that draws would hold up those that compute
         )
-        self.drawn = 0.0
+        self.drawn_at = 0.0
         self.validation = ""
 
     def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
@@ -289,12 +290,12 @@ class ProgressBar(StepCallback):
         self.bar.start()
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
-        if self.metrics.validates(step) or time.perf_counter() - self.drawn > 1:
+        if self.metrics.validates(step) or time.perf_counter() - self.drawn_at > 1:
             self.draw(step)
 
     def draw(self, step: int) -> None:
         if row := self.metrics.row:
-            self.drawn = time.perf_counter()
+            self.drawn_at = time.perf_counter()
             numbers = f"loss {row['train/loss']:.3f}{self.validation}  {row['tokens_per_second']:,.0f} tok/s"
             self.bar.update(self.job, completed=step, numbers=numbers, refresh=True)
 

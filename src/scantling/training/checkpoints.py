@@ -30,7 +30,7 @@ class CheckpointFiles(TorchCheckpointIO):
     What goes wrong there is raised by the next `save_checkpoint` or `wait`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.thread = ThreadPoolExecutor(1, "checkpoints")
         self.under_way: list[Future] = []
@@ -54,12 +54,13 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 class Checkpoints(Callback):
-    """A checkpoint at every validation and at `save`; the newest `keep` stay, and the one of the lowest validation loss.
+    """A checkpoint at every validation and at `save`; the newest `keep` stay, and that of lowest validation
+    loss.
 
     Beside Lightning's own state they hold that of the random number generators of every rank.
     """
 
-    def __init__(self, directory: RunDirectory, files: CheckpointFiles, *, keep: int):
+    def __init__(self, directory: RunDirectory, files: CheckpointFiles, *, keep: int) -> None:
         self.directory, self.files, self.keep = directory, files, keep
         self.best, self.best_step = float("inf"), 0
         self.random_states: list[dict[str, Any]] = []
@@ -87,14 +88,14 @@ class Checkpoints(Callback):
         self.take_up(trainer)
 
     def take_up(self, trainer: L.Trainer) -> None:
-        """Leave the directory as it was after the step that training goes on from, whatever a kill has left."""
+        """Bring the directory back to what it was after the step that training goes on from."""
         self.has_started = True
         if not trainer.is_global_zero:
             return
         step, best = trainer.global_step, self.directory.best
-        tidy(self.directory, step)
+        tidy_checkpoints(self.directory, step)
         if step:
-            self.name(step, step == self.best_step)
+            self.name_checkpoint(step, step == self.best_step)
             if not best.exists():  # it was one of those that a rollback removed
                 if not self.directory.checkpoint(self.best_step).exists():
                     self.best, self.best_step = float("inf"), step
@@ -111,9 +112,9 @@ class Checkpoints(Callback):
     def save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.directory.checkpoint(trainer.global_step))
         if trainer.is_global_zero:
-            self.files.then(self.name, trainer.global_step, trainer.global_step == self.best_step)
+            self.files.then(self.name_checkpoint, trainer.global_step, trainer.global_step == self.best_step)
 
-    def name(self, step: int, is_best: bool) -> None:
+    def name_checkpoint(self, step: int, is_best: bool) -> None:
         """Give the checkpoint of `step` its second names, then let go of the oldest."""
         path = self.directory.checkpoint(step)
         if path.exists():  # else writing it failed, and `wait` says so
@@ -148,7 +149,7 @@ def snapshot(state: Any, copies: dict[tuple, torch.Tensor]) -> Any:
 
 
 def seed_of(run: int, rank: int, step: int) -> int:
-    """For a process, out of the run's."""
+    """A process's own seed, from the run's."""
     return int.from_bytes(hashlib.sha256(f"{run}/{rank}/{step}".encode()).digest()[:7], "big")
 
 
@@ -177,13 +178,13 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 # --- files ---
 
 
-class Hashed:
+class HashedFile:
     """A file that is only written to, and the SHA-256 of what was meant to be written.
 
-    An OSError is kept for `check`: inside of torch's writer it would end the process.
+    An OSError is kept for `raise_error`: inside torch's writer it would end the process.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
         self.error: OSError | None = None
 
@@ -199,7 +200,7 @@ class Hashed:
     def flush(self) -> None:
         pass
 
-    def check(self) -> None:
+    def raise_error(self) -> None:
         if self.error is not None:
             raise self.error
 
@@ -212,14 +213,14 @@ def write_whole(path: Path, state: dict[str, Any]) -> None:
     partial = partial_of(path)
     try:
         with partial.open("wb") as file:
-            hashed = Hashed(file)
+            hashed = HashedFile(file)
             torch.save(state, hashed)  # type: ignore[arg-type]
-            hashed.check()
+            hashed.raise_error()
             file.flush()
             os.fsync(file.fileno())
         write_checksum(path, hashed.sha256.hexdigest())
         os.replace(partial, path)
-        synchronise(path.parent)
+        synchronise_directory(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -236,7 +237,7 @@ def write_checksum(path: Path, digest: str) -> None:
     os.replace(partial, checksum)
 
 
-def synchronise(directory: Path) -> None:
+def synchronise_directory(directory: Path) -> None:
     """A rename is on disk when its directory is."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -245,7 +246,7 @@ def synchronise(directory: Path) -> None:
         os.close(descriptor)
 
 
-def damage(path: Path) -> str | None:
+def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint; None for a whole one."""
     try:
         expected = checksum_of(path).read_text().split()[0]
@@ -256,25 +257,28 @@ def damage(path: Path) -> str | None:
     return None if actual == expected else "is damaged: its checksum differs"
 
 
-def newest_whole(directory: RunDirectory) -> tuple[Path | None, list[str]]:
+def newest_whole_checkpoint(directory: RunDirectory) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, if any, and a line for each newer one that is damaged.
 
     Raises ValueError for a run whose checkpoints are of an older version.
     """
     damaged = []
     for path in directory.step_checkpoints():
-        if (wrong := damage(path)) is None:
+        if (wrong := damage_of(path)) is None:
             return path, damaged
         damaged.append(f"{path} {wrong}")
     if not damaged and directory.last.exists():
         raise ValueError(
-            f"{directory.last} is of an older version and cannot be gone on from: start beside it with resume=never"
+            f"{directory.last} is of an older version, from which no run goes on: "
+            "start beside it with resume=never"
         )
     return None, damaged
 
 
-def tidy(directory: RunDirectory, step: int) -> None:
-    """Set checkpoints after `step`, which are damaged, aside as `.damaged`; remove what a killed process left half done."""
+def tidy_checkpoints(directory: RunDirectory, step: int) -> None:
+    """Rename checkpoints after `step`, which are damaged, to `.damaged`; remove what a kill has left half
+    done.
+    """
     damaged = [path for path in directory.step_checkpoints() if directory.step_of(path) > step]
     if step == 0:
         for path in (directory.last, directory.best):  # of the damaged ones

@@ -15,8 +15,8 @@ TILE = 16
 """Both sides of a matrix that GPUs multiply in 8 bits are multiples of it."""
 
 
-def check(precision: str, device: torch.device, decoder: Decoder) -> None:
-    """Raise ValueError where torchao is not installed, for GPUs older than Ada and Hopper, and where no layer fits."""
+def check_float8(precision: str, device: torch.device, decoder: Decoder) -> None:
+    """Raise ValueError without torchao, for GPUs older than Ada and Hopper, and where no layer fits."""
     if precision != "fp8":
         return
     if find_spec("torchao") is None:
@@ -41,14 +41,16 @@ def linear_layers(decoder: Decoder) -> list[nn.Linear]:
 
 
 def fits(layer: nn.Linear) -> bool:
+    """Whether a GPU multiplies by its matrix in 8 bits."""
     return layer.in_features % TILE == layer.out_features % TILE == 0
 
 
-def convert(decoder: Decoder) -> str:
-    """Put torchao's layer in the place of each linear layer of the blocks that fits: the same weights, by the same names.
+def convert_to_float8(decoder: Decoder) -> str:
+    """Put torchao's layer, with the same weights and names, for each linear layer of the blocks that fits.
 
-    Each product rounds inputs and weights to e4m3 and gradients to e5m2, scaled by the largest of the tensor to their
-    range; its sums are of higher precision. Micikevicius et al. 2022, arXiv:2209.05433. Returns a line on what was done.
+    Each product rounds inputs and weights to e4m3 and gradients to e5m2, scaled to their range by the largest
+    entry of the tensor; its sums are of higher precision. Micikevicius et al. 2022, arXiv:2209.05433. Returns
+    a line that says how many layers were converted.
     """
     for name in ("torchao", "torch.utils._pytree"):  # their advice is for those who build them
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -56,7 +58,7 @@ def convert(decoder: Decoder) -> str:
 
     layers = linear_layers(decoder)
     fitting = {layer for layer in layers if fits(layer)}
-    config = Float8LinearConfig(pad_inner_dim=True)  # numbers of tokens that are no multiples of 16
+    config = Float8LinearConfig(pad_inner_dim=True)  # numbers of tokens that are not multiples of 16
     convert_to_float8_training(
         decoder.blocks, config=config, module_filter_fn=lambda module, name: module in fitting
     )

@@ -58,7 +58,7 @@ class GuardSettings:
             if getattr(self, key) < least:
                 raise ValueError(f"guard.{key}={getattr(self, key)} must be at least {least}")
 
-    def check(self, strategy: Strategy | None, precision: str, sizes: BatchSizes) -> None:
+    def check_engine(self, strategy: Strategy | None, precision: str, sizes: BatchSizes) -> None:
         """Raise ValueError where this engine and these batches let no step be left out."""
         if self.action == "rollback" and sizes.steps:
             raise ValueError(

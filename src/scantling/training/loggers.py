@@ -18,18 +18,22 @@ from scantling.runs.wandb_file import records
 class Wandb(WandbLogger):
     """Online when a key is configured and the server answers, else offline; never fatal.
 
-    Rows carry an explicit step, because a run that is resumed offline is a second segment under the same id. `catch_up`
-    makes the segments join: together they hold every step once.
+    Rows carry an explicit step, because a run that is resumed offline is a second segment under the same id.
+    `catch_up` makes the segments join: together they hold every step once.
     """
 
-    def __init__(self, *, project: str, tags: list[str], save_dir: str, name: str, wandb_id: str, group: str):
+    def __init__(
+        self, *, project: str, tags: list[str], save_dir: str, name: str, wandb_id: str, group: str
+    ) -> None:
         import wandb  # here and below: a run without it need not wait for it
 
         self.mode, self.reason = mode_and_reason()
         self.mirrored: set[int] = set()
         """Steps that earlier segments hold."""
         self.is_lost = False
-        """Whether W&B's own process has gone. A scheduler's SIGTERM ends it too, while the run writes its checkpoint."""
+        """Whether W&B's own process has gone: a scheduler's SIGTERM ends it while the run writes its
+        checkpoint.
+        """
         super().__init__(
             project=project,
             tags=tags,
@@ -66,10 +70,10 @@ class Wandb(WandbLogger):
         return f"W&B {self.mode} ({self.reason}): {where}"
 
     def catch_up(self, rows: list[Row], samples: list[Row]) -> None:
-        """Log what was recorded but W&B has not: offline what a killed process had not written, of a run that it does not
-        know all.
+        """Log what the record so far, `rows` and `samples`, has and W&B has not.
 
-        `rows` and `samples` are the record so far. Online the server keeps the steps in order.
+        Offline that is what a killed process had not written. Online it is everything where the server does
+        not know the run, else nothing: it keeps the steps in order.
         """
         if self.mode == "offline":
             self.mirrored = steps_in_segments(Path(self.experiment.dir).parent)

@@ -1,4 +1,4 @@
-"""The gradient noise scale, `noise_scale`: about the batch size beyond which more sequences a step hardly help."""
+"""The gradient noise scale, `noise_scale`: about the batch size beyond which larger batches hardly help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scantling.training.strategies import FullySharded, Zero
 
 
 def estimates(small: Tensor, big: Tensor, b_small: float, b_big: float) -> tuple[Tensor, Tensor]:
-    """|G|² and tr Σ out of the squared norms of the mean gradients of two batches, neither with a bias: E|G_B|² is
+    """Unbiased |G|² and tr Σ from the squared norms of the mean gradients of two batches, for E|G_B|² is
     |G|² + tr(Σ)/B. McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, eq. A.2.
     """
     squared = (b_big * big - b_small * small) / (b_big - b_small)
@@ -25,14 +25,15 @@ def estimates(small: Tensor, big: Tensor, b_small: float, b_big: float) -> tuple
 
 
 class NoiseScale(StepCallback):
-    """B_simple = tr(Σ)/|G|² in tokens (ibid., eq. 2.9): a first micro-batch, of each process, against the whole step.
+    """B_simple = tr(Σ)/|G|² in tokens (ibid., eq. 2.9), from each process's first micro-batch and the whole
+    step.
 
-    Of both estimates averages over steps are kept, for the ratio of two single ones says nothing (ibid., A.1).
+    Both estimates are averaged over steps, for the ratio of two single ones says nothing (ibid., A.1).
     """
 
     DECAY = 0.99
 
-    def __init__(self, *, micro_batches: int, processes: int, tokens_before: Callable[[int], int]):
+    def __init__(self, *, micro_batches: int, processes: int, tokens_before: Callable[[int], int]) -> None:
         """`micro_batches` of each process in a step, and the tokens of the steps before one."""
         self.micro_batches, self.processes, self.tokens_before = micro_batches, processes, tokens_before
         self.averages = torch.zeros(2)
@@ -66,14 +67,15 @@ class NoiseScale(StepCallback):
         self.averages = state_dict["averages"]
 
 
-def check(strategy: Strategy | None, precision: str, micro_batches: int) -> None:
+def check_noise_scale(strategy: Strategy | None, precision: str, micro_batches: int) -> None:
     """Raise ValueError where the gradients of a micro-batch cannot be seen."""
     if isinstance(strategy, FullySharded | Zero) or precision == "fp16":
         raise ValueError(
-            "noise_scale=true is for trainer=auto, cpu, gpu and ddp, in fp32 and bf16: gradients stay whole there"
+            "noise_scale=true is for trainer=auto, cpu, gpu and ddp, in fp32 and bf16, "
+            "where gradients are whole"
         )
     if micro_batches < 2:
         raise ValueError(
-            "noise_scale=true compares a micro-batch with the whole step: set micro_batch_size to half of a device's "
-            "share of batch_size, or less"
+            "noise_scale=true compares a micro-batch with the whole step: set micro_batch_size to half of a "
+            "device's share of batch_size, or less"
         )

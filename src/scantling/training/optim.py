@@ -1,9 +1,10 @@
-"""Optimisers: `optim=`. Each is a function of the model's named parameters; weight decay falls on matrices only."""
+"""Optimisers, `optim=`: functions of the model's named parameters. Weight decay falls on matrices only."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def decay_groups(named: NamedParameters, weight_decay: float) -> list[dict]:
 
 
 def check_betas(betas: Sequence[float]) -> None:
+    """Raise ValueError unless they are two decays from 0 to below 1."""
     if len(betas) != 2:
         raise ValueError(f"optim.betas={list(betas)} must be two numbers, as [0.9, 0.95]")
     for i, beta in enumerate(betas):
@@ -32,10 +34,12 @@ def check_betas(betas: Sequence[float]) -> None:
 
 
 def follow_width(optimizer: torch.optim.Optimizer, factors: Mapping[torch.nn.Parameter, float]) -> None:
-    """Times its factor goes each parameter's rate; its weight decay goes by it, so that rate × decay stays, as in the
-    reference code of Yang et al. 2022, arXiv:2203.03466. Groups are split; those of factor 1 come first.
+    """Multiply each parameter's rate by its factor, and divide its weight decay by it, so that rate × decay
+    stays, as in the reference code of Yang et al. 2022, arXiv:2203.03466. Groups are split; those of factor 1
+    come first.
 
-    Raises ValueError for an optimiser that does not step by Adam's rule: an entry's step the rate, whatever its gradient.
+    Raises ValueError for an optimiser whose steps are not, like Adam's, as long as the rate whatever the
+    gradient.
     """
     if set(factors.values()) == {1.0}:
         return
@@ -82,14 +86,17 @@ def lion(
 
 
 class Lion(torch.optim.Optimizer):
-    """w ← w - lr·(sign(β1·m + (1-β1)·g) + λ·w), then m ← β2·m + (1-β2)·g. Chen et al. 2023, arXiv:2302.06675, algorithm 2."""
+    """w ← w - lr·(sign(β1·m + (1-β1)·g) + λ·w), then m ← β2·m + (1-β2)·g.
 
-    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float]):
+    Chen et al. 2023, arXiv:2302.06675, algorithm 2.
+    """
+
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = closure_loss(closure)
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = evaluate_closure(closure)
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
@@ -127,20 +134,23 @@ def muon(
 
 
 class Muon(torch.optim.Optimizer):
-    """w ← (1-lr·λ)·w - 0.2·√max(rows, columns)·lr·orthogonalised(g + μ·m), m ← μ·m + g. Jordan et al. 2024, Muon;
-    the scale of the update is Liu et al. 2025, arXiv:2502.16982, eq. 4, so that AdamW's learning rate serves both.
+    """w ← (1-lr·λ)·w - 0.2·√max(rows, columns)·lr·orthogonalised(g + μ·m), m ← μ·m + g. Jordan et al. 2024,
+    Muon.
+
+    The scale of the update is Liu et al. 2025, arXiv:2502.16982, eq. 4, so that AdamW's learning rate serves
+    both.
 
     Groups with a `momentum` take Muon, the others AdamW. Matrices of one shape are orthogonalised together.
     """
 
-    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "momentum": None}
-        # `fused` tells torch's load_state_dict that AdamW's step count lives on the device, with the other state.
+        # `fused` tells torch's load_state_dict that AdamW's count of steps lives on the device too.
         super().__init__(groups, defaults | {"fused": True})
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = closure_loss(closure)
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = evaluate_closure(closure)
         for group in self.param_groups:
             if group["momentum"] is None:
                 self.step_adamw(group)
@@ -191,15 +201,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def momentum_of(state: dict, p: Tensor) -> Tensor:
+    """Zero before the first step."""
     if not state:
         state["momentum"] = torch.zeros_like(p)
     return state["momentum"]
 
 
 def orthogonalised(matrices_NRC: Tensor) -> Tensor:
-    """Each matrix's singular values drawn to about 1: five steps of X ← aX + (bA + cA²)X, A = XXᵀ. Jordan et al. 2024.
+    """Singular values of each matrix drawn to about 1 by five steps of X ← aX + (bA + cA²)X, A = XXᵀ.
 
-    The values end between about 0.7 and 1.2, which serves as well as exactly 1. In bfloat16, as published.
+    The values end between about 0.7 and 1.2, which serves as well as exactly 1. In bfloat16, as published:
+    Jordan et al. 2024.
     """
     x = matrices_NRC.bfloat16()
     if tall := x.shape[1] > x.shape[2]:
@@ -211,8 +223,8 @@ def orthogonalised(matrices_NRC: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def closure_loss(closure):
-    """The value of an optimiser's closure, as torch's own optimisers evaluate it."""
+def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
+    """The loss that an optimiser's closure returns, taken as torch's own optimisers do."""
     if closure is None:
         return None
     with torch.enable_grad():

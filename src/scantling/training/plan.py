@@ -10,10 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from scantling.data.loading import BatchSizes
-from scantling.model.accounting import (
-    exact,
-    non_embedding,
-)
+from scantling.model.accounting import exact, non_embedding
 from scantling.model.decoder import Decoder
 from scantling.report.numbers import short
 from scantling.training.memory import Memory
@@ -106,23 +103,21 @@ class Plan:
         return Group(lines)
 
     def check_disk(self, directory: Path, checkpoints: int) -> None:
-        """Raise ValueError unless so many checkpoints fit."""
+        """Raise ValueError unless so many checkpoints fit on the disk of `directory`."""
         needed = checkpoints * self.memory.states
         free = shutil.disk_usage(directory).free
         if free < needed:
             raise ValueError(
-                f"{directory} has {short(free, 'B')} of free disk, but {checkpoints} checkpoints take {short(needed, 'B')}: "
-                "free some or choose another place with paths.runs=DIR"
+                f"{directory} has {short(free, 'B')} of free disk, but {checkpoints} checkpoints take "
+                f"{short(needed, 'B')}: free some or choose another place with paths.runs=DIR"
             )
 
 
 def memory_line(m: Memory) -> str:
     """The peak, and what it is made of."""
     return (
-        f"about {short(m.total, 'B')} a device: weights {short(m.weights, 'B')}, gradients {short(m.gradients, 'B')}, "
-        f"optimiser {short(m.optimizer, 'B')}, activations {short(m.activations, 'B')}, logits {short(m.logits, 'B')}"
+        f"about {short(m.total, 'B')} a device: weights {short(m.weights, 'B')}, "
+        f"gradients {short(m.gradients, 'B')}, optimiser {short(m.optimizer, 'B')}, "
+        f"activations {short(m.activations, 'B')}, logits {short(m.logits, 'B')}"
         + (f", other {short(m.workspace, 'B')}" if m.workspace else "")
     )
-
-
-# --- the tables of plan.py ---

@@ -34,33 +34,38 @@ OTHERS = {
 }
 """Ranges that PyTorch sets, by the beginning of their name."""
 
-WARM_UP, STEPS = 5, 5
-"""Steps before the profile, and in it."""
-LENGTH = WARM_UP + STEPS
+STEPS_BEFORE, PROFILED_STEPS = 5, 5
+"""Steps that warm up, and those that are looked at."""
+STEPS_OF_A_PROFILE = STEPS_BEFORE + PROFILED_STEPS
 
 
-def check_length(steps: int) -> None:
+def check_profile(steps: int) -> None:
     """Raise ValueError for a run that has fewer steps than a profile takes."""
-    if steps < LENGTH:
-        raise ValueError(f"profile=true takes {LENGTH} steps, and this run has {steps}: raise the budget")
+    if steps < STEPS_OF_A_PROFILE:
+        raise ValueError(
+            f"profile=true takes {STEPS_OF_A_PROFILE} steps, and this run has {steps}: raise the budget"
+        )
 
 
 class Profile(StepCallback):
-    """Profiles `STEPS` steps after `WARM_UP`: `trace.json.gz` for chrome://tracing or Perfetto, and a table, printed too.
+    """Profiles `PROFILED_STEPS` steps: `trace.json.gz` for chrome://tracing or Perfetto, and a table, also
+    printed.
 
     Stands last among the callbacks. Every process does the same work; the first one records it.
     """
 
-    def __init__(self, directory: Path, console: Console, *, first_step: int, callbacks: StepCallbacks):
+    def __init__(
+        self, directory: Path, console: Console, *, first_step: int, callbacks: StepCallbacks
+    ) -> None:
         self.directory, self.console, self.callbacks = directory, console, callbacks
-        self.begin, self.end = first_step + WARM_UP, first_step + WARM_UP + STEPS
+        self.begin, self.end = first_step + STEPS_BEFORE, first_step + STEPS_OF_A_PROFILE
         self.undo = ExitStack()
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
         if not trainer.is_global_zero:
             return
         if step == self.begin:
-            label(task, self.callbacks, self.undo)
+            label_parts(task, self.callbacks, self.undo)
             activities = [ProfilerActivity.CPU]
             if trainer.strategy.root_device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
@@ -78,7 +83,7 @@ class Profile(StepCallback):
     def write(self, device: str) -> None:
         self.directory.mkdir(exist_ok=True)
         self.profile.export_chrome_trace(str(self.directory / "trace.json.gz"))
-        table = table_of(self.profile.events(), device)
+        table = profile_table(self.profile.events(), device)
         with (self.directory / "table.txt").open("w") as file:
             Console(file=file, width=100).print(table)
         self.console.print(table)
@@ -87,7 +92,7 @@ class Profile(StepCallback):
 
 @contextmanager
 def without_stderr() -> Iterator[None]:
-    """What Kineto says to file descriptor 2, whatever its level of logging, would go into the progress bar."""
+    """Discard what is written to file descriptor 2: Kineto writes there, whatever its level of logging."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -102,6 +107,8 @@ def without_stderr() -> Iterator[None]:
 
 
 def labelled(call: Callable, part: str) -> Callable:
+    """`call`, within a range of the profile."""
+
     @functools.wraps(call)
     def within(*arguments: Any, **named: Any) -> Any:
         with record_function(PART + part):
@@ -110,7 +117,7 @@ def labelled(call: Callable, part: str) -> Callable:
     return within
 
 
-def label(task: Any, callbacks: StepCallbacks, undo: ExitStack) -> None:
+def label_parts(task: Any, callbacks: StepCallbacks, undo: ExitStack) -> None:
     """Let each part's calls be ranges of the profile, until `undo` is closed."""
     decoder: Decoder = task.decoder
     named = [
@@ -129,10 +136,11 @@ def label(task: Any, callbacks: StepCallbacks, undo: ExitStack) -> None:
     for owner, method, part in named:
         own = owner.__dict__.get(method)
         setattr(owner, method, labelled(getattr(owner, method), part))
-        undo.callback(functools.partial(restore, owner, method, own))
+        undo.callback(functools.partial(restore_method, owner, method, own))
 
 
-def restore(owner: Any, method: str, own: Any) -> None:
+def restore_method(owner: Any, method: str, own: Any) -> None:
+    """`own` is what the object itself had by that name; None: its class has it."""
     if own is None:
         delattr(owner, method)
     else:
@@ -142,7 +150,7 @@ def restore(owner: Any, method: str, own: Any) -> None:
 class LabelledBatches:
     """Batches whose making is a range of the profile."""
 
-    def __init__(self, batches: Iterable):
+    def __init__(self, batches: Iterable) -> None:
         self.batches = batches
 
     def __iter__(self) -> Iterator:
@@ -156,11 +164,11 @@ class LabelledBatches:
 # --- the table ---
 
 
-def times(events: Iterable[Any], device: str) -> dict[str, tuple[float, float]]:
-    """Microseconds forward and backward, of each part: of the device, or on a CPU of the thread that trains.
+def time_by_part(events: Iterable[Any], device: str) -> dict[str, tuple[float, float]]:
+    """Microseconds forward and backward, by part: the device's, or on a CPU those of the thread that trains.
 
-    An event belongs to the range that it lies in. What autograd computes lies in none: it bears the number of the
-    operation whose gradient it is.
+    An event belongs to the range that it lies in. What autograd computes lies in none, but bears the number
+    of the operation whose gradient it is.
     """
     events = sorted(events, key=lambda event: event.time_range.start)
     parts: dict[int, tuple[str, bool]] = {}
@@ -187,15 +195,17 @@ def times(events: Iterable[Any], device: str) -> dict[str, tuple[float, float]]:
     return {name: (ahead, back) for name, (ahead, back) in spent.items()}
 
 
-def table_of(events: Any, device: str) -> Table:
-    spent = times(events, device)
+def profile_table(events: Any, device: str) -> Table:
+    """Milliseconds of a step, forward and backward, and shares of its length; the slowest part first."""
+    spent = time_by_part(events, device)
     spent.pop("outside", None)
     begin = min(event.time_range.start for event in events)
-    wall = (max(event.time_range.end for event in events) - begin) / STEPS
+    wall = (max(event.time_range.end for event in events) - begin) / PROFILED_STEPS
     what = "GPU time" if device == "cuda" else "time"
+    about = f"{what} of a step, mean of {PROFILED_STEPS}: {wall / 1e3:.2f} ms"
     table = Table(
         box=SIMPLE_HEAD,
-        title=f"[bold]Profile[/bold]  [dim]{what} of a step, mean of {STEPS}: {wall / 1e3:.2f} ms[/dim]",
+        title=f"[bold]Profile[/bold]  [dim]{about}[/dim]",
         title_justify="left",
         title_style="",
         header_style="dim",
@@ -204,9 +214,9 @@ def table_of(events: Any, device: str) -> Table:
     for heading in ("forward, ms", "backward, ms", "share"):
         table.add_column(heading, justify="right")
     rows = sorted(spent.items(), key=lambda row: -sum(row[1]))
-    rest = wall - sum(sum(pair) for _, pair in rows) / STEPS
+    rest = wall - sum(sum(pair) for _, pair in rows) / PROFILED_STEPS
     for name, (ahead, back) in rows:
-        columns = [f"{t / STEPS / 1e3:.2f}" if t else "" for t in (ahead, back)]
-        table.add_row(name, *columns, f"{(ahead + back) / STEPS / wall:.1%}")
+        columns = [f"{t / PROFILED_STEPS / 1e3:.2f}" if t else "" for t in (ahead, back)]
+        table.add_row(name, *columns, f"{(ahead + back) / PROFILED_STEPS / wall:.1%}")
     table.add_row("Lightning, and between parts", f"{rest / 1e3:.2f}", "", f"{rest / wall:.1%}")
     return table

@@ -1,4 +1,4 @@
-"""When one process of a run dies all end, and what it died of is the first thing that is read."""
+"""The processes of one run: all end when one dies, what it died of is printed, and a flag of one reaches all."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ SECONDS_TO_NOTICE = 0.5
 
 
 class EndTogether(Callback):
-    """Each process listens to the next, in a ring over gloo. Silence that ends is a death, and ends the listener too.
+    """Each process listens to the next, in a ring over gloo: when the connection breaks, that one is dead,
+    and the listener ends too, even while it waits for a GPU which itself waits for the dead.
 
-    So it does when it waits for a GPU which itself waits for the dead. `is_agreed` knows exceptions that are raised in all
-    processes after the same step, and those that are explained later; any other is printed here and ends the process.
+    `is_agreed` knows exceptions that all processes raise after the same step, `is_explained` those that are
+    explained later; any other is printed here and ends the process.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class EndTogether(Callback):
         *,
         is_agreed: Callable[[BaseException], bool],
         is_explained: Callable[[BaseException], bool],
-    ):
+    ) -> None:
         self.console, self.is_agreed, self.is_explained = console, is_agreed, is_explained
         self.listener: threading.Thread | None = None
         self.lost = threading.Event()
@@ -63,13 +64,13 @@ class EndTogether(Callback):
             dist.recv(torch.zeros(1), src=following, group=self.ring)
         except RuntimeError:
             self.lost.set()
-            end_soon()
+            exit_soon()
             # The main thread may have failed first, and be about to say of what.
             time.sleep(2 * SECONDS_TO_NOTICE)
-            self.end("another process of this run died")
+            self.end_process("another process of this run died")
 
-    def part(self) -> None:
-        """Where all processes end: the one before may go, and the next one goes."""
+    def leave_ring(self) -> None:
+        """Where all processes end: tell the one before that this one goes, and wait until the next one does."""
         if self.listener is not None:
             before = (self.trainer.global_rank - 1) % self.trainer.world_size
             with contextlib.suppress(RuntimeError):
@@ -78,7 +79,7 @@ class EndTogether(Callback):
             self.listener = None
 
     def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
-        self.part()
+        self.leave_ring()
 
     def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
         self.trainer = trainer
@@ -86,29 +87,29 @@ class EndTogether(Callback):
             return
         if self.is_agreed(exception):
             if trainer.global_rank > 0:
-                # Where the first says with its exit code that it was interrupted, srun would kill the slower ones.
+                # Once the first has ended with the code of an interruption, srun would kill the slower ones.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            return self.part()
-        end_soon()
+            return self.leave_ring()
+        exit_soon()
         if self.is_explained(exception):
             return
         if self.lost.wait(SECONDS_TO_NOTICE):
-            self.end("another process of this run died")
+            self.end_process("another process of this run died")
         traceback.print_exception(exception)
-        self.end(traceback.format_exception_only(exception)[-1].strip())
+        self.end_process(traceback.format_exception_only(exception)[-1].strip())
 
-    def end(self, word: str) -> None:
+    def end_process(self, reason: str) -> None:
         self.console.show_cursor()  # a bar hides it
         who = f"process {self.trainer.global_rank} of {self.trainer.world_size}"
-        print(f"error: {who}: {word}", file=sys.stderr, flush=True)
+        print(f"error: {who}: {reason}", file=sys.stderr, flush=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, Wandb):
                 logger.finish(succeeded=False)
         os._exit(1)
 
 
-def end_soon() -> None:
-    """Whatever this process still waits for."""
+def exit_soon() -> None:
+    """End this process in `SECONDS_TO_END`, whatever it still waits for."""
     timer = threading.Timer(SECONDS_TO_END, os._exit, [1])
     timer.daemon = True
     timer.start()
@@ -129,7 +130,7 @@ class AnyRank:
     The hosts ask each other over gloo, so that no GPU is waited for.
     """
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int) -> None:
         self.group = dist.new_group(backend="gloo") if world_size > 1 else None
 
     def __call__(self, flag: bool) -> bool:

@@ -29,12 +29,12 @@ from scantling.report.figures import draw_curves
 from scantling.runs.directory import of_whole_training, read_rows
 from scantling.training.assembly import Run
 from scantling.training.loggers import Wandb
-from scantling.training.rollback import guarded
+from scantling.training.rollback import count_guarded
 from scantling.training.strategies import WholeCheckpoints
 
 
 @rank_zero_only
-def begin(run: Run) -> None:
+def set_up_directory(run: Run) -> None:
     """Set the run's directory up, so that it explains itself; raises where it cannot be written or is too small."""
     run.directory.begin(OmegaConf.to_yaml(resolved_config(run.config)), environment(run))
     there = len(run.directory.step_checkpoints())
@@ -74,7 +74,7 @@ def git_commit() -> str | None:
         return None
 
 
-def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
+def open_loggers(run: Run, console: Console, was_begun: bool) -> list[Logger]:
     """The chosen logger, told where to write and under which name; W&B is opened and says where it goes."""
     config = run.config.logger
     if config._target_ is None or rank_zero_only.rank != 0:
@@ -91,7 +91,7 @@ def loggers_of(run: Run, console: Console, taken_up: bool) -> list[Logger]:
     )
     recorded = {"environment": environment(run), "parameters": run.plan.counts}
     console.print(logger.start(resolved_config(run.config) | recorded))
-    if taken_up:
+    if was_begun:
         logger.catch_up(run.directory.metrics(), read_rows(run.directory.samples))
     return [logger]
 
@@ -104,12 +104,11 @@ def tags_of_arm(arm: str | None, typed: Sequence[str]) -> list[str]:
 
 
 @rank_zero_only
-def finish(run: Run, peak: float, peak_source: str, *, best_step: int) -> None:
+def write_summary(run: Run, peak: float, peak_source: str, *, best_step: int) -> None:
+    """And the curves. `best_step` is that of the best checkpoint; where no loss was a number, the last row is best."""
     rows = run.directory.metrics()
     draw_curves(rows, run.directory.curves, title=run.directory.name)
-    best = next(
-        (row for row in rows if row["step"] == best_step), rows[-1]
-    )  # the last where no loss was a number
+    best = next((row for row in rows if row["step"] == best_step), rows[-1])
     run.directory.finish(
         {
             **of_whole_training(rows[-1]),
@@ -118,22 +117,24 @@ def finish(run: Run, peak: float, peak_source: str, *, best_step: int) -> None:
             "flops_convention": "exact",
             "peak_flops": {"flops": peak, "source": peak_source},
             "corpus": run.corpus.fingerprint,
-            "guarded": guarded(run, run.plan.steps),
+            "guarded": count_guarded(run, run.plan.steps),
         }
     )
 
 
-def sample_of(run: Run, decoder: Decoder, strategy: Strategy | None) -> str | None:
-    """A sample, in the first process; where each has a part of the weights all must call this, and it is given a copy."""
+def draw_sample(run: Run, decoder: Decoder, strategy: Strategy | None) -> str | None:
+    """A sample, in the first process. Where each has a part of the weights all must call this: the first gathers
+    them into a model of its own.
+    """
     if isinstance(strategy, WholeCheckpoints) and strategy.shards_weights:
         state = strategy.lightning_module_state_dict()
         if rank_zero_only.rank == 0:
             decoder = build_decoder(run.config, run.corpus.tokenizer.vocab_size, "cpu").eval()
             decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in state.items()})
-    return sample(run, decoder) if rank_zero_only.rank == 0 else None
+    return continue_prompt(run, decoder) if rank_zero_only.rank == 0 else None
 
 
-def sample(run: Run, decoder: Decoder) -> str:
+def continue_prompt(run: Run, decoder: Decoder) -> str:
     """The configured prompt and its continuation, the same at every call for the same weights."""
     settings: dict[str, Any] = dict(run.config.sample)
     prompt = settings.pop("prompt")
@@ -148,10 +149,11 @@ def last_screen(run: Run) -> str:
     """Final numbers, one sample, and where things are."""
     summary, path = run.directory.summary, run.directory.path
     return (
-        f"\n[bold]{summary['val/bpb']:.4f} bits/byte[/bold]  (loss {summary['val/loss']:.4f} nats/token, perplexity "
-        f"{summary['val/perplexity']:.2f}) after {summary['tokens']:,} tokens, {summary['flops']:.3g} FLOPs, "
+        f"\n[bold]{summary['val/bpb']:.4f} bits/byte[/bold]  (loss {summary['val/loss']:.4f} nats/token, "
+        f"perplexity {summary['val/perplexity']:.2f}) after {summary['tokens']:,} tokens, {summary['flops']:.3g} FLOPs, "
         f"{summary['seconds']:.0f} s of training\n\n"
-        f"[dim]a sample of at most {run.config.sample.n_tokens} tokens:[/dim]\n{escape(run.directory.last_sample)}\n\n"
+        f"[dim]a sample of at most {run.config.sample.n_tokens} tokens:[/dim]\n"
+        f"{escape(run.directory.last_sample)}\n\n"
         f"run        {path}\n"
         f"curves     {run.directory.curves}\n"
         f"more text  python src/sample.py run={path}\n"

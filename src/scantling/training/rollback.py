@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import filecmp
 import sys
+from typing import NoReturn
 
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
-from scantling.data.loading import (
-    place_in_order,
-)
+from scantling.data.loading import place_in_order
 from scantling.runs.directory import RunDirectory
-from scantling.training.assembly import Run, left_out
-from scantling.training.checkpoints import newest_whole
+from scantling.training.assembly import Run, places_left_out
+from scantling.training.checkpoints import newest_whole_checkpoint
 from scantling.training.guard import BadStep
 
 
-def guarded(run: Run, step: int) -> int:
-    """How often training was rolled back, or a step up to this one skipped."""
+def count_guarded(run: Run, step: int) -> int:
+    """How often training was rolled back, or a step up to `step` skipped."""
     rows = run.directory.guarded()
     return sum(
         row["action"] == "rollback" or (row["action"] == "skip" and row["step"] <= step) for row in rows
@@ -27,26 +26,29 @@ def guarded(run: Run, step: int) -> int:
 
 def samples_of(run: Run, first: int, last: int) -> list[int]:
     """The half-open range of samples of these steps, counted from 1."""
-    places = left_out(run)
+    places = places_left_out(run)
     begin, end = (place_in_order(step - 1, places) for step in (max(1, first), last))
     return [run.plan.sizes.before(begin), run.plan.sizes.before(end + 1)]
 
 
 @rank_zero_only
-def record(run: Run, bad: BadStep, action: str) -> None:
+def record_bad_step(run: Run, bad: BadStep, action: str) -> None:
+    """In `guards.jsonl`, with the step's samples; for a rollback, with all that are left out from here on."""
     first = bad.step - run.guard.batches + 1 if action == "rollback" else bad.step
     samples = samples_of(run, first, bad.step)
     run.directory.guard({"step": bad.step, "reason": str(bad), "action": action, "samples": samples})
 
 
-def stop(run: Run, bad: BadStep) -> None:
-    record(run, bad, "stop")
+def stop_run(run: Run, bad: BadStep) -> NoReturn:
+    """Record the step, say what it was and what may help, and end the process with code 1."""
+    record_bad_step(run, bad, "stop")
     if rank_zero_only.rank == 0:
         first, end = samples_of(run, bad.step, bad.step)
-        before = guarded(run, bad.step)
+        before = count_guarded(run, bad.step)
+        others = f", after {before} others" if before else ""
         print(
-            f"error: {bad}{f', after {before} others' if before else ''}: a lower lr, more warm-up, a smaller clip or "
-            f"guard.action=skip or rollback may help; its samples {first} to {end - 1} are noted in {run.directory.guards}",
+            f"error: {bad}{others}: a lower lr, more warm-up, a smaller clip or guard.action=skip or "
+            f"rollback may help; its samples {first} to {end - 1} are noted in {run.directory.guards}",
             file=sys.stderr,
         )
     sys.exit(1)
@@ -57,14 +59,14 @@ def roll_back(run: Run, bad: BadStep) -> None:
     if rank_zero_only.rank == 0:
         # First these, then the record: whenever the process dies, what is left fits together.
         remove_after(run.directory, bad.step - run.guard.batches)
-        record(run, bad, "rollback")
+        record_bad_step(run, bad, "rollback")
     if dist.is_initialized():
-        # Also waits for the first. With resume=never another process, which started later, may have found its directory and
-        # taken the next for its own.
+        # Also waits for the first. With resume=never another process, which started later, may have found its
+        # directory and taken the next for its own.
         place = [run.directory.path]
         dist.broadcast_object_list(place, src=0)
         run.directory = RunDirectory(place[0])
-    run.checkpoint, run.damaged = newest_whole(run.directory)
+    run.checkpoint, run.damaged = newest_whole_checkpoint(run.directory)
     run.first_step = 0 if run.checkpoint is None else run.directory.step_of(run.checkpoint)
 
 

@@ -1,15 +1,18 @@
-"""Configuration -> objects -> fit."""
+"""Training of a run, from its first step or its newest checkpoint to the last: `fit`. Below it its parts are
+built.
+"""
 
 from __future__ import annotations
 
 import errno
 import gc
-import logging
 import sys
-import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import lightning.pytorch as L
 from hydra.utils import instantiate
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -17,7 +20,7 @@ from torch.utils.data import DataLoader
 from scantling.config.decoder import build_decoder, without_hydra_checks
 from scantling.data.loading import validation_batches
 from scantling.model import hardware
-from scantling.training import float8
+from scantling.model.decoder import Decoder
 from scantling.training.assembly import Run, training_batches, what_would_fit
 from scantling.training.average import WeightAverage
 from scantling.training.budget import steps_between_validations
@@ -30,15 +33,16 @@ from scantling.training.callbacks import (
     StepCallbacks,
 )
 from scantling.training.checkpoints import CheckpointFiles, Checkpoints
+from scantling.training.float8 import convert_to_float8
 from scantling.training.guard import BadStep, Guard
-from scantling.training.launch import cluster_environment
 from scantling.training.loggers import Wandb
 from scantling.training.noise import NoiseScale
-from scantling.training.profiling import LENGTH, LabelledBatches, Profile
+from scantling.training.profiling import STEPS_OF_A_PROFILE, LabelledBatches, Profile
 from scantling.training.ranks import EndTogether
-from scantling.training.record import finish, loggers_of, sample_of
-from scantling.training.rollback import guarded, record, roll_back, stop
+from scantling.training.record import draw_sample, open_loggers, write_summary
+from scantling.training.rollback import count_guarded, record_bad_step, roll_back, stop_run
 from scantling.training.task import LanguageModelTask
+from scantling.training.trainer import build_trainer, quiet_lightning
 
 
 def fit(run: Run, console: Console) -> None:
@@ -47,8 +51,8 @@ def fit(run: Run, console: Console) -> None:
         try:
             return fit_from_checkpoint(run, console)
         except BadStep as bad:
-            if run.guard.action != "rollback" or guarded(run, bad.step) >= run.guard.most:
-                stop(run, bad)
+            if run.guard.action != "rollback" or count_guarded(run, bad.step) >= run.guard.most:
+                stop_run(run, bad)
             roll_back(run, bad)
             console.print(f"warning: {bad}: back to step {run.first_step:,}", soft_wrap=True)
         except (RuntimeError, MemoryError) as error:
@@ -57,6 +61,176 @@ def fit(run: Run, console: Console) -> None:
             print(f"error: {what_would_fit(run)}", file=sys.stderr)
             sys.exit(1)
         gc.collect()  # the model and optimiser that went wrong, which the exception has let go of
+
+
+def fit_from_checkpoint(run: Run, console: Console) -> None:
+    """Train from the newest checkpoint, or from the start, and write the summary. Raises BadStep."""
+    quiet_lightning()
+    L.seed_everything(run.config.seed, verbose=False)
+    was_begun = run.directory.has_metrics
+    decoder = build_decoder_to_train(run, console)
+    peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
+    print_start(run, console, peak, peak_source)
+
+    guard = build_guard(run)
+    task = build_task(run, decoder, guard)
+    strategy = run.new_strategy()
+    noise_scale = build_noise_scale(run)
+    metrics = build_metrics(run, guard, noise_scale, peak)
+    checkpoints = Checkpoints(run.directory, CheckpointFiles(), keep=run.config.checkpoint.keep)
+    # In this order after a step and a validation: what reads them, what looks at the weights, what keeps
+    # them.
+    callbacks = StepCallbacks(
+        [
+            *([] if noise_scale is None else [noise_scale]),
+            metrics,
+            guard,
+            Samples(run.directory.samples, sample=lambda: draw_sample(run, decoder, strategy)),
+            *([] if run.config.ema.decay is None else [WeightAverage(run.config.ema.decay)]),
+            checkpoints,
+            CleanStop(checkpoints, metrics, every_minutes=run.config.checkpoint.every_minutes),
+            ProgressBar(console, metrics),
+            EndTogether(console, is_agreed=is_agreed, is_explained=is_explained),
+        ]
+    )
+    add_profile(run, console, callbacks)
+    loggers = open_loggers(run, console, was_begun)
+    trainer = build_trainer(run, strategy, callbacks, checkpoints.files, loggers, val_every=metrics.val_every)
+    with closing(metrics, loggers):
+        train(run, trainer, task, console)
+    write_summary(run, peak, peak_source, best_step=checkpoints.best_step)
+
+
+def train(run: Run, trainer: L.Trainer, task: LanguageModelTask, console: Console) -> None:
+    """Raises BadStep. An interrupted run ends the process with code 130."""
+    batches = training_batches(run, rank=trainer.global_rank)
+    held_out = validation_batches(
+        run.corpus.val.tokens,
+        run.plan.seq_len,
+        run.config.val_windows,
+        4 * run.plan.micro_batch_size,  # without gradients there is room for it
+    )
+    gc.freeze()  # what stands now stays to the end; looking through it again and again costs steps
+    try:
+        trainer.fit(
+            task,
+            LabelledBatches(batches) if run.config.profile else batches,
+            DataLoader(held_out, batch_size=None),  # type: ignore[arg-type]
+            ckpt_path=run.checkpoint,
+            weights_only=True,
+        )
+    except Interrupted as stop:
+        console.print(f"\n{stop}; the same command goes on from there")
+        # A launcher kills all processes when one of them fails: only the first, which has most to do, says
+        # so.
+        sys.exit(130 if rank_zero_only.rank == 0 else 0)
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def closing(metrics: Metrics, loggers: Sequence[Logger]) -> Iterator[None]:
+    """However training ends, the file of metrics is closed, and W&B is told whether it succeeded."""
+    succeeded = False
+    try:
+        yield
+        succeeded = True
+    finally:
+        if metrics.file is not None:
+            metrics.file.close()
+        for logger in loggers:
+            if isinstance(logger, Wandb):
+                logger.finish(succeeded)
+
+
+# --- the parts ---
+
+
+def build_decoder_to_train(run: Run, console: Console) -> Decoder:
+    """Its weights drawn, and all that the configuration says of its training set."""
+    config, tokenizer = run.config, run.corpus.tokenizer
+    decoder = build_decoder(config, tokenizer.vocab_size, "cpu")
+    decoder.initialise(config.seed)
+    decoder.checkpoint_activations = config.trainer.checkpoint_activations
+    decoder.head.z_loss = config.z_loss or 0.0
+    if config.document_mask:
+        decoder.separate_documents(tokenizer.end_of_text)
+    if run.precision == "fp8":
+        console.print(convert_to_float8(decoder))
+    return decoder
+
+
+def print_start(run: Run, console: Console, peak: float, peak_source: str) -> None:
+    """The machine's peak, checkpoints that cannot serve, and the step that training goes on from."""
+    console.print(f"[bold]peak[/bold]        {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
+    for line in run.damaged:
+        console.print(f"warning: {line}; skipped", soft_wrap=True)
+    if run.first_step:
+        console.print(f"resuming after step {run.first_step:,}")
+
+
+def build_guard(run: Run) -> Guard:
+    return Guard(
+        run.guard,
+        record=lambda bad, action: record_bad_step(run, bad, action),
+        used=count_guarded(run, run.first_step),
+        gradients_may_overflow=run.precision == "fp16",
+    )
+
+
+def build_task(run: Run, decoder: Decoder, guard: Guard) -> LanguageModelTask:
+    config = run.config
+    return LanguageModelTask(
+        decoder,
+        optimizer=instantiate(config.optim, _convert_="all"),
+        schedule=without_hydra_checks(instantiate(config.schedule)),
+        total_steps=run.plan.steps,
+        token_bytes=run.corpus.token_bytes,
+        compiled=config.trainer.compile,
+        leaves_out=guard.leaves_out if run.guard.action == "skip" else None,
+    )
+
+
+def build_noise_scale(run: Run) -> NoiseScale | None:
+    if not run.config.noise_scale:
+        return None
+    return NoiseScale(
+        micro_batches=run.plan.micro_batches,
+        processes=run.plan.world_size,
+        tokens_before=run.plan.tokens_before,
+    )
+
+
+def build_metrics(run: Run, guard: Guard, noise_scale: NoiseScale | None, peak: float) -> Metrics:
+    """In the first process it opens the file, and takes away the rows after the step that training goes on
+    from.
+    """
+    config, plan = run.config, run.plan
+    return Metrics(
+        run.directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
+        guard,
+        log_every=config.log_every,
+        val_every=steps_between_validations(config.val_every, plan.steps),
+        total_steps=plan.steps,
+        tokens_before=plan.tokens_before,
+        flops_per_token=plan.flops_per_token,
+        peak_flops=peak,
+        columns=dict if noise_scale is None else noise_scale.columns,
+    )
+
+
+def add_profile(run: Run, console: Console, callbacks: StepCallbacks) -> None:
+    """Behind all others, where one is asked for and steps enough are left for it."""
+    left = run.plan.steps - run.first_step
+    if run.config.profile and left < STEPS_OF_A_PROFILE:
+        console.print(f"no profile: it takes {STEPS_OF_A_PROFILE} steps, and {left} are left")
+    elif run.config.profile:
+        callbacks.callbacks.append(
+            Profile(run.directory.profile, console, first_step=run.first_step, callbacks=callbacks)
+        )
+
+
+# --- what ends it ---
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -71,139 +245,3 @@ def is_agreed(error: BaseException) -> bool:
 def is_explained(error: BaseException) -> bool:
     """Whether what follows says it in one line, or nothing needs to be said."""
     return isinstance(error, KeyboardInterrupt) or hardware.ran_out_of_memory(error) or is_full_disk(error)
-
-
-def fit_from_checkpoint(run: Run, console: Console) -> None:
-    """Train from the last checkpoint, or from the start. Raises BadStep."""
-    config, plan, directory = run.config, run.plan, run.directory
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", module="lightning"
-    )  # its advice on loaders and loggers does not hold here
-    warnings.filterwarnings("ignore", "The `srun` command is available")
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated")  # which DeepSpeed calls
-    L.seed_everything(config.seed, verbose=False)
-    decoder = build_decoder(config, run.corpus.tokenizer.vocab_size, "cpu")
-    decoder.initialise(config.seed)
-    decoder.checkpoint_activations = config.trainer.checkpoint_activations
-    decoder.head.z_loss = config.z_loss or 0.0
-    if config.document_mask:
-        decoder.separate_documents(run.corpus.tokenizer.end_of_text)
-    if run.precision == "fp8":
-        console.print(float8.convert(decoder))
-    peak, peak_source = hardware.peak_flops(run.device, run.precision != "fp32")
-    console.print(f"[bold]peak[/bold]        {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
-    for line in run.damaged:
-        console.print(f"warning: {line}; skipped", soft_wrap=True)
-    if run.first_step:
-        console.print(f"resuming after step {run.first_step:,}")
-    guard = Guard(
-        run.guard,
-        record=lambda bad, action: record(run, bad, action),
-        used=guarded(run, run.first_step),
-        gradients_may_overflow=run.precision == "fp16",
-    )
-    task = LanguageModelTask(
-        decoder,
-        optimizer=instantiate(config.optim, _convert_="all"),
-        schedule=without_hydra_checks(instantiate(config.schedule)),
-        total_steps=plan.steps,
-        token_bytes=run.corpus.token_bytes,
-        compiled=config.trainer.compile,
-        leaves_out=guard.leaves_out if run.guard.action == "skip" else None,
-    )
-    strategy = run.new_strategy()
-    taken_up = directory.has_metrics
-    noise_scale = NoiseScale(
-        micro_batches=plan.micro_batches,
-        processes=plan.world_size,
-        tokens_before=plan.tokens_before,
-    )
-    metrics = Metrics(
-        directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
-        guard,
-        log_every=config.log_every,
-        val_every=steps_between_validations(config.val_every, plan.steps),
-        total_steps=plan.steps,
-        tokens_before=plan.tokens_before,
-        flops_per_token=plan.flops_per_token,
-        peak_flops=peak,
-        columns=noise_scale.columns if config.noise_scale else dict,
-    )
-    files = CheckpointFiles()
-    checkpoints = Checkpoints(directory, files, keep=config.checkpoint.keep)
-    callbacks = StepCallbacks(
-        [
-            *([noise_scale] if config.noise_scale else []),
-            metrics,
-            guard,
-            Samples(directory.samples, sample=lambda: sample_of(run, decoder, strategy)),
-            *([] if config.ema.decay is None else [WeightAverage(config.ema.decay)]),
-            checkpoints,
-            CleanStop(checkpoints, metrics, every_minutes=config.checkpoint.every_minutes),
-            ProgressBar(console, metrics),
-            EndTogether(console, is_agreed=is_agreed, is_explained=is_explained),
-        ]
-    )
-    if config.profile and plan.steps - run.first_step < LENGTH:
-        console.print(f"no profile: it takes {LENGTH} steps, and {plan.steps - run.first_step} are left")
-    elif config.profile:
-        callbacks.callbacks.append(
-            Profile(directory.profile, console, first_step=run.first_step, callbacks=callbacks)
-        )
-    loggers = loggers_of(run, console, taken_up)
-    trainer = L.Trainer(
-        accelerator="gpu" if run.device.type == "cuda" else "cpu",
-        devices=plan.world_size // config.trainer.nodes,
-        num_nodes=config.trainer.nodes,
-        strategy=strategy or "auto",
-        precision=hardware.LIGHTNING_PRECISION[run.precision],  # type: ignore[arg-type]
-        max_steps=plan.steps,
-        accumulate_grad_batches=plan.micro_batches,
-        gradient_clip_val=config.clip,
-        val_check_interval=metrics.val_every * plan.micro_batches,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        callbacks=callbacks,
-        plugins=[files, *cluster_environment()],
-        logger=loggers,
-        deterministic=config.trainer.deterministic,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        inference_mode=strategy is None,  # what is gathered in that mode cannot be trained on
-    )
-    # It asks all processes for a signal that `CleanStop` has taken over, and waits for the GPU, at every micro-batch.
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    held_out = validation_batches(
-        run.corpus.val.tokens,
-        plan.seq_len,
-        config.val_windows,
-        4 * plan.micro_batch_size,  # without gradients there is room for it
-    )
-    batches = training_batches(run, rank=trainer.global_rank)
-    succeeded = False
-    gc.freeze()  # what stands now stays to the end; looking through it again and again costs steps
-    try:
-        trainer.fit(
-            task,
-            LabelledBatches(batches) if config.profile else batches,
-            DataLoader(held_out, batch_size=None),  # type: ignore[arg-type]
-            ckpt_path=run.checkpoint,
-            weights_only=True,
-        )
-        succeeded = True
-    except Interrupted as stop:
-        console.print(f"\n{stop}; the same command goes on from there")
-        # A launcher kills all processes at once when one of them fails: only the first, which has most to do, says so.
-        sys.exit(130 if rank_zero_only.rank == 0 else 0)
-    finally:
-        gc.unfreeze()
-        if metrics.file is not None:
-            metrics.file.close()
-        for logger in loggers:
-            if isinstance(logger, Wandb):
-                logger.finish(succeeded)
-    finish(run, peak, peak_source, best_step=checkpoints.best_step)

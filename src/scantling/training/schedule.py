@@ -1,5 +1,6 @@
-"""Learning-rate schedules: `schedule=`. Each gives the factor of the peak rate at a step of `total`, and raises ValueError
-for a negative warm-up, and for a floor or a share of decay that is not from 0 to 1."""
+"""Learning-rate schedules: `schedule=`. Each gives the factor of the peak rate at a step of `total`, and
+raises ValueError for a negative warm-up, and for a floor or a share of decay that is not from 0 to 1.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Engines, `trainer=`: how several processes train one model. Lightning's strategies, made to run on CPUs too and to
-write one kind of checkpoint: a single file with whole tensors, which any engine and any number of processes takes up.
+"""Engines, `trainer=`: how several processes train one model. They are Lightning's strategies, made to run on
+CPUs too and to write one kind of checkpoint: a single file of whole tensors, from which any engine and any
+number of processes goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -25,16 +27,18 @@ from scantling.training.optim import Muon
 class Replicated(DDPStrategy):
     """A whole model in each process; gradients are averaged. Li et al. 2020, arXiv:2006.15704; torch's DDP."""
 
-    def __init__(self, device: torch.device, precision: str, *, find_unused_parameters: bool):
+    def __init__(self, device: torch.device, precision: str, *, find_unused_parameters: bool) -> None:
         super().__init__(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)
 
 
 class WholeCheckpoints(Strategy):
-    """Checkpoints of a sharded model as if it were not: the first process gathers and writes, each takes its part.
+    """Whole checkpoints of a sharded model: the first process gathers and writes, each reads its own part.
 
-    Weights are read before the model is cut up; a subclass gathers them, and gathers and cuts the optimiser's state.
+    Weights are read before the model is cut up. A subclass gathers weights, and gathers and cuts the
+    optimiser's state.
     """
 
+    # What Lightning's sharded strategies change: they read a checkpoint after the cut, and write a folder.
     restore_checkpoint_after_setup = False  # type: ignore[assignment]
     lightning_restore_optimizer = True  # type: ignore[assignment]
     save_checkpoint = Strategy.save_checkpoint
@@ -46,25 +50,27 @@ class WholeCheckpoints(Strategy):
     def shards_weights(self) -> bool:
         """Whether no process has the whole model, so that whatever calls it must run in all of them."""
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ValueError for what cannot be cut up; `optimizer` is of the chosen kind, over any parameters."""
         if isinstance(optimizer, Muon):
             raise ValueError(
-                "optim=muon works on whole matrices, which this trainer= cuts up: use trainer=ddp, or another optim="
+                "optim=muon works on whole matrices, which this trainer= cuts up: "
+                "use trainer=ddp, or another optim="
             )
 
 
 class Zero(WholeCheckpoints, DeepSpeedStrategy):
-    """Each process keeps a share of the optimiser's state (stage 1), of the gradients too (2), of the weights too (3).
+    """Each process keeps a share of the optimiser's state (stage 1), and of gradients (2), and of weights
+    (3).
 
-    Rajbhandari et al. 2020, arXiv:1910.02054; Ren et al. 2021, arXiv:2101.06840, for what is kept in the host's
-    memory. `zero_optimization` is that section of DeepSpeed's own configuration. Mixed precision is torch's autocast
-    over float32 weights, as in every other engine.
+    Rajbhandari et al. 2020, arXiv:1910.02054; what is kept in the host's memory, Ren et al. 2021,
+    arXiv:2101.06840. `zero_optimization` is that section of DeepSpeed's own configuration. Mixed precision is
+    torch's autocast over float32 weights, as in every other engine.
 
     Raises ValueError where DeepSpeed is not installed, and for float16.
     """
 
-    def __init__(self, device: torch.device, precision: str, *, zero_optimization: dict[str, Any]):
+    def __init__(self, device: torch.device, precision: str, *, zero_optimization: dict[str, Any]) -> None:
         if find_spec("deepspeed") is None:
             raise ValueError(
                 "this trainer= needs DeepSpeed: pip install deepspeed, or use trainer=fsdp or ddp"
@@ -97,7 +103,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         if self.kind == "cpu":
-            # Reductions that only DeepSpeed's inference does: it would compile them for a minute at its first start.
+            # Reductions for DeepSpeed's inference, which it would compile for a minute at its first start.
             import deepspeed.ops
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -132,7 +138,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
         for name, p in self.lightning_module.named_parameters():
-            # The optimiser's copy: after a step in stage 3 a weight that is still gathered is the one before the step.
+            # The optimiser's copy: in stage 3 a weight that is still gathered may be the one before the step.
             whole: Any = safe_get_full_fp32_param(p)
             state[name] = whole.detach().cpu() if self.is_global_zero else torch.empty(0)
         return state
@@ -149,8 +155,10 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         return wrapper.optimizer
 
     def linked_flats(self) -> list[Tensor]:
-        """The flat shares. In stages 1 and 2 DeepSpeed looks a parameter's optimiser state up through a link that it sets
-        after the first group's first step, when the other groups have no state yet: it is set anew here.
+        """The flat shares, each linked to its optimiser state.
+
+        In stages 1 and 2 DeepSpeed looks a parameter's state up through a link that it sets after the first
+        group's first step, when the other groups have no state yet: it is set anew here.
         """
         wrapper: Any = self.optimizers[0]
         if self.zero_stage_3:
@@ -166,7 +174,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         example = self.inner.state[flat]
         state: dict[int, dict[str, Any]] = {}
         for i, p in enumerate(self.parameters if example else ()):
-            # A count of steps for each parameter: others' optimisers would raise a shared one once for each of them.
+            # A count of steps for each parameter: other engines would raise a shared one once for each.
             state[i] = {
                 key: safe_get_full_optimizer_state(p, key) if value.shape == flat.shape else value.clone()
                 for key, value in sorted(example.items())
@@ -203,28 +211,28 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         if not self.zero_stage_3:
             safe_set_full_optimizer_state(p, value, key)
             return
-        size = (
-            p.ds_tensor.numel()
-        )  # the last share is padded, which DeepSpeed's function for whole tensors forgets
+        # The last share is padded, which DeepSpeed's function for whole tensors forgets.
+        size = p.ds_tensor.numel()
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
         safe_set_local_optimizer_state(p, padded[self.global_rank * size :][:size], key)
 
 
 class FullySharded(WholeCheckpoints, ModelParallelStrategy):
-    """Each process keeps a share of every tensor, and of its gradient and optimiser state; a block's weights are gathered
-    when it is computed. Zhao et al. 2023, arXiv:2304.11277; torch's `fully_shard` (FSDP2).
+    """Each process keeps a share of every tensor, and of its gradient and optimiser state; a block's weights
+    are gathered when it is computed. Zhao et al. 2023, arXiv:2304.11277; torch's `fully_shard` (FSDP2).
 
     With `reshard_after_forward` they are gathered anew for the backward pass. Raises ValueError for float16.
     """
 
     shards_weights = True  # type: ignore[assignment]
 
-    def __init__(self, device: torch.device, precision: str, *, reshard_after_forward: bool):
+    def __init__(self, device: torch.device, precision: str, *, reshard_after_forward: bool) -> None:
         check_precision(precision)
         super().__init__()
         self.reshard_after_forward = reshard_after_forward
 
     def setup_environment(self) -> None:
+        # Lightning's "auto" would cut each product among the processes of a node.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
@@ -242,22 +250,16 @@ class FullySharded(WholeCheckpoints, ModelParallelStrategy):
         _optimizers_to_device(self.optimizers, self.root_device)
         self.barrier()
 
-    def on_first_process(self, tensor: Any) -> Any:
-        """The whole of a tensor on the first process's host; every process calls it."""
-        tensor = tensor.detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return whole.cpu() if self.is_global_zero else torch.empty(0)
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return {name: self.on_first_process(t) for name, t in self.lightning_module.state_dict().items()}
+        return {name: gather_to_first(t) for name, t in self.lightning_module.state_dict().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         shared = (
             optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         ).state_dict()
         whole = {
-            i: {key: self.on_first_process(value) for key, value in values.items()}
+            i: {key: gather_to_first(value) for key, value in values.items()}
             for i, values in shared["state"].items()
         }
         return {**shared, "state": whole}
@@ -267,15 +269,26 @@ class FullySharded(WholeCheckpoints, ModelParallelStrategy):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             shared = {
                 i: {
-                    key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-                    if value.shape == p.shape
-                    else value
+                    key: shard_like(value, p) if value.shape == p.shape else value
                     for key, value in stored["state"][i].items()
                 }
                 for i, p in enumerate(parameters)
                 if i in stored["state"]
             }
             optimizer.load_state_dict({**stored, "state": shared})
+
+
+def gather_to_first(tensor: Tensor) -> Tensor:
+    """The whole of it on the first process's host, nothing in the others; every process calls this."""
+    tensor = tensor.detach()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.cpu() if dist.get_rank() == 0 else torch.empty(0)
+
+
+def shard_like(whole: Tensor, p: Tensor) -> Tensor:
+    """A copy on the device of `p`, cut up and placed as that is."""
+    whole = whole.to(p.device, copy=True)
+    return distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
 
 
 def check_precision(precision: str) -> None:
