@@ -115,7 +115,10 @@ def forecaster(config: DictConfig, decoder: Decoder) -> Callable[[Choice], Memor
 def advice(chosen: Choice | None, forecast: Callable[[Choice], Memory], limit: int, devices: int) -> str:
     """The cheapest choice that fits into `limit`, as it is typed."""
     if chosen is None:
-        return f"Nothing fits into {short(limit, 'B')}, with one sequence at once: more devices, or a shorter context"
+        return (
+            f"Nothing fits into {short(limit, 'B')}, with one sequence at once: more devices, or a shorter "
+            "context"
+        )
     return (
         f"The cheapest that fits into {short(limit, 'B')}: trainer={chosen.engine} trainer.devices={devices} "
         f"micro_batch_size={chosen.micro_batch_size}"

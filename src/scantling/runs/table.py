@@ -1,4 +1,5 @@
-"""The runs of a study as tables: one row a run, and their curves. Reads `runs/<study>/`; what a run is stands there.
+"""The runs of a study as tables: one row a run, and their curves. Reads `runs/<study>/`; what a run is stands
+there.
 
 `load_runs` gives these columns, `None` or NaN where a run does not say:
 
@@ -7,7 +8,8 @@
     seed, overrides          overrides: what was typed, in one string
     choice.<group>           the option of every group, `choice.attn`
     d_model … batch_size     sizes, and the peak learning rate `lr`
-    params, params.<group>   parameters, all and by group; params_without_embeddings leaves out embeddings, positions, head
+    params, params.<group>   parameters, all and by group; params_without_embeddings leaves out embeddings,
+                             positions, head
     steps, tokens, flops     trained so far; FLOPs forward and backward, by the `exact` convention
     loss, bpb                validation at the last step: nats per token, bits per byte; train_loss beside it
     best_loss, best_bpb, best_step
@@ -17,8 +19,8 @@
     matched_by, matched_off  `match=`: the quantity, and how far from its reference, as a fraction of it
     tuned                    `tune=`: the search behind `lr`, JSON; `load_tuning` makes a table of it
 
-`load_curves` gives run, step and every number of `metrics.jsonl`, a row a step. Both keep a Parquet file beside the runs,
-and read anew only the directories that have changed since.
+`load_curves` gives run, step and every number of `metrics.jsonl`, a row a step. Both keep a Parquet file
+beside the runs, and read anew only the directories that have changed since.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def load_runs(study: Path | str) -> pd.DataFrame:
     """A row for every run below `study`, sorted by name.
 
-    `attrs["left_out"]` names the directories that are no whole run, each with the reason. Raises ValueError where
-    `study` is no directory.
+    `attrs["left_out"]` names the directories that are no whole run, each with the reason. Raises ValueError
+    where `study` is no directory.
     """
     frame, left_out = cached(Path(study), "runs.parquet", lambda directory: [run_row(directory)])
     if len(frame):
@@ -79,7 +81,8 @@ def load_curves(study: Path | str) -> pd.DataFrame:
 
 
 def load_tuning(study: Path | str) -> pd.DataFrame:
-    """A row for every learning rate that `tune=lr` tried: arm, lr, bpb (NaN where training diverged), chosen, edge.
+    """A row for every learning rate that `tune=lr` tried: arm, lr, bpb (NaN where training diverged), chosen,
+    edge.
 
     `edge`: of the chosen, whether it is the lowest or highest tried, so that a better one may lie beyond.
     """
@@ -176,7 +179,9 @@ def curve_rows(directory: RunDirectory) -> list[dict[str, Any]]:
 def cached(
     study: Path, name: str, rows_of: Callable[[RunDirectory], list[dict[str, Any]]]
 ) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Rows of all directories, those that stand as they did from the file, and what was left out, with the reason."""
+    """Rows of all directories, those that stand as they did from the file, and what was left out, with the
+    reason.
+    """
     if not study.is_dir():
         raise ValueError(f"{study} is no directory of a study")
     stamps = {entry.name: stamp(entry.path) for entry in os.scandir(study) if is_candidate(entry)}
@@ -253,13 +258,15 @@ def reason(error: Exception) -> str:
 
 
 def differences(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]]:
-    """(setting, here, there) for every leaf of the resolved configurations that differs and repeats no other."""
+    """(setting, here, there) for every leaf of the configurations that differs and repeats no other."""
     ours, theirs = (leaves(yaml.load(run.config.read_text(), Loader)) for run in (one, other))
     return [(key, ours.get(key), theirs.get(key)) for key in sorted(varying_leaves([ours, theirs]))]
 
 
 def find(runs: Path, names: Sequence[str]) -> list[RunDirectory]:
-    """Runs by their directory, or by their name in any study below `runs`. Raises ValueError for what is none."""
+    """Runs by their directory, or by their name in any study below `runs`. Raises ValueError for what is
+    none.
+    """
     found = []
     for name in names:
         below = sorted(path.parent for path in runs.glob(f"*/{name}/config.yaml"))
