@@ -158,8 +158,8 @@ def sweep_yaml(
         f"#   python src/plan.py {' '.join(config.overrides)}",
         f"#   python src/train.py -m sweeps={config.study}",
         f"#   python src/report.py study={config.study}",
-        f"# {grid.runs} runs, {total:.3g} FLOPs, {duration(total / speed)} at {short(speed, 'FLOP/s')}. Forecast "
-        f"at noise {config.isoflop.noise:g}:",
+        f"# {grid.runs} runs, {total:.3g} FLOPs, {duration(total / speed)} at "
+        f"{short(speed, 'FLOP/s')}. Forecast at noise {config.isoflop.noise:g}:",
         f"# exponent a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} by approach "
         f"3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}",
     ]
@@ -275,10 +275,10 @@ def remarks(
     settings = config.isoflop
     lines = [
         f"\ntime: of one device at {short(speed, 'FLOP/s')}, {assumed_speed(config)}",
-        f"These {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} by "
-        f"approach 3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}, were isoflop.law the truth (a = "
-        f"{expected.a:.3f}) and {settings.noise:g} the noise of log loss. Parabolas will be {expected.bias:+z.3f} "
-        "off a, by their own bias and because the FLOPs of small models are not 6ND",
+        f"These {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} "
+        f"by approach 3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}, were isoflop.law the truth "
+        f"(a = {expected.a:.3f}) and {settings.noise:g} the noise of log loss. Parabolas will be "
+        f"{expected.bias:+z.3f} off a, by their own bias and because the FLOPs of small models are not 6ND",
         f"lr: {' '.join((LEARNING_RATES[settings.lr_rule].__doc__ or '').split())}",
     ]
     sizes = [cell.parameters for cell in cells]
@@ -286,14 +286,15 @@ def remarks(
     if settings.lr_rule == "porian" and not PORIAN_RANGE[0] <= min(sizes) <= max(sizes) <= PORIAN_RANGE[1]:
         doubts.append(
             f"{short(min(sizes))} to {short(max(sizes))} parameters lie outside of that rule's "
-            f"{short(PORIAN_RANGE[0])} to {short(PORIAN_RANGE[1])}: try lr × 2 and lr / 2 at the smallest and the largest"
+            f"{short(PORIAN_RANGE[0])} to {short(PORIAN_RANGE[1])}: try lr × 2 and lr / 2 at the "
+            "smallest and the largest"
         )
     worst = max(float(hoffmann_loss(law, cell.parameters, cell.tokens)) for cell in cells)
     guess = float(np.log(config.model.vocab_size))
     if worst > guess:
         doubts.append(
-            f"isoflop.law forecasts {worst:.1f} nats a token where a uniform guess has {guess:.1f}: it is not of models "
-            "so small; give E, A, B, alpha and beta of a few runs of yours, fitted by report.py"
+            f"isoflop.law forecasts {worst:.1f} nats a token where a uniform guess has {guess:.1f}: it is "
+            "not of models so small; give E, A, B, alpha and beta of a few runs of yours, fitted by report.py"
         )
     few = [cell.name for cell in cells if cell.steps < FEWEST_STEPS]
     if few:
