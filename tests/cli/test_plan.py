@@ -1,5 +1,6 @@
 """What plan.py prints, against the counts it prints, and docs/parts.md against what writes it."""
 
+import copy
 import re
 import time
 from functools import partial
@@ -9,6 +10,7 @@ from hydra.utils import instantiate
 
 from scantling.cli import parts_table
 from scantling.cli.plan_tables import first_sentence
+from scantling.config.composition import compose_config
 from scantling.config.decoder import build_decoder
 from scantling.model.accounting import CONVENTIONS, cache_bytes, parameter_counts
 from scantling.report import terminal
@@ -28,6 +30,15 @@ def row(output: str, name: str) -> list[str]:
     """The columns of the one row that begins so."""
     (found,) = [line for line in output.splitlines() if line.startswith(f"{name} ")]
     return re.split(r"\s{2,}", found.strip())[1:]
+
+
+def test_a_plan_leaves_its_configuration_as_it_is():
+    """Also where the tokenizer has other entries than the preset."""
+    config = compose_config("plan", ["model=nano", "tokenizer=byte"])
+    before = copy.deepcopy(config)
+    plan.plan(config)
+    assert config == before
+    assert config.model.vocab_size == 512 != 257
 
 
 def test_every_table_holds_what_accounting_counts(command, composed):
@@ -76,8 +87,10 @@ def test_every_table_holds_what_accounting_counts(command, composed):
 
 
 def test_the_cheapest_engine_that_fits(command):
-    """Llama 3 8B takes 128 GB of float32 states a device undivided. ZeRO 2 over eight leaves 32 of weights, 16 of all else and
-    16 of copies in half precision; with logits in chunks there is room for checkpointed activations."""
+    """Llama 3 8B takes 128 GB of float32 states a device undivided. ZeRO 2 over eight leaves 32 of weights,
+    16 of all else and 16 of copies in half precision; with logits in chunks there is room for checkpointed
+    activations.
+    """
     _, out, _ = command("model=llama3_8b", "memory=80GB", "devices=8")
     line = out.splitlines()[-1]
     assert line.startswith("The cheapest that fits into 80.0 GB: trainer=zero2 trainer.devices=8 ")
@@ -229,7 +242,7 @@ def test_every_option_says_what_it_is():
 
 
 def test_costs_on_the_page(composed):
-    """llama_125m by hand: grouped-query attention spares 2 × 12 layers × 768 × (768 - 256) weights of 134 M."""
+    """llama_125m by hand: grouped queries spare 2 × 12 layers × 768 × (768 - 256) weights of 134 M."""
     page = parts_table.PAGE.read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("| `gqa` ")]
     spared = 2 * 12 * 768 * 512 / 134_105_856

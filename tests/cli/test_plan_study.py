@@ -1,4 +1,6 @@
-"""plan.py isoflop.flops=…: the sweep it writes is one that train.py takes as it is, at the cost that was forecast."""
+"""plan.py isoflop.flops=…: the sweep it writes is one that train.py takes as it is, at the cost that was
+forecast.
+"""
 
 import os
 import re

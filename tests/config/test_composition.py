@@ -1,4 +1,6 @@
-"""What Hydra composes, and the configuration that everything else reads: it alone says what was chosen and typed."""
+"""What Hydra composes, and the configuration that everything else reads: it alone says what was chosen and
+typed.
+"""
 
 import copy
 

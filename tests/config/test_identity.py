@@ -23,9 +23,8 @@ IDS = {
     "experiment=nanogpt_shakespeare_cpu data.files=x.txt": "gpt2_tiny-5dc135302f",
     "model=llama_60m optim=sgd schedule=wsd clip=null z_loss=1e-4 ema.decay=0.999": "llama_60m-15089b4d8f",
     "model=deepseek_v3 trainer.precision=bf16": "deepseek_v3-057dc987a8",
-    "model=nano head=sampled embed=untied param=mup batch_warmup.start=2 batch_warmup.steps=3 document_mask=true": (
-        "nano-b4d2f662a4"
-    ),
+    "model=nano head=sampled embed=untied param=mup batch_warmup.start=2 batch_warmup.steps=3 "
+    "document_mask=true": "nano-b4d2f662a4",
     # with the nulls that these lack
     "model=nano attn=mla": "nano-4231739d48",
     "model=nano pos=rope pos/scaling=yarn": "nano-7e312452d9",
@@ -62,7 +61,9 @@ PARTS_TYPED = ("model=nano", "pos/scaling=yarn", "data=text", "data.files=x.txt"
 
 @pytest.fixture
 def grown(tmp_path, monkeypatch):
-    """`grown("train", "wanted: null")` adds that to a copy of the file -> the configuration of overrides on the copy."""
+    """`grown("train", "wanted: null")` adds that to a copy of the file -> the configuration of overrides on
+    the copy.
+    """
     conf = shutil.copytree(CONF, tmp_path / "conf")
 
     def grown(file: str, text: str):

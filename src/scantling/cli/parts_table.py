@@ -1,7 +1,8 @@
 """Writes docs/parts.md, every option of every part: `python -m scantling.parts_table`, or `make docs`.
 
-Nothing in it is typed twice: what an option is stands in the first line of its yaml, its formula in its docstring,
-its cost is counted in a model, and the families that have it are those that `scantling.hub` reads so.
+Nothing in it is typed twice: what an option is stands in the first line of its yaml, its formula in its
+docstring, its cost is counted in a model, and the families that have it are those that `scantling.hub` reads
+so.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def groups() -> list[str]:
 
 
 def compose_options() -> tuple[DictConfig, dict[str, dict[str, Option]]]:
-    """The model's configuration, and every option as it stands in that model; one composition serves them all."""
+    """The model's configuration, and every option as it stands in that model; one composition serves them
+    all.
+    """
     names = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in groups()}
     places = {group: f"options.{group.replace('/', '_')}" for group in names}
     added = [f"+{group}@{places[group]}.{name}={name}" for group in names for name in names[group]]
@@ -170,7 +173,9 @@ def host_of(options: dict[str, Option], inner: str, preferred: str) -> Option:
 
 
 def about(group: str) -> str:
-    """The first line of the module that says the group's name; of a group inside another, the comment beside its choice."""
+    """The first line of the module that says the group's name; of a group inside another, the comment beside
+    its choice.
+    """
     outer, _, inner = group.partition("/")
     if inner:
         texts = (path.read_text() for path in sorted((CONF / outer).glob("*.yaml")))

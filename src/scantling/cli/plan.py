@@ -90,7 +90,10 @@ def plan(config: DictConfig) -> None:
 def advice(chosen: Choice | None, forecast: Forecast, limit: int, devices: int) -> str:
     """The cheapest choice that fits into `limit`, as it is typed."""
     if chosen is None:
-        return f"Nothing fits into {short(limit, 'B')}, with one sequence at once: more devices, or a shorter context"
+        return (
+            f"Nothing fits into {short(limit, 'B')}, with one sequence at once: more devices, or a shorter "
+            "context"
+        )
     return (
         f"The cheapest that fits into {short(limit, 'B')}: trainer={chosen.engine} trainer.devices={devices} "
         f"micro_batch_size={chosen.micro_batch_size}"

@@ -1,4 +1,6 @@
-"""plan.py with `isoflop.flops` or `isoflop.device_hours`: a study planned before it is run, and its yaml written."""
+"""plan.py with `isoflop.flops` or `isoflop.device_hours`: a study planned before it is run, and its yaml
+written.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ FEWEST_STEPS = 100
 
 
 def plan_study(config: DictConfig, console: Console, entries: int | None) -> None:
-    """Propose, forecast, print, and write `sweeps/<study>.yaml`. `entries` are the tokenizer's, None where they are not
-    known. Raises ValueError for what cannot be planned.
+    """Propose, forecast, print, and write `sweeps/<study>.yaml`. `entries` are the tokenizer's, None where
+    they are not known. Raises ValueError for what cannot be planned.
     """
     settings = config.isoflop
     grid = Grid(settings.budgets, settings.ratio, settings.sizes, settings.spread, settings.seeds)
@@ -155,10 +157,10 @@ def sweep_yaml(
         f"#   python src/plan.py {' '.join(config.overrides)}",
         f"#   python src/train.py -m sweeps={config.study}",
         f"#   python src/report.py study={config.study}",
-        f"# {grid.runs} runs, {total:.3g} FLOPs, {duration(total / speed)} at {short(speed, 'FLOP/s')}. Forecast at noise "
-        f"{config.isoflop.noise:g}:",
-        f"# exponent a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} by approach 3; "
-        f"loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}",
+        f"# {grid.runs} runs, {total:.3g} FLOPs, {duration(total / speed)} at "
+        f"{short(speed, 'FLOP/s')}. Forecast at noise {config.isoflop.noise:g}:",
+        f"# exponent a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} by approach "
+        f"3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}",
     ]
     defaults = [{f"override /{group}": option} for group, option in groups.items()]
     body: dict[str, Any] = {"defaults": [*defaults, {"override /budget": "flops"}]}
@@ -171,7 +173,7 @@ def sweep_yaml(
 
 
 def typed_for_runs(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Of a command line, what a run of the study needs: options of groups, and settings as a nested mapping."""
+    """Of a command line, what a run of the study needs: options of groups, and settings, nested."""
     own = OmegaConf.load(CONF / "plan.yaml")
     assert isinstance(own, DictConfig)
     left_out = {*own, "study", "budget", "seed"}
@@ -233,7 +235,8 @@ def forecast_table(others: list[tuple[Grid, Forecast]], level: float, target: fl
     )
     for i, (grid, found) in enumerate(others):
         table.add_row(
-            f"{grid.budgets} × {grid.ratio:.2g}, {grid.sizes} within {grid.spread:.2g}, {some(grid.seeds, 'seed')}",
+            f"{grid.budgets} × {grid.ratio:.2g}, {grid.sizes} within {grid.spread:.2g}, "
+            f"{some(grid.seeds, 'seed')}",
             f"{grid.runs}",
             f"± {found.a_isoflop:.3f}",
             f"{found.bias:+z.3f}",
@@ -271,31 +274,32 @@ def remarks(
     settings = config.isoflop
     lines = [
         f"\ntime: of one device at {short(speed, 'FLOP/s')}, {assumed_speed(config)}",
-        f"These {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} by approach "
-        f"3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}, were isoflop.law the truth (a = {expected.a:.3f}) and "
-        f"{settings.noise:g} the noise of log loss. Parabolas will be {expected.bias:+z.3f} off a, by their own bias and because "
-        "the FLOPs of small models are not 6ND",
+        f"These {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} "
+        f"by approach 3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}, were isoflop.law the truth "
+        f"(a = {expected.a:.3f}) and {settings.noise:g} the noise of log loss. Parabolas will be "
+        f"{expected.bias:+z.3f} off a, by their own bias and because the FLOPs of small models are not 6ND",
         f"lr: {' '.join((LEARNING_RATES[settings.lr_rule].__doc__ or '').split())}",
     ]
     sizes = [cell.parameters for cell in cells]
     doubts = [unknown_entries(config)] if entries is None else []
     if settings.lr_rule == "porian" and not PORIAN_RANGE[0] <= min(sizes) <= max(sizes) <= PORIAN_RANGE[1]:
         doubts.append(
-            f"{short(min(sizes))} to {short(max(sizes))} parameters lie outside of that rule's {short(PORIAN_RANGE[0])} to "
-            f"{short(PORIAN_RANGE[1])}: try lr × 2 and lr / 2 at the smallest and the largest"
+            f"{short(min(sizes))} to {short(max(sizes))} parameters lie outside of that rule's "
+            f"{short(PORIAN_RANGE[0])} to {short(PORIAN_RANGE[1])}: try lr × 2 and lr / 2 at the "
+            "smallest and the largest"
         )
     worst = max(float(hoffmann_loss(law, cell.parameters, cell.tokens)) for cell in cells)
     guess = float(np.log(config.model.vocab_size))
     if worst > guess:
         doubts.append(
-            f"isoflop.law forecasts {worst:.1f} nats a token where a uniform guess has {guess:.1f}: it is not of models so "
-            "small; give E, A, B, alpha and beta of a few runs of yours, fitted by report.py"
+            f"isoflop.law forecasts {worst:.1f} nats a token where a uniform guess has {guess:.1f}: it is "
+            "not of models so small; give E, A, B, alpha and beta of a few runs of yours, fitted by report.py"
         )
     few = [cell.name for cell in cells if cell.steps < FEWEST_STEPS]
     if few:
         doubts.append(
-            f"{some(len(few), 'cell')} of fewer than {FEWEST_STEPS} steps, {few[0]} the first: a smaller batch_size, "
-            "or more FLOPs"
+            f"{some(len(few), 'cell')} of fewer than {FEWEST_STEPS} steps, {few[0]} the first: a smaller "
+            "batch_size, or more FLOPs"
         )
     if config.choices.schedule == "constant":
         doubts.append("schedule=constant does not end with the run, as these laws suppose")

@@ -1,4 +1,6 @@
-"""The frame of every entry: Hydra reads the command line, and a user's mistake becomes one line and exit code 2."""
+"""The frame of every entry: Hydra reads the command line, and a user's mistake becomes one line and exit code
+2.
+"""
 
 from __future__ import annotations
 

@@ -22,14 +22,16 @@ TAKES_SWEEPS = ("train", "plan")
 
 
 def search_path(entry: str) -> list[str]:
-    """The override that makes the folder `sweeps` beside `conf` a group of it; and every other folder there, so that only
-    what takes sweeps has it.
+    """The override that makes the folder `sweeps` beside `conf` a group of it; and every other folder there,
+    so that only what takes sweeps has it.
     """
     return [f"hydra.searchpath=['file://{ROOT}']"] if entry in TAKES_SWEEPS else []
 
 
 def compose_config(entry: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of `src/<entry>.py` with these overrides, as if typed. Hydra's own state stays as it was."""
+    """The configuration of `src/<entry>.py` with these overrides, as if typed. Hydra's own state stays as it
+    was.
+    """
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -42,8 +44,9 @@ def compose_config(entry: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def with_choices(config: DictConfig, hydra: DictConfig | HydraConf) -> DictConfig:
-    """A copy that has, in the place of Hydra's own node, `choices`, the option of each group, and `overrides`, what was
-    typed. Nothing but the edges where Hydra hands a configuration over knows Hydra's node.
+    """A copy that has, in the place of Hydra's own node, `choices`, the option of each group, and
+    `overrides`, what was typed. Nothing but the edges where Hydra hands a configuration over knows Hydra's
+    node.
     """
     chosen = hydra.runtime.choices.items()
     own = {key: node for key, node in config.items_ex(resolve=False) if key != "hydra"}
@@ -63,7 +66,9 @@ def with_settings(config: DictConfig, settings: Mapping[str, Any]) -> DictConfig
 
 
 def resolved_config(config: DictConfig) -> dict[str, Any]:
-    """What is recorded of a run: interpolations resolved, the choices last; what was typed is recorded beside it."""
+    """What is recorded of a run: interpolations resolved, the choices last; what was typed is recorded beside
+    it.
+    """
     resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return {key: value for key, value in resolved.items() if key != "overrides"}
 
@@ -75,8 +80,8 @@ def unresolved_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def tokenizer_entries(config: DictConfig) -> int | None:
-    """Those that the chosen tokenizer has, or is trained to; None where they cannot be known without its text, or a Hub
-    that answers.
+    """Those that the chosen tokenizer has, or is trained to; None where they cannot be known without its
+    text, or a Hub that answers.
     """
     if OmegaConf.missing_keys(config.tokenizer):
         return None
@@ -89,6 +94,6 @@ def tokenizer_entries(config: DictConfig) -> int | None:
 def unknown_entries(config: DictConfig) -> str:
     """What is taken in their place, for the user."""
     return (
-        f"tokenizer={config.choices.tokenizer}: its entries are not known before its text is read, and are taken to be "
-        f"model.vocab_size={config.model.vocab_size}"
+        f"tokenizer={config.choices.tokenizer}: its entries are not known before its text is read, and are "
+        f"taken to be model.vocab_size={config.model.vocab_size}"
     )

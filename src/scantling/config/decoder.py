@@ -22,8 +22,8 @@ def build_decoder(config: DictConfig, vocab_size: int, device: str) -> Decoder:
 
 
 def without_hydra_checks(value: Any) -> Any:
-    """A factory without Hydra's check of its policy at each call of a part, which is most of the time that 15,000 experts
-    take.
+    """A factory without Hydra's check of its policy at each call of a part, which is most of the time that
+    15,000 experts take.
     """
     if not isinstance(value, partial):
         return value
@@ -32,7 +32,7 @@ def without_hydra_checks(value: Any) -> Any:
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: what has no memory takes no values, and pretending costs half of the time."""
+    """Leaves out `torch.nn.init`: what has no memory takes no values, and pretending is half of the time."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":

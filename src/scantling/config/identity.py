@@ -14,8 +14,8 @@ from scantling.config.settings import NOT_TRAINED, is_neutral
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
-    """What is trained: the resolved configuration less paths, loggers and hardware, and less what is at a neutral value, so
-    that a setting more makes no other run of what was trained without it.
+    """What is trained: the resolved configuration less paths, loggers and hardware, and less what is at a
+    neutral value, so that a setting more makes no other run of what was trained without it.
     """
     resolved = resolved_config(config)
     kept = {key: value for key, value in resolved.items() if key not in (*NOT_TRAINED, "choices")}

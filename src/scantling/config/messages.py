@@ -32,7 +32,10 @@ def one_line(error: Exception, entry: str, typed: Sequence[str] = ()) -> str:
         runs_each = f"train.py -m {match[1]} runs each, " if entry == "train" else ""
         return f"{match[1]} holds a comma: {runs_each}{match[2]}=[{match[3]}] is a list"
     if match := re.search(r"In '(sweeps/\S+)': .*Key '(\S+)' not in 'StudyConf'", text, re.DOTALL):
-        return f"{match[1]}.yaml sets hydra.sweeper.{match[2]} of another sweeper: add hydra/sweeper=…, as its header says"
+        return (
+            f"{match[1]}.yaml sets hydra.sweeper.{match[2]} of another sweeper: add hydra/sweeper=…, "
+            "as its header says"
+        )
     if isinstance(error.__cause__, ValidationError):
         text += ": " + str(error.__cause__).splitlines()[0]
     return " ".join(text.split())

@@ -24,7 +24,9 @@ def options_of(group: str) -> list[str]:
 
 
 def options_with(key: str, *, below: bool = False) -> list[str]:
-    """Of a dotted key's group, the options whose yaml has it as a setting or, with `below`, has settings below it."""
+    """Of a dotted key's group, the options whose yaml has it as a setting or, with `below`, has settings
+    below it.
+    """
     group, dot, name = key.partition(".")
     found = {option: read_yaml(f"{group}/{option}") for option in options_of(group)} if dot else {}
     if below:
@@ -35,7 +37,9 @@ def options_with(key: str, *, below: bool = False) -> list[str]:
 
 @functools.cache
 def entry_settings(entry: str) -> dict[str, Any]:
-    """Those that the file of an entry gives itself, and no option, by dotted key; less those that it leaves to others."""
+    """Those that the file of an entry gives itself, and no option, by dotted key; less those that it leaves
+    to others.
+    """
     return {key: value for key, value in leaves(read_yaml(entry)).items() if value != "???"}
 
 
@@ -57,4 +61,5 @@ def option_settings(group: str, option: str) -> dict[str, Any]:
 
 def read_yaml(name: str) -> dict[str, Any]:
     """`conf/<name>.yaml` as it stands, interpolations unresolved."""
-    return OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"), resolve=False)  # type: ignore[return-value]
+    node = OmegaConf.load(CONF / f"{name}.yaml")
+    return OmegaConf.to_container(node, resolve=False)  # type: ignore[return-value]

@@ -1,7 +1,7 @@
 """What is known of settings beyond their values: one table, which everybody asks.
 
-A setting that the table does not have is of the kind of its default in `conf/`, takes null where that is null, and is part
-of what is trained and of what an arm is; at null it is left out of a run's identity.
+A setting that the table does not have is of the kind of its default in `conf/`, takes null where that is
+null, and is part of what is trained and of what an arm is; at null it is left out of a run's identity.
 """
 
 from __future__ import annotations
@@ -15,19 +15,29 @@ class Setting:
     """What is not as of most settings. It holds of a key, and of all settings below it."""
 
     kind: Literal["name", "free text"] | None = None
-    """A name: 7 is one, and no number. Free text: whatever is typed, with its brackets and spaces. None: as the default."""
+    """A name: 7 is one, and no number. Free text: whatever is typed, with its brackets and spaces. None: as
+    the default.
+    """
     nullable: bool = False
     """Whether null is a value, with a default that is not."""
     several: tuple[str, ...] = ()
-    """The entries where it takes a list, or one value, whatever its default; `report.py` words its own refusals."""
+    """The entries where it takes a list, or one value, whatever its default; `report.py` words its own
+    refusals.
+    """
     neutral: Any = None
-    """The value that leaves training as it would be without the setting: at it, or null, it is not in a run's identity."""
+    """The value that leaves training as it would be without the setting: at it, or null, it is not in a run's
+    identity.
+    """
     trained: bool = True
-    """Whether it is part of a run's identity. Of `trainer` the precision is, and with `guard` a run that stopped goes on."""
+    """Whether it is part of a run's identity. Of `trainer` the precision is, and with `guard` a run that
+    stopped goes on.
+    """
     arm: bool = True
     """Whether it is part of what an arm is; what is not trained never is."""
     size: Literal["shape", "length", "tuned", "fitted"] | None = None
-    """Whether it makes a model larger, a run longer, or follows these: tuned, as it moves the loss, or fitted to a device."""
+    """Whether it makes a model larger, a run longer, or follows these: tuned, as it moves the loss, or fitted
+    to a device.
+    """
     column: bool = False
     """Whether the table of runs has a column of it, under its last name."""
     own_reference: bool = False
@@ -111,8 +121,8 @@ NULL_IN_IDENTITY = (
     *("data.data_files", "data.max_documents", "data.name", "data.revision", "data.val_split"),
     "tokenizer.train_bytes",
 )
-"""The settings that were null in some run before null ones were left out of identities; `decoder` repeats those of parts.
-They stay in, so that these runs are found again. No setting is ever added.
+"""The settings that were null in some run before null ones were left out of identities; `decoder` repeats
+those of parts. They stay in, so that these runs are found again. No setting is ever added.
 """
 
 # What the packages ask of the table:
@@ -125,7 +135,8 @@ SHAPE = tuple(key.removeprefix("model.") for key, known in SETTINGS.items() if k
 FOLLOWS_SIZE = tuple(key for key, known in SETTINGS.items() if known.size in ("tuned", "fitted"))
 """What a study of sizes changes with them."""
 TUNED = tuple(key for key, known in SETTINGS.items() if known.size == "tuned")
-"""Of these, what moves the loss: where a size has several, most of its runs are not the best that it can do."""
+"""Of these, what moves the loss: where a size has several, most of its runs are not the best that it can do.
+"""
 
 COLUMNS = tuple(key.removeprefix("model.") for key, known in SETTINGS.items() if known.column)
 OWN_REFERENCE = tuple(key for key, known in SETTINGS.items() if known.own_reference)
@@ -137,7 +148,9 @@ def setting(key: str) -> Setting:
 
 
 def is_neutral(key: str, value: Any) -> bool:
-    """Whether a setting, or what `decoder` repeats of it, has the value at which it is left out of an identity."""
+    """Whether a setting, or what `decoder` repeats of it, has the value at which it is left out of an
+    identity.
+    """
     key = key.removeprefix("decoder.")
     if value is None:
         return key not in NULL_IN_IDENTITY

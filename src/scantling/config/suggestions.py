@@ -16,8 +16,8 @@ SYNONYMS = {
     "model.d_head": "head_dim head_size",
     "model.d_model": "hidden_size n_embd n_embed embed_dim dim width",
     "model.d_ff": "intermediate_size ffn_dim ffn_hidden_size n_inner mlp_dim",
-    "model.seq_len": "block_size context context_length ctx_len max_len max_length max_seq_len max_seq_length "
-    "max_position_embeddings n_positions n_ctx sequence_length",
+    "model.seq_len": "block_size context context_length ctx_len max_len max_length max_seq_len "
+    "max_seq_length max_position_embeddings n_positions n_ctx sequence_length",
     "model.vocab_size": "vocab padded_vocab_size n_vocab",
     "model.window": "sliding_window window_size",
     "pos.theta": "rope_theta rope_base",
@@ -80,8 +80,8 @@ def nearest(wrong: str, options: Sequence[str]) -> str:
 
 
 def nearest_setting(key: str, known: Sequence[str]) -> str:
-    """': did you mean …?' for a dotted key: what others call so; else what is near in its group; else what has its last
-    component, or one near it; else what is near as a whole. Nothing where nothing is.
+    """': did you mean …?' for a dotted key: what others call so; else what is near in its group; else what
+    has its last component, or one near it; else what is near as a whole. Nothing where nothing is.
     """
     group, _, name = key.rpartition(".")
     for ours in called_by_others(name.lower().replace("-", "_"), known):
@@ -115,8 +115,8 @@ def did_you_mean(names: Sequence[str]) -> str:
 
 
 def known_settings(entry: str, typed: Sequence[str]) -> list[str]:
-    """Every dotted key under the options that were typed, and every group where options are chosen. Keys that are Hydra's,
-    as `_target_`, are left out.
+    """Every dotted key under the options that were typed, and every group where options are chosen. Keys that
+    are Hydra's, as `_target_`, are left out.
     """
     chosen = [o for o in typed if (CONF / (o.replace("=", "/", 1) + ".yaml")).exists()]
     config = compose_config(entry, chosen)

@@ -1,7 +1,7 @@
 """What was typed for a setting, checked against the kind of value that it has by default.
 
-The defaults' own types in `conf/` are the schema, with what `settings.py` knows beside them: an option is one yaml, and has
-its kinds declared once.
+The defaults' own types in `conf/` are the schema, with what `settings.py` knows beside them: an option is one
+yaml, and has its kinds declared once.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def check_options(typed: Sequence[str]) -> None:
 
 
 def check_values(config: DictConfig, entry: str) -> None:
-    """Raise Mistake where what was typed is of another kind than the default: one value for what holds settings or is a
-    list, a list or null for one value, a word for a number, true or false; or where a study leaves the place of runs.
+    """Raise Mistake where what was typed is of another kind than the default: one value for what holds
+    settings or is a list, a list or null for one value, a word for a number, true or false; or where a study
+    leaves the place of runs.
     """
     pairs = [o.partition("=") for o in config.overrides if not o.startswith(("+", "~"))]
     typed = {key: text for key, _, text in pairs if not is_group(key)}
@@ -94,8 +95,8 @@ def check_place(config: DictConfig, entry: str, key: str, text: str) -> None:
 
 
 def declared_settings(config: DictConfig, entry: str, keys: Collection[str]) -> dict[str, Any]:
-    """Defaults by dotted key, as the entry's file and those of the chosen options give them; of options of which a setting
-    is among `keys`.
+    """Defaults by dotted key, as the entry's file and those of the chosen options give them; of options of
+    which a setting is among `keys`.
     """
     found = dict(entry_settings(entry))
     for group, option in config.choices.items():

@@ -16,8 +16,9 @@ def joined(setting: dict[str, str], keys: Sequence[str]) -> str:
 
 
 def varied_keys(settings: Sequence[dict[str, str]], without: Collection[str] = NOT_AN_ARM) -> list[str]:
-    """Settings that are not alike in all runs, in the order in which they were typed; without these groups, and without
-    what the launcher found for each arm."""
+    """Settings that are not alike in all runs, in the order in which they were typed; without these groups,
+    and without what the launcher found for each arm.
+    """
     keys = dict.fromkeys(key for setting in settings for key in setting)
     found = {key for note, key in NOTES.items() if any(note in setting for setting in settings)}
     return [
@@ -38,15 +39,18 @@ def varied_within(groups: Sequence[Hashable], settings: Sequence[dict[str, str]]
 
 
 def names_by_difference(overrides: Iterable[str]) -> list[str]:
-    """A name for each run that has none: the settings in which they differ, but for seeds. Where and how they ran is among
-    them, as runs side by side are often compared for that."""
+    """A name for each run that has none: the settings in which they differ, but for seeds. Where and how they
+    ran is among them, as runs side by side are often compared for that.
+    """
     settings = [settings_of(text) for text in overrides]
     varied = varied_keys(settings, without=("seed", *NOTES))
     return [joined(setting, varied) or "default" for setting in settings]
 
 
 def arms_changes(settings: Sequence[dict[str, str]]) -> set[str]:
-    """What named arms change: the sweeper puts it after the arm's name, and runs of one arm have it in common."""
+    """What named arms change: the sweeper puts it after the arm's name, and runs of one arm have it in
+    common.
+    """
     found = set()
     for setting in settings:
         keys = list(setting)

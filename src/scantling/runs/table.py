@@ -181,7 +181,8 @@ def cached(
     study: Path, name: str, rows_of: Callable[[RunDirectory], list[dict[str, Any]]]
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """Rows of all directories, those that stand as they did from the file, and what was left out, with the
-    reason."""
+    reason.
+    """
     if not study.is_dir():
         raise ValueError(f"{study} is not a directory of a study")
     stamps = {entry.name: stamp(entry.path) for entry in os.scandir(study) if is_candidate(entry)}
@@ -262,8 +263,7 @@ def reason(error: Exception) -> str:
 
 
 def differences(one: RunDirectory, other: RunDirectory) -> list[tuple[str, Any, Any]]:
-    """(setting, here, there) for every leaf of the resolved configurations that differs and repeats no
-    other."""
+    """(setting, here, there) for every leaf of the configurations that differs and repeats no other."""
     ours, theirs = (leaves(yaml.load(run.config.read_text(), Loader)) for run in (one, other))
     return [(key, ours.get(key), theirs.get(key)) for key in sorted(varying_leaves([ours, theirs]))]
 

@@ -22,7 +22,8 @@ def locate_run(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
         directory = RunDirectory(config.resume)
         if not directory.config.exists():
             raise ValueError(
-                f"resume={config.resume} holds no run: use auto, never, or a directory below {config.paths.runs}/"
+                f"resume={config.resume} holds no run: use auto, never, or a directory below "
+                f"{config.paths.runs}/"
             )
         config = compose_again(directory.environment["overrides"], config.overrides)
         stored = OmegaConf.load(directory.config)
@@ -58,7 +59,7 @@ def own_identity(config: DictConfig, here: DictConfig) -> dict[str, Any]:
 def already_finished(directory: RunDirectory) -> str:
     summary = directory.summary
     return (
-        f"This run is finished: {summary['val/bpb']:.4f} bits/byte after {summary['tokens']:,} tokens, in {directory.path}\n"
-        "Change a setting (seed=1, say) for another run; trainer, logger, log_every, guard and sample make none. resume=never "
-        "repeats it beside this one."
+        f"This run is finished: {summary['val/bpb']:.4f} bits/byte after {summary['tokens']:,} tokens, in "
+        f"{directory.path}\nChange a setting (seed=1, say) for another run; trainer, logger, log_every, guard "
+        "and sample make none. resume=never repeats it beside this one."
     )
