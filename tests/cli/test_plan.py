@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from hydra.utils import instantiate
 
-from scantling.cli import parts_table
+from scantling.cli import parts_table, plan
 from scantling.cli.plan_tables import first_sentence
 from scantling.config.composition import compose_config
 from scantling.config.decoder import build_decoder
