@@ -88,3 +88,15 @@ def test_a_launcher_starts_without_torch():
 def test_entries_hold_no_logic():
     for path in SOURCE.glob("*.py"):
         assert len(path.read_text().splitlines()) < 25, path
+
+
+def test_at_most_five_functions_are_long():
+    """Over 60 lines, without decorators; a signal to look, and here a limit."""
+    long = {
+        f"{path.relative_to(SOURCE)}:{node.name}"
+        for path in [*FILES, *PLUGINS]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or node.lineno) - node.lineno + 1 > 60
+    }
+    assert len(long) <= 5, sorted(long)

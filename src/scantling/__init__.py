@@ -1,3 +1,3 @@
 """Scantling measures the parts of decoder-only language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
