@@ -66,7 +66,7 @@ class Rounds(StepCallback):
         self.rounds: list[dict[str, float]] = []
         """Seconds of each contestant in each round; the first is for warming up."""
 
-    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.begun, self.start = time.perf_counter(), self.clock()
 
     def on_step(self, trainer: L.Trainer, task: L.LightningModule, step: int) -> None:
