@@ -99,8 +99,8 @@ def approach_3(law, sizes, noise, resamples) -> Callable[[np.random.Generator, i
     """`sizes`: N and C of a planned grid, or a function that draws them."""
 
     def draw(rng: np.random.Generator, seed: int) -> Held:
-        resampling = "runs" if callable(sizes) else "noise"
-        n, c = sizes(rng) if callable(sizes) else sizes
+        resampling = "noise" if isinstance(sizes, tuple) else "runs"
+        n, c = sizes if isinstance(sizes, tuple) else sizes(rng)
         d = c / 6 / n
         loss = loss_of(n, d, law) * noise(rng, len(n))
         fitted = refit_hoffmann(n, d, loss, resamples=resamples, resampling=resampling, seed=seed)
@@ -109,11 +109,11 @@ def approach_3(law, sizes, noise, resamples) -> Callable[[np.random.Generator, i
         for name in "AB":
             yield f"{name}, profile likelihood", inside(law[name], profile_interval(fitted, name))
         yield "a of N_opt ∝ C^a", inside(exponent(law), allocation_exponent(fitted)[1])
-        table = optimum_table(fitted, [1e23])
+        (row,) = optimum_table(fitted, [1e23]).to_dict("records")
         truth = optimal_parameters(vector(law), 1e23, 6.0)[0]
-        yield "N_opt at 1e23 FLOPs", inside(truth, (table["N_low"][0], table["N_high"][0]))
+        yield "N_opt at 1e23 FLOPs", inside(truth, (row["N_low"], row["N_high"]))
         best = float(optimal_loss(vector(law), 1e23, 6.0)[0])
-        yield "loss at that optimum", inside(best, (table["loss_low"][0], table["loss_high"][0]))
+        yield "loss at that optimum", inside(best, (row["loss_low"], row["loss_high"]))
         at = {"N": [truth], "D": [1e23 / 6 / truth]}
         low, high = fitted.predict_interval(seed=seed, **at)
         yield "a new run there", inside(best * noise(rng, 1)[0], (low[0], high[0]))

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -87,7 +88,7 @@ def hugging_face(ours: Decoder) -> transformers.LlamaForCausalLM:
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     weights = {"model.embed_tokens.weight": ours.embed.tokens.weight, "model.norm.weight": ours.norm.weight}
-    for i, block in enumerate(ours.layers):
+    for i, block in enumerate(cast(Any, ours.layers)):
         at = f"model.layers.{i}"
         for name, weight in zip("qkv", block.attn.qkv.weight.chunk(3), strict=True):
             weights[f"{at}.self_attn.{name}_proj.weight"] = weight
@@ -116,7 +117,7 @@ def written_by(decoder: Decoder, prompts_BT: Tensor) -> list[list[int]]:
 
 def written_by_transformers(model: transformers.LlamaForCausalLM, prompts_BT: Tensor) -> list[list[int]]:
     mask = torch.ones_like(prompts_BT)
-    texts = model.generate(
+    texts = cast(Any, model).generate(
         prompts_BT, attention_mask=mask, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
     )
     return texts[:, PROMPT:].tolist()

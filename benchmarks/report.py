@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arms", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=200, help="of metrics.jsonl")

@@ -24,8 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
@@ -59,14 +60,14 @@ class Rounds(StepCallback):
     """
 
     def __init__(
-        self, peers: dict[str, Iterator[None]], *, steps: int, seconds: float, clock: Callable[[], float]
+        self, peers: Mapping[str, Iterator[object]], *, steps: int, seconds: float, clock: Callable[[], float]
     ):
         self.peers, self.steps, self.seconds, self.clock = peers, steps, seconds, clock
         self.warm = steps // 5
         self.rounds: list[dict[str, float]] = []
         """Seconds of each contestant in each round; the first is for warming up."""
 
-    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.begun, self.start = time.perf_counter(), self.clock()
 
     def on_step(self, trainer: L.Trainer, task: L.LightningModule, step: int) -> None:
@@ -225,7 +226,7 @@ def main() -> None:
     about = {
         "device": hardware.describe(cpu),
         "torch": torch.__version__,
-        "lightning": L.__version__,
+        "lightning": version("lightning"),
         "transformers": transformers.__version__,
         "clock": "CPU time of the process" if arguments.cpu_time else "wall",
         "malloc": "as it is"

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -295,7 +296,7 @@ GPT = ("norm=layernorm", "pos=learned", "attn=mha", "ffn=gelu_tanh", "embed=tied
 """What GPT-1 and GPT-2 share."""
 
 
-def randomised(kind, config) -> torch.nn.Module:
+def randomised(kind, config) -> Any:
     """A model of `transformers` with eager attention whose every parameter is random, biases and norms too."""
     config._attn_implementation = "eager"
     generator = torch.Generator().manual_seed(0)
@@ -308,13 +309,13 @@ def randomised(kind, config) -> torch.nn.Module:
     return model
 
 
-def named(prefix: str, module: torch.nn.Module, transpose: bool = False) -> dict[str, torch.Tensor]:
+def named(prefix: str, module: Any, transpose: bool = False) -> dict[str, torch.Tensor]:
     """Weight and bias under our names; GPT's Conv1D keeps the transpose of a Linear's weight."""
     weight = module.weight.T if transpose else module.weight
     return {f"{prefix}.weight": weight, f"{prefix}.bias": module.bias}
 
 
-def conv_block(prefix: str, theirs: torch.nn.Module) -> dict[str, torch.Tensor]:
+def conv_block(prefix: str, theirs: Any) -> dict[str, torch.Tensor]:
     """One block of GPT-1 or GPT-2 under our names."""
     biases = theirs.attn.c_attn.bias.chunk(3)
     return {

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any, cast
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -29,7 +30,7 @@ class Command:
 
     def __init__(
         self,
-        argv: Sequence[str],
+        argv: Sequence[str | Path],
         place: Path,
         *,
         processes: int = 1,
@@ -51,7 +52,9 @@ class Command:
 
     @property
     def pid(self) -> int:
-        return self.processes[0].pid
+        pid = self.processes[0].pid
+        assert pid is not None
+        return pid
 
     @property
     def returncode(self) -> int | None:
@@ -151,7 +154,7 @@ def entry(argv: list[str]) -> None:
 
     take_processor()
 
-    rank_zero_only.rank = _get_rank() or 0  # Lightning reads it when it is imported
+    cast(Any, rank_zero_only).rank = _get_rank() or 0  # Lightning reads it when it is imported
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
 

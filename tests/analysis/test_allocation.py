@@ -63,12 +63,13 @@ def fitted(noise=0.0, seed=0, resamples=0):
 
 def test_the_optimum_is_scipys():
     table = optimum_table(fitted(), [1e20, 3e23])
-    for row in table.itertuples():
-        n = minimise_by_scipy(row.C)
-        assert pytest.approx(n, rel=1e-3) == row.N
-        assert row.tokens_per_parameter == pytest.approx(row.C / 6 / n**2, rel=2e-3)
-        assert row.loss == pytest.approx(loss_of(n, row.C / 6 / n), rel=1e-5)
-        assert pytest.approx(row.C) == row.D * row.N * 6
+    for row in table.to_dict("records"):
+        c = row["C"]
+        n = minimise_by_scipy(c)
+        assert row["N"] == pytest.approx(n, rel=1e-3)
+        assert row["tokens_per_parameter"] == pytest.approx(c / 6 / n**2, rel=2e-3)
+        assert row["loss"] == pytest.approx(loss_of(n, c / 6 / n), rel=1e-5)
+        assert row["D"] * row["N"] * 6 == pytest.approx(c)
 
 
 def test_chinchilla_at_gophers_budget():
@@ -77,7 +78,8 @@ def test_chinchilla_at_gophers_budget():
     n, c, loss = grid(law=HISTORIC)
     at = fit(HOFFMANN, {"N": n, "D": c / 6 / n}, loss, starts_SP=HOFFMANN.theta(HISTORIC)[None])
     assert allocation_exponent(at)[0] == pytest.approx(0.46, abs=0.01)
-    assert optimum_table(at, [5.76e23])["N"][0] == pytest.approx(40.2e9, rel=0.25)
+    (row,) = optimum_table(at, [5.76e23]).to_dict("records")
+    assert row["N"] == pytest.approx(40.2e9, rel=0.25)
 
 
 def test_the_frontier_is_the_loss_at_the_optimum():
@@ -93,6 +95,7 @@ def test_the_frontier_is_the_loss_at_the_optimum():
 
 def frontier_samples(law, budgets):
     line = frontier(law)
+    assert line.resampled_SP is not None
     return np.exp(line.form.predictor({"C": budgets})(line.resampled_SP)[0]).T
 
 
@@ -206,10 +209,12 @@ def test_measured_flops_are_divided_as_they_were_measured():
     report = reported(n, c / 9 / n, c, loss)
     expected = minimise_by_scipy(1e21, k=9)
     assert expected < 0.85 * minimise_by_scipy(1e21)
-    optimum = report.optimum.set_index("C")
-    assert optimum["N"][1e21] == pytest.approx(expected, rel=0.02)
-    assert optimum["D"][1e21] == pytest.approx(1e21 / 9 / expected, rel=0.02)
-    assert report.isoflop.optima[-1] == pytest.approx(optimum["N"][1e21], rel=0.05)
+    assert report.optimum is not None
+    optimum = report.optimum.set_index("C").to_dict("index")[1e21]
+    assert optimum["N"] == pytest.approx(expected, rel=0.02)
+    assert optimum["D"] == pytest.approx(1e21 / 9 / expected, rel=0.02)
+    assert report.isoflop is not None
+    assert report.isoflop.optima[-1] == pytest.approx(optimum["N"], rel=0.05)
     charts = {chart.title: chart.series for chart in law_charts(report)}
     at = 1e21 * np.array([0.9, 1.1])
     for title, line in {"Compute-optimal size": 1, "Frontier": 1}.items():
@@ -224,6 +229,7 @@ def test_a_small_table_is_fitted_without_the_budgets_that_it_can_spare():
     n = np.array([1e8, 2e8, 4e8, 2e8, 4e8, 8e8, 8e8, 1.6e9])
     c = np.array([1e18] * 3 + [1e19] * 3 + [1e20, 1e21])
     without = without_table(reported(n, c / 6 / n, c, loss_of(n, c / 6 / n)))
+    assert without is not None
     assert list(without["without the runs of"]) == ["1e+20 FLOPs", "1e+21 FLOPs"]
 
 
@@ -240,4 +246,5 @@ def test_the_gate_has_the_level_and_the_resampling_of_the_fit():
     losses = report.observations.runs["loss"]
     settings = {"compute": c, "share": 0.25, "tolerance": 0.01, "resamples": 100}
     expected = held_out_gate(n, c / 6 / n, losses, **settings, level=0.8, resampling="noise")
+    assert report.gate is not None
     pd.testing.assert_frame_equal(report.gate.held_out, expected.held_out)

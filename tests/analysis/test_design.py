@@ -45,8 +45,9 @@ def test_the_forecast_widths_are_those_that_fits_then_report():
         law = fit_isoflop(n, c, loss, resamples=300, seed=seed)
         isoflop.append((law.exponent_interval[1] - law.exponent_interval[0]) / 2)
         fitted = refit_hoffmann(n, d, loss, resamples=200, resampling="noise", seed=seed)
-        a, (low, high) = allocation_exponent(fitted)
-        parametric.append((high - low) / 2)
+        a, interval = allocation_exponent(fitted)
+        assert interval is not None
+        parametric.append((interval[1] - interval[0]) / 2)
         found.append(a)
     assert np.mean(isoflop) == pytest.approx(expected.a_isoflop, rel=0.15)
     assert np.mean(parametric) == pytest.approx(expected.a_parametric, rel=0.2)

@@ -350,7 +350,7 @@ def test_bounds_of_normal_estimates_are_students(degrees):
     """To the precision of a 2.5 % quantile of these draws, also where t's own tail lies beyond them all."""
     estimates = 10 + np.random.default_rng(0).standard_normal((4000, 2))
     low, high = expanded_percentiles(estimates, level=0.95, degrees_of_freedom=degrees)
-    reach = t.ppf(0.975, degrees)
+    reach = float(t.ppf(0.975, degrees))
     np.testing.assert_allclose(high, 10 + reach, atol=0.05 * reach)
     np.testing.assert_allclose(low, 10 * np.exp(-reach / 10), rtol=0.1)
     below, _ = expanded_percentiles(estimates - 10, level=0.95, degrees_of_freedom=degrees)

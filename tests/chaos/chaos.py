@@ -146,8 +146,8 @@ def disturbed(number: int, place: Path, seed: int, mounts: bool, expected: dict)
         found["while writing"] += run is not None and bool(list(run.checkpoints.glob("step-*.ckpt.partial")))
         steps, bad = whole_steps(place)
         found["lost"] += len(set(bad) - truncated) + (max(steps, default=0) < newest)
-        if kind == "truncated checkpoint" and steps and not run.is_finished:
-            path = directory_of(place).checkpoint(steps[0])
+        if kind == "truncated checkpoint" and steps and run is not None and not run.is_finished:
+            path = run.checkpoint(steps[0])
             truncated.add(path)
             os.truncate(path, choose.randrange(path.stat().st_size))
             found["damaged"] = found.get("damaged", 0) + 1
@@ -159,6 +159,7 @@ def disturbed(number: int, place: Path, seed: int, mounts: bool, expected: dict)
         found["resumed"].append(max(before))
         found["lost"] += f"resuming after step {max(before)}" not in text
     run = directory_of(place)
+    assert run is not None, text
     rows, weights = outcome(run) if run.is_finished else ([], {})
     theirs_rows, theirs = expected[precision]
     found["equal"] = (
@@ -175,7 +176,9 @@ def undisturbed(place: Path, precision: str) -> tuple[list, dict[str, torch.Tens
     place.mkdir(exist_ok=True)
     job = Job(place, precision)
     assert job.wait() == 0, job.log.read_text()
-    return outcome(directory_of(place))
+    run = directory_of(place)
+    assert run is not None
+    return outcome(run)
 
 
 def table(results: list[dict], mounts: bool, command: str) -> str:

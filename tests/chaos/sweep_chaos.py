@@ -64,7 +64,7 @@ class Launcher(Child):
                 return
             time.sleep(0.002)
 
-    def kill(self, whole_tree: bool) -> None:
+    def kill_launcher(self, whole_tree: bool) -> None:
         """SIGKILL; the tree is the launcher with every process that it started, which are in groups of their own."""
         for pid in [self.pid, *(descendants(self.pid) if whole_tree else [])]:
             with contextlib.suppress(ProcessLookupError):
@@ -138,7 +138,7 @@ def killed(
         launcher.wait_for_an_instant(place, seconds, choose)
         if launcher.poll() is None:
             training += under_way(place) > 0
-            launcher.kill(whole_tree)
+            launcher.kill_launcher(whole_tree)
             left -= 1
         else:  # it came to its end before: there must be something left to disturb
             shutil.rmtree(choose.choice(directories(place)).path)
@@ -219,11 +219,12 @@ def main() -> None:
     once = all((run.path / "log.txt").read_text().count("directory   ") == 1 for run in directories(place))
     add("two launchers, every job begun once", place, 0, JOBS, "0, 0", codes == [0, 0] and once)
 
+    number = -1
     for number in range(options.kills):
         place = top / f"two-{number}"
         two = [Launcher(place, "hydra.launcher.cores=1") for _ in range(2)]
         two[0].wait_for_an_instant(place, seconds, choose)
-        two[0].kill(whole_tree=choose.random() < 0.5)
+        two[0].kill_launcher(whole_tree=choose.random() < 0.5)
         code = two[1].wait()
         found = records(place)
         if code or same(found, expected) != JOBS or len(found) != JOBS or leftovers(place):

@@ -12,12 +12,13 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError
 from shop import assert_same_training
 
@@ -182,7 +183,8 @@ def test_sweep_trains_every_arm_once(command, tmp_path):
 def test_one_part_changes_one_group_of_the_record(command, tmp_path):
     command("dry_run=false", "paths.runs=a")
     command("attn=gqa", "paths.runs=b")
-    one, two = (OmegaConf.load(next((tmp_path / d / "default").iterdir()) / "config.yaml") for d in "ab")
+    paths = (next((tmp_path / d / "default").iterdir()) / "config.yaml" for d in "ab")
+    one, two = (cast(DictConfig, OmegaConf.load(path)) for path in paths)
     assert {key for key in one.choices if one.choices[key] != two.choices[key]} == {"attn"}
     changed = {key for key in one if one[key] != two[key]} - {"choices", "paths"}
     assert changed == {"attn", "decoder"}
@@ -191,7 +193,7 @@ def test_one_part_changes_one_group_of_the_record(command, tmp_path):
 
 def test_a_rung_more_of_a_ladder_makes_no_other_run(command):
     told = [command("dry_run=true", *more)[1] for more in ((), ("ladder={d32:{lr:1e-3}}",), ("lr=1e-3",))]
-    first, longer, other = (re.search(r"^directory +(\S+)", text, re.MULTILINE)[1] for text in told)
+    first, longer, other = (re.findall(r"^directory +(\S+)", text, re.MULTILINE)[0] for text in told)
     assert first == longer != other
 
 

@@ -24,6 +24,8 @@ def schedule(step, total):
         raise ValueError("the matrix is cursed")
     return 1.0
 '''
+PATIENCE = 300
+"""Seconds after which a process is taken to hang."""
 TORCHRUN = ("--standalone", "--nproc-per-node=2")
 
 
@@ -72,12 +74,12 @@ def test_all_processes_end_with_the_first(shop, tmp_path, engine, torchrun, swee
     ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    began = time.monotonic()
+    end = time.monotonic() + PATIENCE
     said = "".join(process.communicate())
     while processes_in(tmp_path):
-        assert time.monotonic() - began < 60, processes_in(tmp_path)
+        assert time.monotonic() < end, processes_in(tmp_path)
         time.sleep(0.1)
-    assert process.returncode in ((-9,) if who == 0 else (1, -9))
+    assert process.returncode in ((-9,) if who == 0 else (1, -9)), said
     if sweep:
         assert "process 1 of 2: ValueError: the matrix is cursed" in " ".join(said.split())
         (log,) = tmp_path.glob("runs/default/*/log.txt")

@@ -173,7 +173,7 @@ def test_the_sbatch_file_of_the_docs(shop, alone, slurm, tmp_path):
 def test_what_slurm_refuses_is_one_line(shop, slurm):
     process = shop.start(*SWEEP, "seed=0", "hydra.launcher.partition=none", runs="refused", environment=slurm)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 2
+    assert process.returncode == 2, err
     assert err.strip() == (
         "error: SLURM does not take the jobs: sbatch: error: Batch job submission failed: "
         "Invalid partition name specified"

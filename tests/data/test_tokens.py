@@ -202,7 +202,7 @@ def test_two_processes_at_once_get_the_same_whole_cache(corpus, tmp_path):
     ]
     for process in processes:
         process.start()
-    first, second = results.get(timeout=60), results.get(timeout=60)
+    first, second = results.get(timeout=300), results.get(timeout=300)
     for process in processes:
         process.join()
     assert first == second
@@ -240,7 +240,7 @@ def test_a_killed_process_leaves_nothing_that_counts(corpus, tmp_path):
     process = context.Process(target=prepare_corpus, args=(slow, KINDS["byte"], cache))
     process.start()
     assert process.pid is not None
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not signal_file.exists():
         assert time.monotonic() < deadline
         assert process.is_alive()

@@ -78,7 +78,9 @@ RUN = [c for c in TYPED if ENTRY.match(c.text)] + [c for page in PAGES for c in 
 def test_commands_compose(command, tree_of):
     if "launcher=ray" in command.text:
         pytest.skip("hydra-ray-launcher is not among what tests install")
-    entry, arguments = ENTRY.match(command.text).groups()
+    found = ENTRY.match(command.text)
+    assert found is not None
+    entry, arguments = found.groups()
     assert composed(tree_of(command.page), entry, shlex.split(arguments))
 
 
@@ -128,8 +130,8 @@ def test_python_on_the_pages(page):
     for block in blocks(page):
         if block.language == "python":
             for node in ast.walk(ast.parse(block.text)):
-                if isinstance(node, ast.ImportFrom) and node.module.startswith("scantling"):
-                    module = importlib.import_module(node.module)
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scantling"):
+                    module = importlib.import_module(str(node.module))
                     assert all(hasattr(module, name.name) for name in node.names)
 
 

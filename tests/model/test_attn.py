@@ -1,6 +1,7 @@
 """Attention against torch.nn.MultiheadAttention and `transformers`."""
 
 from functools import partial
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ B, T, H, E = 2, 19, 4, 16
 D = 48  # H·E is 64: the two must not be taken for each other
 POSITIONS = torch.arange(T)[None]
 HIDDEN = torch.full((T, T), -torch.inf).triu(1)[None, None]
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "qk_norm": NoQKNorm,
     "clip_qkv": None,
     "scale": None,
@@ -76,8 +77,11 @@ def rope(d_head: int = E, fraction: float = 1.0, interleaved: bool = False) -> R
     return RoPE(D, H, d_head, theta=10000.0, fraction=fraction, interleaved=interleaved, scaling=unscaled)
 
 
+Part = TypeVar("Part", bound=torch.nn.Module)
+
+
 @torch.no_grad()
-def randomised(module: torch.nn.Module, std: float = 0.3):
+def randomised(module: Part, std: float = 0.3) -> Part:
     for i, p in enumerate(module.parameters()):
         p.copy_(std * normal(*p.shape, seed=i))
     return module
@@ -90,7 +94,10 @@ def test_mha_equals_torchs(bias):
     theirs.in_proj_weight.data.copy_(ours.qkv.weight)
     theirs.out_proj.weight.data.copy_(ours.out.weight)
     if bias:
-        theirs.in_proj_bias.data.copy_(torch.cat([ours.q_bias, ours.k_bias, ours.v_bias]))
+        parts: list[torch.Tensor] = [
+            bias for bias in (ours.q_bias, ours.k_bias, ours.v_bias) if bias is not None
+        ]
+        theirs.in_proj_bias.data.copy_(torch.cat(parts))
         theirs.out_proj.bias.data.copy_(ours.out.bias)
     x = normal(B, T, 64)
     hidden = torch.nn.Transformer.generate_square_subsequent_mask(T)
@@ -99,7 +106,7 @@ def test_mha_equals_torchs(bias):
 
 
 @torch.no_grad()
-def copy_projections(ours: Attention, theirs: torch.nn.Module):
+def copy_projections(ours: Attention, theirs: Any):
     """Their separate matrices of queries, keys and values from our one."""
     rows = [heads * ours.d_head for heads in ours.heads]
     for name, weight in zip("qkv", ours.qkv.weight.split(rows), strict=True):
@@ -186,7 +193,7 @@ def test_a_norm_for_each_head_equals_stablelms():
         qk_layernorm=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
     )
-    settings = PLAIN | {"qk_norm": partial(EachHeadNorm, norm=no_bias)}
+    settings: dict[str, Any] = {**PLAIN, "qk_norm": partial(EachHeadNorm, norm=no_bias)}
     ours = randomised(attention(H * E, H, E, n_kv_heads=2, **biases(False, False), **settings))
     theirs = StableLmAttention(config, layer_idx=0).eval()
     copy_projections(ours, theirs)
@@ -263,10 +270,12 @@ def test_latent_attention_equals_deepseeks(q_rank, bias, interleaved):
 
 def test_dropout_falls_on_the_weights_and_only_in_training():
     """With all values 1, weights that lost a share p and gained 1/(1-p) still add up to 1 on average."""
-    half = attention(H * E, H, E, n_kv_heads=H, **biases(True, True), **PLAIN | {"dropout": 0.5})
+    settings: dict[str, Any] = {**PLAIN, "dropout": 0.5}
+    half = attention(H * E, H, E, n_kv_heads=H, **biases(True, True), **settings)
     half.qkv.weight.data.zero_()
+    assert half.v_bias is not None
     half.v_bias.data.fill_(1.0)
-    half.out = torch.nn.Identity()
+    half.out = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     torch.manual_seed(0)
     for length in (64, 256):  # written out, and by torch's kernel
         x, shared = normal(B, length, H * E).repeat(4, 1, 1), scores(length)

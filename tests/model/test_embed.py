@@ -1,5 +1,7 @@
 """Token embeddings and output matrices against torch's functions and the formulas."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from scantling.model.head import Full
 
 TOKENS = torch.tensor([[3, 1, 4], [1, 5, 9]])
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-PLAIN = {"scale": 1.0, "width_exponent": 0.0, "norm": None}
+PLAIN: dict[str, Any] = {"scale": 1.0, "width_exponent": 0.0, "norm": None}
 
 
 def logits(embed, x=X):
@@ -32,7 +34,10 @@ def test_tied_gradient_is_the_sum_of_both_uses():
     untied.head.weight.data.copy_(tied.tokens.weight)
     for embed in (tied, untied):
         logits(embed, embed(TOKENS)).logsumexp(-1).sum().backward()
-    assert_close(tied.tokens.weight.grad, untied.tokens.weight.grad + untied.head.weight.grad)
+    of_table, of_head = untied.tokens.weight.grad, untied.head.weight.grad
+    assert of_table is not None
+    assert of_head is not None
+    assert_close(tied.tokens.weight.grad, of_table + of_head)
 
 
 def test_untied_head_is_a_matrix_of_its_own():
@@ -73,7 +78,8 @@ def test_scaled_input_equals_gemmas():
     from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
 
     theirs = Gemma2TextScaledWordEmbedding(10, 8, padding_idx=0, embed_scale=8**0.5)
-    ours = Tied(10, 8, **PLAIN | {"width_exponent": 0.5})
+    settings: dict[str, Any] = {**PLAIN, "width_exponent": 0.5}
+    ours = Tied(10, 8, **settings)
     ours.load_state_dict({"tokens.weight": theirs.weight})
     assert_close(ours(TOKENS), theirs(TOKENS))
 

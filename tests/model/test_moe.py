@@ -1,6 +1,7 @@
 """Mixtures of experts against `transformers` and the papers' formulas."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def mixture(router, n_shared: int = 0) -> MixtureOfExperts:
 
 
 @torch.no_grad()
-def copy_experts(ours: MixtureOfExperts, theirs: nn.Module):
+def copy_experts(ours: Any, theirs: Any):
     theirs.gate.weight.copy_(ours.router.gate.weight)
     for i, one in enumerate(ours.experts):
         theirs.experts.gate_up_proj[i].copy_(torch.cat([one.gate.weight, one.up.weight]))
@@ -70,7 +71,7 @@ def test_mixture_equals_deepseeks(renormalised):
         hidden_size=D,
         moe_intermediate_size=F,
         n_routed_experts=X,
-        num_local_experts=X,
+        num_local_experts=X,  # pyright: ignore[reportCallIssue]
         num_experts_per_tok=ACTIVE,
         n_group=4,
         topk_group=2,
@@ -84,6 +85,7 @@ def test_mixture_equals_deepseeks(renormalised):
     copy_experts(ours, theirs)
     for name, mine in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "out")):
         getattr(theirs.shared_experts, name).load_state_dict(getattr(ours.shared, mine).state_dict())
+    assert isinstance(ours.router, BiasedRouter)
     ours.router.correction.copy_(0.3 * normal(X))
     theirs.gate.e_score_correction_bias.copy_(ours.router.correction)
     assert_same_outputs_and_gradients(ours, theirs)
@@ -189,7 +191,7 @@ def test_correction_lowers_the_choice_of_busy_experts():
 def test_the_first_layers_may_be_dense():
     """DeepSeek-V3's first three of 61."""
     rest = partial(MixtureOfExperts, expert=expert, router=softmax, n_experts=X, n_shared=0)
-    layers = [
+    layers: list[Any] = [
         dense_first(D, D_FF, layer, dense=expert, rest=rest, n_dense=3, d_ff_dense=2 * D_FF)
         for layer in range(5)
     ]

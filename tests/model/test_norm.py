@@ -1,5 +1,7 @@
 """Normalisation against torch, `transformers` and the formulas."""
 
+from typing import Any
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -90,10 +92,12 @@ def test_rmsnorm_takes_its_statistics_of_bfloat16_in_float32(weight):
 @pytest.mark.parametrize("bias", [True, False])
 def test_layernorm_equals_torchs(x, weight, bias):
     norm = LayerNorm(D, eps=1e-3, weight=True, bias=bias, unit_offset=False)
+    assert norm.weight is not None
     norm.weight.data.copy_(weight)
     b = None
     if bias:
         b = torch.linspace(-1, 1, D)
+        assert norm.bias is not None
         norm.bias.data.copy_(b)
     assert_close(norm(x), torch.nn.functional.layer_norm(x, (D,), weight, b, 1e-3), rtol=0, atol=0)
     assert dict(norm.named_parameters()).keys() == ({"weight", "bias"} if bias else {"weight"})
@@ -128,7 +132,7 @@ def test_norm_equals_its_relative(composed, x, option, theirs, dtype):
         p.copy_(torch.randn(D, generator=torch.Generator().manual_seed(i)))
     theirs.load_state_dict(ours.state_dict())
     ours, theirs, x = ours.to(dtype), theirs.to(dtype), x.to(dtype)
-    tolerance = {"rtol": 0.01, "atol": 0.01} if dtype == torch.bfloat16 else {}
+    tolerance: dict[str, Any] = {"rtol": 0.01, "atol": 0.01} if dtype == torch.bfloat16 else {}
     assert_close(ours(x), theirs(x), **tolerance)
 
 

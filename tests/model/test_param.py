@@ -1,6 +1,7 @@
 """μP: by its table, and by how far the numbers inside a model move at growing widths."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.testing import assert_close
 
 from scantling.training.optim import adamw, follow_width, lion, muon
 
-ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 WIDTHS = (32, 64, 128)
 TOKENS = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(0))
 
@@ -110,7 +111,7 @@ def test_what_it_is_not_defined_for_is_refused(nano):
         lion(decoder.named_parameters(), lr=1e-2, lr_ratio=0.1, betas=(0.9, 0.99), weight_decay=1.0),
         decoder.rate_factors(),
     )
-    settings = ADAMW | {"momentum": 0.95}
+    settings: dict[str, Any] = {**ADAMW, "momentum": 0.95}
     with pytest.raises(ValueError, match="param=mup sets rates for optim=adamw and lion"):
         follow_width(muon(decoder.named_parameters(), **settings), decoder.rate_factors())
     for part in ("attn=mla", "attn=performer", "ffn=moe", "embed=factorised", "head=adaptive"):

@@ -32,7 +32,7 @@ def test_features_stand_for_the_softmax(n_features):
     layer = Performer(H * E, H, E, 0, n_features=n_features, bias=False)
     x = 0.5 * normal(B, T, H * E)  # far apart, queries and keys need many more features
     placement = Placement.whole(torch.zeros(B, T, dtype=torch.long))
-    layer.out = torch.nn.Identity()
+    layer.out = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     with torch.no_grad():
         ours = layer(x, unrotated, Scores(bias=None, n_heads=H, placement=placement), None)
         q, k, v = (y.unflatten(-1, (H, E)).transpose(1, 2) for y in layer.qkv(x).chunk(3, -1))

@@ -94,6 +94,7 @@ def test_every_nth_layer_is_smollm3s(every):
     x, positions = normal(B, T, H, E), torch.arange(T)[None]
     rotations = pos.rotations(positions, 12)
     rotates = SmolLM3Config(num_hidden_layers=12, no_rope_layer_interval=every).no_rope_layers
+    assert rotates is not None
     assert len(rotations) == len(rotates) == 12
     for rotation, rotated in zip(rotations, rotates, strict=True):
         assert_close(rotation(x), rope(theta=5000.0).rotate(positions)(x) if rotated else x, rtol=0, atol=0)

@@ -106,11 +106,13 @@ def test_every_kernel_equals_the_formula(monkeypatch, pattern, n_kv_heads, biase
         q, k, v = inputs(n_kv_heads, length)
         ours = scores.attend(q, k, v, keys=None, pattern=pattern, scale=SCALE, softcap=softcap, dropout=0.0)
         t, s = torch.arange(length)[:, None], torch.arange(length)
+        k, v = (x.repeat_interleave(H // n_kv_heads, dim=1) for x in (k, v))
         rounding.assert_within(
             ours,
             *rounding.attention(
                 q,
-                *(x.repeat_interleave(H // n_kv_heads, dim=1) for x in (k, v)),
+                k,
+                v,
                 (s <= t) & pattern.sees(t, s),
                 scale=SCALE,
                 softcap=softcap,

@@ -1,6 +1,7 @@
 """Planted records, and report.py run on them."""
 
 import json
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -60,7 +61,7 @@ def record(tmp_path):
             counts = {"feed-forward": params * 0.9, "embedding": params * 0.1}
             (directory / "summary.json").write_text(json.dumps(last | {"parameters": counts, "best": last}))
 
-    record.runs = tmp_path / "runs"
+    cast(Any, record).runs = tmp_path / "runs"
     return record
 
 

@@ -35,7 +35,7 @@ def test_the_answer_comes_first_and_with_its_interval(record, report, page, tmp_
     assert report("study=parts", "baseline=llama")[0] == 0
     table = pd.read_csv(tmp_path / "runs/reports/parts/arms.csv").set_index("arm").loc["alibi"]
     shown = page("parts")
-    answer = re.search(r'<p class="answer">(.*?)</p>', shown)[1]
+    answer = re.findall(r'<p class="answer">(.*?)</p>', shown)[0]
     assert (
         f"Worse than llama: alibi by {table.difference:.4f} ({table.low:.4f} to {table.high:.4f})" in answer
     )
@@ -303,7 +303,7 @@ def test_mixed_devices_are_warned_of(record, report, page, tmp_path):
         path = directory / "env.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "GPU" if i else "CPU"}))
     report("study=parts", "baseline=llama")
-    assert "mixed devices: GPU (5 runs), CPU (1 run)" in re.search(r"cautions.*?</ul>", page("parts"))[0]
+    assert "mixed devices: GPU (5 runs), CPU (1 run)" in re.findall(r"cautions.*?</ul>", page("parts"))[0]
 
 
 def test_what_a_launcher_found_for_an_arm_is_no_part_of_its_name(record, report, tmp_path):
@@ -449,7 +449,7 @@ def test_runs_side_by_side_are_never_one_curve(record, report, tmp_path):
     def curves(*names):
         code, out, _ = report(f"runs=[{','.join(names)}]")
         assert code == 0
-        shown = Path(re.search(r"(\S+/report\.html)", out)[1])
+        shown = Path(re.findall(r"(\S+/report\.html)", out)[0])
         series = charts_of(shown.read_text())["Validation and training"]["series"]
         lines = [s for s in series if s["style"] == "line"]
         return shown, {s["hover"]: (s["values"]["val/loss"][-1], bool(s["low"])) for s in lines}
@@ -468,7 +468,7 @@ def test_watched_pages_ask_for_themselves_until_the_end(record, report, page, mo
     reloads = []
 
     def sleep(seconds):
-        reloads.append(re.search(r'http-equiv="refresh" content="(\d+)"', page("parts"))[1])
+        reloads.append(re.findall(r'http-equiv="refresh" content="(\d+)"', page("parts"))[0])
         if len(reloads) == 2:
             raise KeyboardInterrupt
         arms(record, seeds=2)
@@ -510,12 +510,14 @@ def test_many_runs_stay_small():
     )
     chart = curves_chart(curves, runs, metric="loss")
     assert len(runs) > LINES
+    assert chart is not None
     assert [series.group for series in chart.series] == [f"a{i}" for i in range(MOST_ARMS)]
     assert sum(len(series.values["tokens"]) for series in chart.series) <= POINTS
     assert set(chart.series[0].values["tokens"]) <= set(10 * steps)
     assert (chart.series[0].values["tokens"][0], chart.series[0].values["tokens"][-1]) == (10, 10 * n_rows)
     assert list(thinned(np.arange(5), 10)) == [0, 1, 2, 3, 4]
     chart = curves_chart(curves, runs, metric="loss", baseline="a59")
+    assert chart is not None
     assert [series.group for series in chart.series] == ["a59", *(f"a{i}" for i in range(MOST_ARMS - 1))]
 
 
@@ -531,6 +533,7 @@ def test_curves_of_a_study_are_those_of_its_records(record, tmp_path):
     arms(record, seeds=2)
     runs = load_runs(tmp_path / "runs/parts").assign(scale="")
     chart = curves_chart(load_curves(tmp_path / "runs/parts"), runs, metric="bpb")
+    assert chart is not None
     lines = [series for series in chart.series if series.style == "thin"]
     assert len(lines) == len(runs)
     ends = {series.hover: series.values["val/loss"][-1] for series in lines}

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def browser():
     options = webdriver.ChromeOptions()
+    assert BROWSER is not None
     options.binary_location = BROWSER
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
@@ -110,9 +111,8 @@ def test_arms_are_toggled_and_axes_switched(record, report, opened, tmp_path):
     assert charts(browser)["Validation and training"]["axis"] == "log"
     file = tmp_path / "runs/reports/parts/report.html"
     written = file.read_text()
-    card = re.search(r'<div class="card chart"><h3>Validation and training.*?</script></div>', written, re.S)[
-        0
-    ]
+    pattern = r'<div class="card chart"><h3>Validation and training.*?</script></div>'
+    card = re.findall(pattern, written, re.S)[0]
     file.write_text(written.replace(card, ""))
     browser.refresh()  # what was chosen for one chart is not another's that stands in its place now
     assert {name: chart["axis"] for name, chart in charts(browser).items()} == {
@@ -225,6 +225,7 @@ def test_a_run_is_looked_into(record, report, checkpointed, opened):
     first, same_axis, said = places()
     assert said.startswith("step 40: ")
     assert same_axis == axis
+    assert found.map is not None
     for shown, expected in ((first, found.map.places[0]), (last, found.map.places[1])):
         for i, word in enumerate(("d", "e")):
             assert shown[word] == pytest.approx(expected[i], rel=1e-5)
@@ -240,6 +241,7 @@ def test_a_run_is_looked_into(record, report, checkpointed, opened):
     browser.execute_script("document.querySelectorAll('.maps button')[6].click()")
     said, weights = large()
     assert said.startswith("layer 2, head 3")
+    assert found.attention is not None
     for query, row in enumerate(weights):
         assert row[query + 1 :] == [None] * (len(weights) - query - 1)
         expected = found.attention.weights[1, 2, query, : query + 1]

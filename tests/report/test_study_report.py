@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from planted import LAW, arms, loss_of, sizes
 from rich.console import Console
 from scipy.stats import t, ttest_rel
 
-from scantling import analysis, cli
+from scantling.analysis import arms as arms_module
 from scantling.analysis.ablation import holm
 from scantling.analysis.allocation import frontier
 from scantling.analysis.arms import first_arm, pairable_runs, recorded_runs, rows_where, study_runs
@@ -22,6 +23,7 @@ from scantling.analysis.forms import saturating
 from scantling.analysis.law import find_law
 from scantling.analysis.observations import doubts
 from scantling.analysis.scaling import fit
+from scantling.cli import report_study
 from scantling.cli.report_study import WIDE, law_of, observations_of, print_tables
 from scantling.report.arm_charts import gain_chart, rows_by_arm
 from scantling.report.arm_words import arms_table, headline, tables, trend_line
@@ -61,7 +63,7 @@ def test_a_study_is_read_once(record, report, monkeypatch, make):
     """Its runs and its curves, whether it is arms, a law, or gives no answer."""
     make(record)
     read = []
-    for module, name in ((analysis.arms, "load_runs"), (cli.report_study, "load_curves")):
+    for module, name in ((arms_module, "load_runs"), (report_study, "load_curves")):
         load = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda study, load=load, name=name: read.append(name) or load(study)
@@ -115,9 +117,7 @@ def test_noise_of_one_scale_does_not_cancel_that_of_another(record, report):
         shift = 0.1 * (-1) ** int(path.parent.name.split("-")[1])
         path.write_text(json.dumps(base | {"val/loss": base["val/loss"] + shift}))
     _, out, _ = report("study=parts", "baseline=llama", "law=sizes", "resamples=2000")
-    low, high = map(
-        float, re.search(r"alike: .* per decade of compute \(([\d.]+) to ([\d.]+)\)", out).groups()
-    )
+    ((low, high),) = re.findall(r"alike: .* per decade of compute \(([\d.]+) to ([\d.]+)\)", out)
     spread = np.std([0.1 * (-1) ** seed for seed in range(5)], ddof=1) / np.sqrt(5)
     gamma = LAW["alpha"] * LAW["beta"] / (LAW["alpha"] + LAW["beta"])
     ends = []
@@ -126,7 +126,7 @@ def test_noise_of_one_scale_does_not_cancel_that_of_another(record, report):
         n *= (compute / 6) ** (LAW["beta"] / (LAW["alpha"] + LAW["beta"]))
         ends.append(spread / gamma / (loss_of(n, compute / 6 / n) - LAW["E"]))
     expected = 2 * t.ppf(0.975, 4) * np.hypot(*ends) / 2
-    assert np.log(high / low) == pytest.approx(expected, rel=0.15)
+    assert np.log(float(high) / float(low)) == pytest.approx(expected, rel=0.15)
 
 
 def test_sizes_alone_make_a_law(record, report, tmp_path):
@@ -148,8 +148,9 @@ def test_a_law_has_one_interval_wherever_it_is_asked_for(record):
             loss = loss_of(n, budget / 6 / n) * (1 + 0.002 * np.cos(7 * i))
             overrides = [f"budget.flops={budget:g}", f"model.d_model={i}"]
             record("grid", f"{budget:g}-{i}", overrides, loss=loss, params=n, tokens=budget / 6 / n)
-    settings = {"resamples": 100, "level": 0.9, "seed": 0}
-    config = SimpleNamespace(paths=SimpleNamespace(runs=record.runs), law="grid", study="grid", **settings)
+    settings: dict[str, Any] = {"resamples": 100, "level": 0.9, "seed": 0}
+    paths = SimpleNamespace(runs=record.runs)
+    config = cast(Any, SimpleNamespace(paths=paths, law="grid", study="grid", **settings))
     config.drop_highest, config.irreducible = 0, None
     study = study_runs(record.runs / "grid")
     own = find_law(
@@ -233,15 +234,16 @@ def test_runs_of_a_law_are_alike_only_where_size_and_length_are(record):
     sizes(record, seeds=2, n=3)
     study = study_runs(record.runs / "sizes")
     assert study.is_law
-    for (arm, scale), runs in study.runs.groupby(["arm", "scale"]):
-        assert set(runs["seed"]) == {0, 1}, (arm, scale)
-        assert runs["tokens"].nunique() == 1
+    for arm_and_scale, runs in study.runs.groupby(["arm", "scale"]):
+        assert set(runs["seed"]) == {0, 1}, arm_and_scale
+        assert len(set(runs["tokens"])) == 1
     chart = curves_chart(load_curves(record.runs / "sizes"), study.runs, metric="loss", by_size=True)
+    assert chart is not None
     validated = [series for series in chart.series if "val/loss" in series.values]
     assert len([series for series in validated if series.style == "line"]) == 3 * 5
     losses = study.runs.groupby(["params", "tokens"])["loss"].mean()
     assert sorted(series.values["val/loss"][-1] for series in validated if series.style == "line") == (
-        pytest.approx(sorted(losses))
+        pytest.approx(sorted(np.asarray(losses)))
     )
 
 
@@ -265,7 +267,7 @@ def test_a_run_that_goes_on_with_another_setting_is_another_arm(record):
             record("grid", f"{attn}-{seed}", [f"attn={attn}", f"seed={seed}"], loss=3.0, seed=seed)
     record("grid", "going", ["attn=gqa", "seed=1", "qk_norm=on"], loss=3.0, seed=1, finished=False)
     study = study_runs(record.runs / "grid")
-    assert study.recorded["arm"]["going"] == "attn=gqa qk_norm=on"
+    assert study.recorded.to_dict("index")["going"]["arm"] == "attn=gqa qk_norm=on"
     assert set(study.runs["arm"]) == {"attn=mha", "attn=gqa"}
     partial, _ = recorded_runs(record.runs / "grid")
     assert list(partial["arm"]) == list(study.recorded["arm"])
@@ -301,8 +303,16 @@ def compared(record, *, study="parts", shift=0.0, **changed):
     loss = shift + OF_A_SIZE["E"] + OF_A_SIZE["B"] / c ** OF_A_SIZE["beta"]
     loss *= np.exp(0.002 * np.random.default_rng(0).standard_normal(20))
     law = fit(saturating("C"), {"C": c}, loss, resamples=200)
-    settings = {"baseline": "llama", "metric": "loss", "precision": 0.002, "level": 0.95, "resamples": 200}
-    return compare_arms(study_runs(record.runs / study), seed=0, **settings | {"law": law} | changed)
+    settings: dict[str, Any] = {
+        "baseline": "llama",
+        "metric": "loss",
+        "precision": 0.002,
+        "level": 0.95,
+        "resamples": 200,
+        "law": law,
+        **changed,
+    }
+    return compare_arms(study_runs(record.runs / study), seed=0, **settings)
 
 
 def test_an_arm_of_more_tokens_is_said(record):
@@ -325,7 +335,7 @@ def test_a_baseline_that_is_not_on_the_law_is_said(record, shift, is_off):
     said = [text for text in map(sentence, found.cautions) if "the law says" in text]
     assert len(said) == (2 if is_off else 0)
     if is_off:
-        own = found.arms[found.arms["arm"] == "llama"]["loss"].iloc[-1]
+        own = rows_where(found.arms, arm="llama")["loss"].iloc[-1]
         assert f"at budget.tokens=1e+09 the baseline comes to {own:.4f} where the law says" in said[1]
 
 
@@ -334,9 +344,10 @@ def test_gains_far_beyond_the_runs_of_the_law_are_said(record):
     arms(record, shifts=(("llama", 0.0), ("far", -0.9), ("gelu", 0.05)), scales=(1e7, 1e9))
     found = compared(record)
     gains = found.gains_table
-    largest = gains[gains["scale"] == "budget.tokens=1e+09"].set_index("arm")
-    needed = largest["FLOPs"] * largest["gain"] / 1e17
-    assert list(gains["beyond"].tail(2)) == pytest.approx(list(needed))
+    assert gains is not None
+    largest = rows_where(gains, scale="budget.tokens=1e+09").to_dict("records")
+    needed = {row["arm"]: row["FLOPs"] * row["gain"] / 1e17 for row in largest}
+    assert list(gains["beyond"].tail(2)) == pytest.approx(list(needed.values()))
     assert needed["far"] > 2
     (said,) = (text for text in map(sentence, found.cautions) if "largest run" in text)
     assert f"of 1e+17 FLOPs (far {needed['far']:.2g} times as far)" in said
@@ -349,7 +360,9 @@ def test_gains_that_have_no_end_are_named(record):
     shifts = (("llama", 0.0), ("far", -1.2), ("near", -0.97), ("gelu", 0.05), ("out", -6.0))
     arms(record, shifts=shifts, scales=scales)
     found = compared(record)
-    note = gain_chart(found, {name: i for i, name in enumerate(found.order)}).note
+    chart = gain_chart(found, {name: i for i, name in enumerate(found.order)})
+    assert chart is not None
+    note = chart.note
     at = "budget.tokens=1e+09"
     assert f"far at {at} (no compute reaches its loss)" in note
     assert f"near at {at} (its interval has no upper end)" in note
@@ -365,11 +378,11 @@ def test_trends_are_corrected_for_their_number(record):
     arms(record, shifts=shifts, scales=(1e7, 1e8))
     found = compared(record)
     alone = {
-        arm: float(re.search(r"p ([\d.e-]+)", trend_line(compared_alone(record, arm).trends[0]))[1])
+        arm: float(re.findall(r"p ([\d.e-]+)", trend_line(compared_alone(record, arm).trends[0]))[0])
         for arm in "abc"
     }
     for line, p in zip(sorted(map(trend_line, found.trends)), holm(list(alone.values())), strict=True):
-        assert float(re.search(r"p ([\d.e-]+) by Holm over 3 arms", line)[1]) == pytest.approx(p, rel=0.02)
+        assert float(re.findall(r"p ([\d.e-]+) by Holm over 3 arms", line)[0]) == pytest.approx(p, rel=0.02)
 
 
 def compared_alone(record, arm):

@@ -31,6 +31,9 @@ def test_the_page_has_the_numbers_of_the_checkpoints(run, report):
     assert (code, err) == (0, "")
     found = views_of(run, tokens=["de", "self"], prompt=PROMPT)
     shown, beside = written(run), written(run, "report.md")
+    assert found.neighbours is not None
+    assert found.map is not None
+    assert found.attention is not None
     for of_step in found.neighbours.nearest:
         for nearest in of_step:
             listed = " · ".join(f"{word} {cosine:.2f}" for word, cosine in nearest)

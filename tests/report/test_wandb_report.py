@@ -50,6 +50,13 @@ type View { id: ID!, type: String!, name: String!, displayName: String, descript
 sends."""
 
 
+class Listening(ThreadingHTTPServer):
+    """Remembers the views that it was given, and what of a query is not in the schema."""
+
+    saved: list[dict]
+    refused: list[str]
+
+
 @pytest.fixture
 def server(monkeypatch):
     """A server that answers by `SCHEMA`; its `saved` are the variables of every `upsertView`, `refused` what
@@ -92,10 +99,10 @@ def server(monkeypatch):
             self.end_headers()
             self.wfile.write(text)
 
-        def log_message(self, *_):
+        def log_message(self, format, *args):
             pass
 
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listening = Listening(("127.0.0.1", 0), Handler)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)

@@ -23,13 +23,14 @@ def fork(call) -> int:
 
 
 def test_it_is_killed_when_its_parent_is():
-    """The pipe of a grandchild that would sleep for a minute is closed when the child between is killed."""
+    """The pipe of a grandchild that would speak again in a minute is closed when the child between is killed."""
     reading, writing = os.pipe()
 
     def grandchild():
         end_with_parent(os.getppid())
         os.write(writing, b"asleep")
         time.sleep(60)
+        os.write(writing, b"awake")
 
     def child():
         fork(grandchild)
@@ -39,10 +40,8 @@ def test_it_is_killed_when_its_parent_is():
     pid = fork(child)
     os.close(writing)
     assert os.read(reading, 6) == b"asleep"
-    start = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     assert os.read(reading, 6) == b""
-    assert time.monotonic() - start < 30
     os.waitpid(pid, 0)
     os.close(reading)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import cast
 
 import pandas as pd
 import pytest
@@ -24,7 +25,7 @@ def study(command, tmp_path):
 def test_a_row_is_what_the_files_say(study):
     frame = table.load_runs(study)
     assert list(frame["status"]) == ["finished", "finished"]
-    for _, row in frame.iterrows():
+    for row in frame.to_dict("records"):
         directory = RunDirectory(row["path"])
         summary, environment = directory.summary, directory.environment
         config = OmegaConf.load(directory.config)
@@ -68,7 +69,7 @@ def test_what_is_no_whole_run_is_named(study):
     assert frame.attrs["left_out"]["half"] == "a JSON file is cut short"
     assert frame.attrs["left_out"]["empty"] == "it has no config.yaml"
     assert frame.attrs["left_out"]["older"] == "its record lacks overrides"
-    finished = frame[frame["status"] == "finished"].reset_index(drop=True)
+    finished = cast(pd.DataFrame, frame[frame["status"] == "finished"]).reset_index(drop=True)
     pd.testing.assert_frame_equal(finished, whole, check_dtype=False)
     going = frame[frame["run"] == "going"].iloc[0]
     assert (going["status"], going["steps"]) == ("unfinished", 12)
@@ -88,7 +89,7 @@ def test_the_cache_is_read_and_follows_every_change(study, monkeypatch):
         patch.setattr(table, "read_rows", forbidden)
         pd.testing.assert_frame_equal(table.load_runs(study), first, check_dtype=False)
         pd.testing.assert_frame_equal(table.load_curves(study), curves, check_dtype=False)
-    one = RunDirectory(first["path"][0])
+    one = RunDirectory(first.to_dict("records")[0]["path"])
     one.finish(one.summary | {"val/loss": 1.5})
     shutil.copytree(one.path, study / "third")
     assert list(table.load_runs(study)["loss"])[::2] == [1.5, 1.5]

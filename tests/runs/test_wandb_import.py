@@ -158,7 +158,7 @@ class Server(BaseHTTPRequestHandler):
             "historyKeys": None,
         }
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 

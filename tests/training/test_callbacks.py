@@ -3,6 +3,7 @@
 import io
 import re
 from types import SimpleNamespace
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -12,9 +13,9 @@ from scantling.training.callbacks import ProgressBar
 def test_the_bar_is_up_to_date_before_a_validation_and_at_the_end():
     """However short the time since it was drawn last."""
     screen = io.StringIO()
-    metrics = SimpleNamespace(row={}, total_steps=20, validates=lambda step: step % 10 == 0)
+    metrics = cast(Any, SimpleNamespace(row={}, total_steps=20, validates=lambda step: step % 10 == 0))
     bar = ProgressBar(Console(file=screen, force_terminal=True, width=120), metrics)
-    trainer = SimpleNamespace(global_step=0, sanity_checking=False)
+    trainer = cast(Any, SimpleNamespace(global_step=0, sanity_checking=False))
     drawn = lambda: re.findall(r"(\d+)/20", re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue()))  # noqa: E731
     bar.on_train_start(trainer, None)
     for trainer.global_step in range(1, 21):

@@ -36,6 +36,7 @@ def test_products_and_gradients_are_those_of_rounded_matrices(nano):
         (x.grad, g_ @ w_, g @ layer.weight),
         (layer.weight.grad, g_.T @ x_, g.T @ x),
     ):
+        assert ours is not None
         torch.testing.assert_close(ours, formula, rtol=1e-3, atol=1e-3 * formula.abs().max().item())
         assert 0.01 < (ours - exact).norm() / exact.norm() < 0.1
 

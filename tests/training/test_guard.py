@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_places_left_out_by_several_rollbacks():
     """The record of each names the places that training would have met, whatever was left out among them before."""
     rows = []
     plan = SimpleNamespace(sizes=BatchSizes(4))
-    run = SimpleNamespace(plan=plan, directory=SimpleNamespace(guarded=lambda: rows))
+    run = cast(Any, SimpleNamespace(plan=plan, directory=SimpleNamespace(guarded=lambda: rows)))
     for first, last, places in ((4, 5, [3, 4]), (3, 4, [2, 3, 4, 5]), (3, 4, [6, 7])):
         rows.append({"action": "rollback", "samples": samples_of(run, first, last)})
         assert rows[-1]["samples"] == [4 * places[0], 4 * places[-1] + 4]
@@ -159,8 +160,9 @@ def test_rollback_is_the_run_that_never_saw_the_batches(command, tmp_path, monke
     build = TrainBatches.__init__
     with monkeypatch.context() as patch:
 
-        def without(self, **settings):
-            build(self, **settings | {"left_out": range(BAD + 1 - batches, BAD + 1)})
+        def without(self, **settings: Any):
+            settings["left_out"] = range(BAD + 1 - batches, BAD + 1)
+            build(self, **settings)
 
         patch.setattr(TrainBatches, "__init__", without)
         assert command(*SHORT, "paths.runs=without")[0] == 0
@@ -225,6 +227,8 @@ def test_the_best_checkpoint_is_none_that_a_rollback_removed(command, tmp_path, 
     losses_of = iter([1.0, 1.1, 1.2, 0.9, 1.09, 1.07, 1.05])  # of steps 2, 4, 6, 8, and from 6 on 8, 10, 12
 
     class Fixed(task.TextLoss):
+        loss: float
+
         def results(self):
             return {"loss": self.loss, "bpb": self.loss, "perplexity": 1.0}
 

@@ -1,6 +1,7 @@
 """The forecast of memory, against what PyTorch allocates."""
 
 import itertools
+from typing import Any, cast
 
 import pytest
 import torch
@@ -49,7 +50,9 @@ def allocated(decoder, optimizer, sequences: int, half: bool) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert profile.profiler is not None
+    results = cast(Any, profile.profiler.kineto_results)
+    events = [e for e in results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     states = (value for state in optimizer.state.values() for value in state.values())
     standing = sum(t.nbytes for t in itertools.chain(decoder.parameters(), states))

@@ -1,6 +1,7 @@
 """The gradient noise scale, where it is known."""
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_a_known_noise_scale_comes_out():
     for step in range(6000):
         examples = g + sigma * torch.randn(32, DIMENSIONS)
         noise.small, task.step_state.grad_norm = examples[:8].mean(0).square().sum(), examples.mean(0).norm()
-        noise.on_step(None, task, step)
+        noise.on_step(cast(Any, None), task, step)
         if step > 3000:
             values.append(noise.columns()["noise_scale"])
     assert sum(values) / len(values) == pytest.approx(sigma**2 / 0.25, rel=0.1)

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,8 +153,8 @@ def test_muon_orthogonalises_matrices_of_one_shape_apart():
     alone = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in range(3)]
     together = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in range(3)]
     for i, (p, q) in enumerate(zip(alone, together, strict=True)):
-        p.grad = 10**i * torch.randn(8, 16, generator=generator)
-        q.grad = p.grad.clone()
+        gradient = 10**i * torch.randn(8, 16, generator=generator)
+        p.grad, q.grad = gradient, gradient.clone()
         muon([(f"blocks.{i}.w", p)], **MUON).step()
     muon([(f"blocks.{i}.w", q) for i, q in enumerate(together)], **MUON).step()
     for p, q in zip(alone, together, strict=True):
@@ -212,7 +213,8 @@ def test_only_matrices_decay(optim, model):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_negative_number_is_refused(composed, name, model):
-    settings = OmegaConf.to_container(composed("model=nano", f"optim={name}"), resolve=True)["optim"]
+    config = OmegaConf.to_container(composed("model=nano", f"optim={name}"), resolve=True)
+    settings = cast(dict[str, Any], config)["optim"]
     numbers = [key for key, default in settings.items() if type(default) is float]
     assert "weight_decay" in numbers
     for key in numbers:

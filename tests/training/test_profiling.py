@@ -22,19 +22,21 @@ def test_backward_time_goes_to_the_part_whose_gradient_it_is():
         with record_function(PART + "second"):
             z = y @ second
         z.sum().backward()
+    events = profile.events()
+    assert events is not None
 
     def spans(name: str) -> list[float]:
-        found = [event for event in profile.events() if event.name.endswith(name)]
+        found = [event for event in events if event.name.endswith(name)]
         return [event.cpu_time_total for event in sorted(found, key=lambda event: event.time_range.start)]
 
-    spent = time_by_part(profile.events(), "cpu")
+    spent = time_by_part(events, "cpu")
     assert [spent["first"][0]] == pytest.approx(spans(PART + "first"))
     assert [spent["second"][0]] == pytest.approx(spans(PART + "second"))
     # Backward, the one that came last is the first.
     backward = [spent["second"][1], spent["first"][1]]
     assert backward == pytest.approx(spans("evaluate_function: MmBackward0"))
     assert spent["gradients, added up"][1] == 0
-    whole = sum(event.self_cpu_time_total for event in profile.events())
+    whole = sum(event.self_cpu_time_total for event in events)
     assert sum(sum(pair) for pair in spent.values()) == pytest.approx(whole)
 
 

@@ -174,10 +174,10 @@ SHORT = ("budget.steps=12", "val_every=4")
 def kill_in_step(step: int) -> None:
     training_step = task.LanguageModelTask.training_step
 
-    def killed(self, batch, index):
+    def killed(self, batch, batch_idx):
         if self.trainer.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return training_step(self, batch, index)
+        return training_step(self, batch, batch_idx)
 
     task.LanguageModelTask.training_step = killed
 
@@ -260,10 +260,10 @@ def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole,
     def preempt():
         step_of_task = task.LanguageModelTask.training_step
 
-        def training_step(self, batch, index):
+        def training_step(self, batch, batch_idx):
             if self.trainer.global_step == step - 1:
                 os.kill(os.getpid(), which)
-            return step_of_task(self, batch, index)
+            return step_of_task(self, batch, batch_idx)
 
         task.LanguageModelTask.training_step = training_step
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any, cast
 
 import lightning.pytorch as L
 import numpy as np
@@ -79,8 +80,8 @@ def fit(
         callbacks=list(callbacks),
         plugins=list(plugins),
     )
-    loader = DataLoader(rows, batch_size=None)
-    trainer.fit(task, loader, DataLoader(list(validate), batch_size=None) if validate else None)
+    loader, validation = (DataLoader(cast(Any, list(of)), batch_size=None) for of in (rows, validate))
+    trainer.fit(task, loader, validation if validate else None)
     return trainer
 
 

@@ -326,13 +326,13 @@ def critical_batch(loss: Array | float, *, b_star: float = 2e8, alpha_b: float =
     return b_star / loss ** (1 / alpha_b)
 
 
-def minimum_steps(steps: Array, batch: Array, loss: Array) -> Array:
+def minimum_steps(steps: Array | float, batch: Array | float, loss: Array | float) -> Array | float:
     """S_min = S/(1 + B_crit(L)/B): steps of a batch far above critical that reach the same loss (equation
     5.4)."""
     return steps / (1 + critical_batch(loss) / batch)
 
 
-def minimum_compute(compute: Array, batch: Array, loss: Array) -> Array:
+def minimum_compute(compute: Array | float, batch: Array | float, loss: Array | float) -> Array | float:
     """C_min = C/(1 + B/B_crit(L)): FLOPs at a batch far below critical that reach the same loss (equation
     5.5)."""
     return compute / (1 + batch / critical_batch(loss))

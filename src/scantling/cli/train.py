@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from scantling.config.mistakes import mistakes
@@ -15,7 +14,7 @@ from scantling.report.terminal import open_console
 from scantling.runs.directory import RunDirectory
 from scantling.training.assembly import assemble, describe_run
 from scantling.training.launch import check_launch, devices_per_node
-from scantling.training.ranks import end_with_first_process
+from scantling.training.ranks import end_with_first_process, is_first_process
 from scantling.training.record import last_screen, set_up_directory
 from scantling.training.resume import already_finished, locate_run
 from scantling.training.run import fit, is_full_disk
@@ -26,7 +25,7 @@ def train(config: DictConfig) -> RunDirectory:
 
     Raises Mistake, before anything is computed, for what the user can put right.
     """
-    console = open_console(quiet=rank_zero_only.rank != 0)
+    console = open_console(quiet=not is_first_process())
     hardware.keep_freed_memory()
     end_with_first_process()
     with mistakes():
@@ -46,7 +45,7 @@ def train(config: DictConfig) -> RunDirectory:
         set_up_directory(run)
     with out_of_disk(directory):
         fit(run, console)
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         console.print(last_screen(run))
     return directory
 

@@ -44,8 +44,8 @@ a third of memory's speed as one matrix, with all threads and as fast as memory 
 class Linear(nn.Linear):
     """y = x·Wᵀ + b."""
 
-    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N F"]:
-        return linear(x, self.weight, self.bias)
+    def forward(self, input: Float[Tensor, "*N D"]) -> Float[Tensor, "*N F"]:
+        return linear(input, self.weight, self.bias)
 
 
 def linear(

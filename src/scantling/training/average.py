@@ -30,8 +30,8 @@ class WeightAverage(StepCallback):
         self.trained: list[Tensor] = []
         """The weights themselves, while w̄ stands in their place."""
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
-        self.parameters = dict(task.decoder.named_parameters())
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.parameters = dict(pl_module.decoder.named_parameters())
         stored = self.averages
         self.averages = {
             name: shard_like(stored[name], p) if stored else p.detach().clone()
@@ -45,13 +45,13 @@ class WeightAverage(StepCallback):
         torch._foreach_lerp_(averages, here, 1 - decay)  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def on_validation_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         here = local_shares(self.parameters.values())
         self.trained = [p.clone() for p in here]
         torch._foreach_copy_(here, local_shares(self.averages.values()))  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Stands behind what looks at the weights, and before what keeps them."""
         here = local_shares(self.parameters.values())
         torch._foreach_copy_(here, self.trained)  # type: ignore[attr-defined]

@@ -57,12 +57,14 @@ class StepCallbacks(Callback):
     def __init__(self, callbacks: list[Callback]) -> None:
         self.callbacks = callbacks
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if is_step_over(trainer):
             step = trainer.global_step
             for callback in self.callbacks:
                 if isinstance(callback, StepCallback):
-                    callback.on_step(trainer, task, step)
+                    callback.on_step(trainer, pl_module, step)
 
     setup = call_each("setup")
     on_train_start = call_each("on_train_start")
@@ -74,10 +76,10 @@ class StepCallbacks(Callback):
     on_exception = call_each("on_exception")
     teardown = call_each("teardown")
 
-    def on_save_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["callbacks"] |= {callback.state_key: callback.state_dict() for callback in self.callbacks}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, task: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         recount_micro_batches(checkpoint, trainer.accumulate_grad_batches)
         for callback in self.callbacks:
             if callback.state_key in checkpoint["callbacks"]:
@@ -126,10 +128,10 @@ class Metrics(StepCallback):
         self.clock: float | None = None
         """When training last went on: at its start, after a row, after a validation and what came with it."""
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.clock_step = trainer.global_step
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.clock is None:
             self.clock = time.perf_counter()
 
@@ -172,10 +174,10 @@ class Metrics(StepCallback):
         """Whether a validation follows this step."""
         return step % self.val_every == 0 or step == self.total_steps
 
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or not self.row:
             return
-        for name, value in task.text_loss.results().items():
+        for name, value in pl_module.text_loss.results().items():
             self.row[f"val/{name}"] = value
         self.write(trainer)
 
@@ -206,14 +208,14 @@ class CleanStop(StepCallback):
         self.is_asked = False
         self.handlers_before: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         # Later than `setup`, after which Lightning sets handlers that talk to other processes at any moment.
         self.anyone = AnyRank(trainer.world_size)
         which = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self.handlers_before = {s: signal.signal(s, self.ask_to_stop) for s in which}
         self.saved_at = time.monotonic()
 
-    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         for which, handler in self.handlers_before.items():
             signal.signal(which, handler)
 
@@ -231,7 +233,7 @@ class CleanStop(StepCallback):
             self.checkpoints.save(trainer)
             self.go_on_or_stop(step)
 
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking and trainer.global_step < self.metrics.total_steps:
             self.go_on_or_stop(trainer.global_step)
 
@@ -252,7 +254,7 @@ class Samples(Callback):
     def __init__(self, path: Path, *, sample: Callable[[], str | None]) -> None:
         self.path, self.sample = path, sample
 
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
         text = self.sample()
@@ -284,7 +286,7 @@ class ProgressBar(StepCallback):
         self.drawn_at = 0.0
         self.validation = ""
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         total = self.metrics.total_steps
         self.job = self.bar.add_task("", total=total, completed=trainer.global_step, numbers="")
         self.bar.start()
@@ -299,7 +301,7 @@ class ProgressBar(StepCallback):
             numbers = f"loss {row['train/loss']:.3f}{self.validation}  {row['tokens_per_second']:,.0f} tok/s"
             self.bar.update(self.job, completed=step, numbers=numbers, refresh=True)
 
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         row = self.metrics.row
         if trainer.sanity_checking or not row:
             return
@@ -311,9 +313,9 @@ class ProgressBar(StepCallback):
             highlight=False,
         )
 
-    def on_train_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.draw(trainer.global_step)
         self.bar.stop()
 
-    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.bar.stop()

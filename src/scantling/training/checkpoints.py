@@ -66,7 +66,7 @@ class Checkpoints(Callback):
         self.random_states: list[dict[str, Any]] = []
         self.has_started = False
 
-    def setup(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.rank, self.device = trainer.global_rank, trainer.strategy.root_device
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Checkpoints(Callback):
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
         self.random_states = state_dict["random_states"]
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.rank < len(self.random_states):
             set_random_state(self.random_states[self.rank], self.device)
         elif self.rank:  # all processes have the run's seed, and one that was not there before has no state
@@ -101,10 +101,10 @@ class Checkpoints(Callback):
                     self.best, self.best_step = float("inf"), step
                 put_in_place(self.directory.checkpoint(self.best_step), best)
 
-    def on_validation_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
-        loss = task.text_loss.results()["loss"]
+        loss = pl_module.text_loss.results()["loss"]
         if loss < self.best:
             self.best, self.best_step = loss, trainer.global_step
         self.save(trainer)
@@ -125,7 +125,7 @@ class Checkpoints(Callback):
                 old.unlink()
                 checksum_of(old).unlink(missing_ok=True)
 
-    def on_fit_end(self, trainer: L.Trainer, task: Any) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self.has_started:  # there was no step left
             self.take_up(trainer)
         self.files.wait()

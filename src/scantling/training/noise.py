@@ -39,12 +39,14 @@ class NoiseScale(StepCallback):
         self.averages = torch.zeros(2)
         """Of |G|² and tr Σ, both short of the same factor."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, task: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.micro_batches == 1:  # the gradients are those of the first
-            gradients = [p.grad for p in task.parameters() if p.grad is not None]
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             # Each micro-batch's loss is divided by the targets of all.
             small = (self.micro_batches * get_total_norm(gradients)).square()
-            self.small = small if trainer.world_size == 1 else task.over_ranks(small) / trainer.world_size
+            self.small = (
+                small if trainer.world_size == 1 else pl_module.over_ranks(small) / trainer.world_size
+            )
 
     def on_step(self, trainer: L.Trainer, task: Any, step: int) -> None:
         state = task.step_state

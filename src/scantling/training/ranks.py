@@ -11,12 +11,13 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from scantling.runs.parent_process import end_with_parent
@@ -51,7 +52,7 @@ class EndTogether(Callback):
         self.listener: threading.Thread | None = None
         self.lost = threading.Event()
 
-    def on_train_start(self, trainer: L.Trainer, task: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.trainer = trainer
         if trainer.world_size > 1:
             self.ring: Any = dist.new_group(backend="gloo", timeout=NEVER)
@@ -78,10 +79,10 @@ class EndTogether(Callback):
             self.listener.join(SECONDS_TO_END)
             self.listener = None
 
-    def teardown(self, trainer: L.Trainer, task: Any, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.leave_ring()
 
-    def on_exception(self, trainer: L.Trainer, task: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.trainer = trainer
         if trainer.world_size == 1:
             return
@@ -113,6 +114,11 @@ def exit_soon() -> None:
     timer = threading.Timer(SECONDS_TO_END, os._exit, [1])
     timer.daemon = True
     timer.start()
+
+
+def is_first_process() -> bool:
+    """Whether this one writes what a run leaves; Lightning finds out when it is imported."""
+    return cast(Any, rank_zero_only).rank == 0
 
 
 def end_with_first_process() -> None:

@@ -29,6 +29,7 @@ from scantling.report.figures import draw_curves
 from scantling.runs.directory import of_whole_training, read_rows
 from scantling.training.assembly import Run
 from scantling.training.loggers import Wandb
+from scantling.training.ranks import is_first_process
 from scantling.training.rollback import count_guarded
 from scantling.training.strategies import WholeCheckpoints
 
@@ -77,7 +78,7 @@ def git_commit() -> str | None:
 def open_loggers(run: Run, console: Console, was_begun: bool) -> list[Logger]:
     """The chosen logger, told where to write and under which name; W&B is opened and says where it goes."""
     config = run.config.logger
-    if config._target_ is None or rank_zero_only.rank != 0:
+    if config._target_ is None or not is_first_process():
         return []
     name, study = run.directory.name, str(run.directory.path.parent)
     if not config._target_.endswith(".Wandb"):
@@ -128,10 +129,10 @@ def draw_sample(run: Run, decoder: Decoder, strategy: Strategy | None) -> str | 
     """
     if isinstance(strategy, WholeCheckpoints) and strategy.shards_weights:
         state = strategy.lightning_module_state_dict()
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             decoder = build_decoder(run.config, run.corpus.tokenizer.vocab_size, "cpu").eval()
             decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in state.items()})
-    return continue_prompt(run, decoder) if rank_zero_only.rank == 0 else None
+    return continue_prompt(run, decoder) if is_first_process() else None
 
 
 def continue_prompt(run: Run, decoder: Decoder) -> str:

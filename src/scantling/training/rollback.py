@@ -14,6 +14,7 @@ from scantling.runs.directory import RunDirectory
 from scantling.training.assembly import Run, places_left_out
 from scantling.training.checkpoints import newest_whole_checkpoint
 from scantling.training.guard import BadStep
+from scantling.training.ranks import is_first_process
 
 
 def count_guarded(run: Run, step: int) -> int:
@@ -42,7 +43,7 @@ def record_bad_step(run: Run, bad: BadStep, action: str) -> None:
 def stop_run(run: Run, bad: BadStep) -> NoReturn:
     """Record the step, say what it was and what may help, and end the process with code 1."""
     record_bad_step(run, bad, "stop")
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         first, end = samples_of(run, bad.step, bad.step)
         before = count_guarded(run, bad.step)
         others = f", after {before} others" if before else ""
@@ -56,7 +57,7 @@ def stop_run(run: Run, bad: BadStep) -> NoReturn:
 
 def roll_back(run: Run, bad: BadStep) -> None:
     """Back to the newest checkpoint before the batches that are to be left out, or to the start."""
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         # First these, then the record: whenever the process dies, what is left fits together.
         remove_after(run.directory, bad.step - run.guard.batches)
         record_bad_step(run, bad, "rollback")

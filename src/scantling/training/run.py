@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import lightning.pytorch as L
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -38,7 +37,7 @@ from scantling.training.guard import BadStep, Guard
 from scantling.training.loggers import Wandb
 from scantling.training.noise import NoiseScale
 from scantling.training.profiling import STEPS_OF_A_PROFILE, LabelledBatches, Profile
-from scantling.training.ranks import EndTogether
+from scantling.training.ranks import EndTogether, is_first_process
 from scantling.training.record import draw_sample, open_loggers, write_summary
 from scantling.training.rollback import count_guarded, record_bad_step, roll_back, stop_run
 from scantling.training.task import LanguageModelTask
@@ -123,7 +122,7 @@ def train(run: Run, trainer: L.Trainer, task: LanguageModelTask, console: Consol
         console.print(f"\n{stop}; the same command goes on from there")
         # A launcher kills all processes when one of them fails: only the first, which has most to do, says
         # so.
-        sys.exit(130 if rank_zero_only.rank == 0 else 0)
+        sys.exit(130 if is_first_process() else 0)
     finally:
         gc.unfreeze()
 
@@ -207,7 +206,7 @@ def build_metrics(run: Run, guard: Guard, noise_scale: NoiseScale | None, peak: 
     """
     config, plan = run.config, run.plan
     return Metrics(
-        run.directory.metrics_from(run.first_step) if rank_zero_only.rank == 0 else None,
+        run.directory.metrics_from(run.first_step) if is_first_process() else None,
         guard,
         log_every=config.log_every,
         val_every=steps_between_validations(config.val_every, plan.steps),
