@@ -81,7 +81,7 @@ def nearest(wrong: str, options: Sequence[str]) -> str:
 
 def nearest_setting(key: str, known: Sequence[str]) -> str:
     """': did you mean …?' for a dotted key: what others call so; else what is near in its group; else what
-    has its last component, or one near it; else what is near as a whole. Nothing where nothing is.
+    has its last component, or one near it; else what is near as a whole, or the whole list when it is short.
     """
     group, _, name = key.rpartition(".")
     for ours in called_by_others(name.lower().replace("-", "_"), known):
@@ -97,7 +97,7 @@ def nearest_setting(key: str, known: Sequence[str]) -> str:
     found = found or near(key, in_group)
     found = found or [last_of[last] for last in ([name] if name in last_of else near(name, list(last_of)))]
     found = found or near(key, known)
-    return did_you_mean(found) if found else ""
+    return did_you_mean(found) if found else nearest(key, known)
 
 
 def called_by_others(name: str, known: Sequence[str]) -> list[str]:
