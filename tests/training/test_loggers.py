@@ -159,3 +159,20 @@ def test_each_run_of_a_process_is_closed_even_when_it_fails(tmp_path, offline):
         logger.finish(succeeded)
         assert wandb.run is None
     assert {p.name.rsplit("-", 1)[1] for p in tmp_path.glob("wandb/offline-run-*")} == {"one", "two"}
+
+
+def test_a_run_goes_on_where_wandb_does_not_start(command, offline, monkeypatch):
+    """As on a machine so busy that its process is not there in time."""
+    started = wandb.init
+
+    def late(**settings):
+        if settings["mode"] != "disabled":
+            raise wandb.errors.CommError("Run initialization has timed out after 30.0 sec.\nTry again.")
+        return started(**settings)
+
+    monkeypatch.setattr(wandb, "init", late)
+    code, out, err = command("logger=wandb")
+    assert (code, err) == (0, "")
+    said = " ".join(out.split())
+    assert "W&B disabled (warning: it did not start: Run initialization has timed out after 30.0 sec.)" in said
+    assert len(only_run(Path()).metrics()) == 12

@@ -15,8 +15,13 @@ from scantling.runs.directory import Row
 from scantling.runs.wandb_file import records
 
 
+PATIENCE = 300
+"""Seconds that W&B's own process has to start, where no server is waited for: on a busy machine 30 are too few."""
+
+
 class Wandb(WandbLogger):
-    """Online when a key is configured and the server answers, else offline; never fatal.
+    """Online when a key is configured and the server answers, else offline, or left out where W&B does not
+    start; never fatal.
 
     Rows carry an explicit step, because a run that is resumed offline is a second segment under the same id.
     `catch_up` makes the segments join: together they hold every step once.
@@ -44,7 +49,10 @@ class Wandb(WandbLogger):
             mode=self.mode,
             resume="allow" if self.mode == "online" else None,
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=30, x_transaction_log_flush_interval=1.0
+                silent=True,
+                console="off",
+                init_timeout=30 if self.mode == "online" else PATIENCE,
+                x_transaction_log_flush_interval=1.0,
             ),
         )
 
@@ -57,15 +65,19 @@ class Wandb(WandbLogger):
         try:
             run = self.experiment
         except wandb.Error as error:
-            if self.mode != "online":
-                raise
             wandb.teardown()
-            self.mode, self.reason = "offline", f"warning: the server refused: {str(error).splitlines()[0]}"
-            self._wandb_init |= {"mode": "offline", "resume": None}
-            run = self.experiment
+            why = str(error).splitlines()[0]
+            if self.mode == "online":
+                self.mode, self.reason = "offline", f"warning: the server refused: {why}"
+            else:
+                self.mode, self.reason = "disabled", f"warning: it did not start: {why}"
+            self._wandb_init |= {"mode": self.mode, "resume": None}
+            return self.start(config)
         run.config.update(config, allow_val_change=True)
         for axis in ("tokens", "flops"):
             run.define_metric(axis, hidden=True)
+        if self.mode == "disabled":
+            return f"W&B disabled ({self.reason}): metrics.jsonl has every row"
         where = run.url if self.mode == "online" else os.path.dirname(run.dir)
         return f"W&B {self.mode} ({self.reason}): {where}"
 
@@ -131,7 +143,7 @@ def mode_and_reason() -> tuple[str, str]:
 
     if mode := os.environ.get("WANDB_MODE"):
         return mode, "WANDB_MODE"
-    wandb.setup(wandb.Settings(silent=True))
+    wandb.setup(wandb.Settings(silent=True, x_service_wait=PATIENCE))
     if not wandb.login(prompt=False, verify=False):
         return "offline", "no API key; `wandb login` sends the next runs online"
     server = urlparse(wandb.setup().settings.base_url)
