@@ -31,9 +31,7 @@ class Wandb(WandbLogger):
         self.mirrored: set[int] = set()
         """Steps that earlier segments hold."""
         self.is_lost = False
-        """Whether W&B's own process has gone: a scheduler's SIGTERM ends it while the run writes its
-        checkpoint.
-        """
+        """Whether W&B's own process has gone: a SIGTERM ends it while the run still writes its checkpoint."""
         super().__init__(
             project=project,
             tags=tags,
@@ -94,6 +92,7 @@ class Wandb(WandbLogger):
                 self.lose(error)
 
     def lose(self, error: OSError) -> None:
+        """Warn once that W&B has ended; from then on nothing is sent to it."""
         self.is_lost = True
         print(
             f"warning: W&B ended ({error}): metrics.jsonl goes on, and a resumed run mirrors what is missing",
@@ -101,6 +100,7 @@ class Wandb(WandbLogger):
         )
 
     def log_sample(self, text: str, step: int) -> None:
+        """Log a text, escaped, as preformatted HTML."""
         import wandb
 
         escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
