@@ -134,7 +134,7 @@ def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
 def differ_in_size_alone(runs: pd.DataFrame) -> bool:
     """Whether runs make a law: only size varies, with what follows it, and compute varies by much.
 
-    Each size has one value of every setting that follows it.
+    Each size has one value of every setting that is tuned.
     """
     settings = [settings_of(text) for text in runs["overrides"]]
     varied = varied_keys(settings)

@@ -179,9 +179,7 @@ def qkv_widths(attn: str, modules: Modules) -> Shape:
 
 
 def by_head_order(attn: str, modules: Modules) -> Tensor:
-    """The family's row for each of the decoder's, where it keeps each key head's queries, key and value
-    together.
-    """
+    """The family's row for each of the decoder's, where the rows of each key head are together: q, k, v."""
     q, k, v = qkv_widths(attn, modules)
     module = modules[attn]
     assert isinstance(module, Attention)

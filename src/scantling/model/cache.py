@@ -217,7 +217,7 @@ class LayerCache:
     def write(self, k_BTKE: Tensor, v_BTKE: Tensor, placement: Placement, one_more: bool) -> None:
         """Store new keys and values [B, T, K, E]: no padding, and of a window only what it still reaches.
 
-        `one_more`: the pass has a single token, which a rolling cache can place without a search.
+        `one_more`: each row has a single token, and none is padding.
         """
         assert self.k is not None
         assert self.v is not None
