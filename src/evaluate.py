@@ -6,6 +6,7 @@ from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
+    """Print the losses of trained runs."""
     from scantling.cli.evaluate import evaluate
 
     evaluate(config)

@@ -6,6 +6,7 @@ from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
+    """Import a model, export a run or write its weights, as `action=` says."""
     from scantling.cli.hub import hub
 
     hub(config)

@@ -1,4 +1,4 @@
-"""What a model takes: `python src/plan.py model=llama3_8b attn=gqa context=32768`. Options: conf/plan.yaml."""
+"""What a model takes: `python src/plan.py model=llama3_8b attn=gqa`. Options: conf/plan.yaml."""
 
 from omegaconf import DictConfig
 
@@ -6,6 +6,7 @@ from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
+    """Print what a model takes, or plan a study of many."""
     from scantling.cli.plan import plan  # here, so that a mistyped option need not wait for PyTorch
 
     plan(config)

@@ -1,4 +1,4 @@
-"""Answers from runs: `python src/report.py fit=runs.csv n=params d=tokens loss=loss`. Options: conf/report.yaml."""
+"""Answers from runs: `python src/report.py study=attention`. Options: conf/report.yaml."""
 
 from omegaconf import DictConfig
 
@@ -6,6 +6,7 @@ from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
+    """Print an answer from runs and write its page."""
     from scantling.cli.report import report  # here, so that a mistyped option need not wait for SciPy
 
     report(config)

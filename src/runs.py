@@ -6,6 +6,7 @@ from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
+    """List, show, compare, export, import or remove runs, as `action=` says."""
     from scantling.cli.runs import manage_runs  # here, so that a mistyped option need not wait for pandas
 
     manage_runs(config)

@@ -6,6 +6,7 @@ from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
+    """Print prompts and the texts that continue them."""
     from scantling.cli.sample import sample
 
     sample(config)

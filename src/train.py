@@ -6,6 +6,7 @@ from scantling.config.command_line import run_entry
 
 
 def main(config: DictConfig) -> None:
+    """Train a run from this configuration, or go on with it."""
     from scantling.cli.train import train
 
     train(config)

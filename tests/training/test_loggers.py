@@ -174,5 +174,7 @@ def test_a_run_goes_on_where_wandb_does_not_start(command, offline, monkeypatch)
     code, out, err = command("logger=wandb")
     assert (code, err) == (0, "")
     said = " ".join(out.split())
-    assert "W&B disabled (warning: it did not start: Run initialization has timed out after 30.0 sec.)" in said
+    assert (
+        "W&B disabled (warning: it did not start: Run initialization has timed out after 30.0 sec.)" in said
+    )
     assert len(only_run(Path()).metrics()) == 12

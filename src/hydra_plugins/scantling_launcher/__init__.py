@@ -1,0 +1,1 @@
+"""Launchers of sweeps as Hydra plugins: `hydra/launcher=processes` and `submitit_slurm`."""

@@ -20,19 +20,24 @@ from scantling.sweep.screen import Screen
 
 @dataclass
 class ProcessesConf:
+    """The settings of `hydra/launcher=processes` and their defaults."""
+
     _target_: str = "hydra_plugins.scantling_launcher.processes.ProcessLauncher"
     n_jobs: int | None = None
     """Jobs at once; None: as many as have a GPU each, or a CPU core for each of their processes."""
     cores: int | None = None
-    """That this launcher may use; None: all that this process may."""
+    """Cores that this launcher may use; None: all that this process may."""
     retries: int = 1
-    """Of a job that somebody else killed, an out-of-memory killer say; a job that failed by itself is not tried again."""
+    """How often a job is tried again that somebody else killed, an out-of-memory killer say.
+
+    A job that failed by itself is not tried again.
+    """
     timeout_minutes: float | None = None
-    """For one attempt at a job; None: no limit."""
+    """Limit of one attempt at a job; None: no limit."""
     lease_seconds: float = 60
-    """After so long without a sign of life a job of another launcher is taken over."""
+    """Time without a sign of life after which a job of another launcher is taken over."""
     stop_seconds: float = 60
-    """Between asking a job to stop and killing it."""
+    """Time between asking a job to stop and killing it."""
 
 
 ConfigStore.instance().store(
@@ -43,8 +48,9 @@ ConfigStore.instance().store(
 class ProcessLauncher(SweepLauncher):
     """Starts each job as a single run, so that the processes that a job starts itself never see the sweep.
 
-    A job of one process is forked from this one, which has imported PyTorch and Lightning but never touched a GPU; one
-    of several is `python src/train.py` with its overrides. Finished runs are left alone, interrupted ones go on.
+    A job of one process is forked from this one, which has imported PyTorch and Lightning but never
+    touched a GPU; one of several is `python src/train.py` with its overrides. Finished runs are left
+    alone, interrupted ones go on.
     """
 
     elsewhere = False
@@ -75,7 +81,8 @@ class ProcessLauncher(SweepLauncher):
         for job in jobs:
             if job.nodes > 1:
                 raise Mistake(
-                    f"{job.label}: trainer.nodes={job.nodes}, but this launcher starts jobs on its own machine alone: "
+                    f"{job.label}: trainer.nodes={job.nodes}, "
+                    "but this launcher starts jobs on its own machine alone: "
                     "hydra/launcher=submitit_slurm starts them on several"
                 )
         with Screen(jobs, console) as screen:
@@ -85,6 +92,7 @@ class ProcessLauncher(SweepLauncher):
         return "interrupted; the same command goes on from there" if scheduler.asked else None
 
     def start(self, job: Job, share: Share) -> Process:
+        """Start a job in a child: forked where the run has one process, else by its command."""
         if job.devices > 1:
             task = lambda: run_afresh(job.overrides)  # noqa: E731
         else:
@@ -92,7 +100,7 @@ class ProcessLauncher(SweepLauncher):
         return fork_job(task, job.log, {**share.environment, "HYDRA_FULL_ERROR": "0"})
 
     def run_here(self, job: Job, share: Share) -> int:
-        """In the child."""
+        """Train in the child; returns its exit code."""
         import torch
 
         torch.set_num_threads(share.threads)

@@ -15,10 +15,11 @@ from scantling.sweep.slurm import SlurmQueue
 
 
 class SlurmLauncher(SweepLauncher):
-    """Hands jobs to SLURM through submitit and watches them; without it they run on, and the next command finds them.
+    """Hands jobs to SLURM through submitit and watches them.
 
-    In the place of hydra-submitit-launcher, whose jobs call the entry's function and hand its value back in a file: one
-    that exits or is killed leaves none, and one that SLURM preempts goes back to its last checkpoint. `sbatch` are
+    If the launcher ends they run on, and the next command finds them. It takes the place of
+    hydra-submitit-launcher, whose jobs call the entry's function and hand its value back in a file: one that
+    exits or is killed leaves none, and one that SLURM preempts goes back to its last checkpoint. `sbatch` are
     settings of sbatch by submitit's names.
     """
 

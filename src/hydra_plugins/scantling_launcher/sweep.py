@@ -1,4 +1,7 @@
-"""What the launchers of this project share: every job is looked at first, and a run's own record says how it ended."""
+"""What this project's launchers share: all jobs are looked at before the first starts.
+
+A run's own record says how it ended.
+"""
 
 import json
 import os
@@ -42,7 +45,7 @@ class SweepLauncher(Launcher):
 
     @abstractmethod
     def carry_out(self, jobs: Sequence[Job], looks: Sequence[dict[str, Any]], console: Console) -> str | None:
-        """Bring jobs to their ends; what to say where a signal put an end to it before."""
+        """Bring jobs to their ends; returns what to say where a signal stopped it before."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """One `JobReturn` a job, in their order; its value is the run's bits per byte.
@@ -56,7 +59,8 @@ class SweepLauncher(Launcher):
         self.console = open_console()
         if self.starts_unasked() and initial_job_idx == 0:
             self.console.print(
-                f"sweeps={self.sweep} is a sweep, also without -m: {len(job_overrides)} jobs; hydra.mode=RUN makes a "
+                f"sweeps={self.sweep} is a sweep, also without -m: "
+                f"{len(job_overrides)} jobs; hydra.mode=RUN makes a "
                 "single run of its settings",
                 soft_wrap=True,
             )
@@ -68,7 +72,8 @@ class SweepLauncher(Launcher):
         searched: list[Search] = []
         tries: list[tuple[str, dict[str, Any]]] = []
         if self.config.tune is not None:
-            searched = plan_searches(looks, named, TuningSettings(**OmegaConf.to_container(self.config.tune)))  # type: ignore[arg-type]
+            settings = TuningSettings(**OmegaConf.to_container(self.config.tune))  # type: ignore[arg-type]
+            searched = plan_searches(looks, named, settings)
             tries = self.search(list({id(search): search for search in searched}.values()))
             for i, search in enumerate(searched):
                 if not search.failed:
@@ -88,7 +93,10 @@ class SweepLauncher(Launcher):
         return [ended(job.overrides, job, f"{len(failed)} of {len(jobs)} jobs failed") for job in jobs]
 
     def search(self, arms: Sequence[Search]) -> list[tuple[str, dict[str, Any]]]:
-        """Try learning rates until every arm has one; for a forecast, look up those that are known. Labels and looks."""
+        """Try learning rates until every arm has one; for a forecast, look up those that are known.
+
+        Returns the labels and looks.
+        """
         tries: list[tuple[str, dict[str, Any]]] = []
         while wanted := [(arm, rate) for arm in arms for rate in arm.wanted()]:
             commands = [arm.command(rate, self.config.study) for arm, rate in wanted]
@@ -111,6 +119,7 @@ class SweepLauncher(Launcher):
         return tries
 
     def look(self, commands: Sequence[list[str]], named: Sequence[str]) -> list[dict[str, Any]]:
+        """The outlook of each job, found in a child so that this process does not touch a GPU."""
         # Imported here, so that a mistyped sweep need not wait for PyTorch.
         from scantling.sweep.outlook import look_ahead
 
@@ -121,6 +130,7 @@ class SweepLauncher(Launcher):
         )
 
     def jobs(self, named: Sequence[str], looks: Sequence[dict[str, Any]], first: int) -> list[Job]:
+        """A job for each outlook, numbered from `first`; finished runs are jobs that ended before."""
         return [
             Job(
                 number=first + i,
@@ -137,7 +147,7 @@ class SweepLauncher(Launcher):
         ]
 
     def run(self, jobs: list[Job], looks: Sequence[dict[str, Any]]) -> None:
-        """Until all have ended; a signal ends this process with them."""
+        """Run until all jobs have ended; a signal ends this process with them."""
         folder = jobs[0].directory.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         interrupted = self.carry_out(jobs, looks, self.console)
@@ -147,30 +157,31 @@ class SweepLauncher(Launcher):
             sys.exit(130)
 
     def ends_here(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-        """After a forecast. A sweeper that learns from results has none to learn from, and asks no more."""
+        """End after a forecast: a sweeper that learns from results has none, and asks no more."""
         if self.config.hydra.runtime.choices["hydra/sweeper"] not in ("study", "basic"):
             self.console.print("[dim]these are the first; which follow depends on their results[/dim]")
             sys.exit(os.EX_OK)
         return [ended(overrides, None) for overrides in job_overrides]
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """As if the overrides had been typed for a single run."""
+        """The configuration of a job, as if its overrides had been typed for a single run."""
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         with read_write(config), open_dict(config):
             config.hydra.mode = RunMode.RUN
         return config
 
     def devices(self, looks: Sequence[dict[str, Any]]) -> Devices:
+        """The cores and GPUs that these jobs share."""
         gpus = visible_gpus(max(look["gpus"] for look in looks))
         return Devices(self.cores, gpus, self.n_jobs, jobs=len(looks))
 
     @property
     def sweep(self) -> str | None:
-        """The option of `sweeps=`."""
+        """The option of `sweeps=`; None: there is none."""
         return self.config.hydra.runtime.choices["sweeps"]
 
     def starts_unasked(self) -> bool:
-        """Whether the yaml of a sweep, and nothing that was typed, makes this one."""
+        """Whether only the yaml of a sweep makes this one, and nothing that was typed."""
         return self.sweep is not None and not {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv)
 
     def claim_study(self, folder: Path) -> None:
@@ -185,12 +196,13 @@ class SweepLauncher(Launcher):
         before = json.loads(note.read_text())["sweeps"]
         if before != sweep:
             raise Mistake(
-                f"{folder} holds the runs of sweeps={before}: give those of sweeps={sweep} a place with study=NAME"
+                f"{folder} holds the runs of sweeps={before}: "
+                f"give those of sweeps={sweep} a place with study=NAME"
             )
 
 
 class Ended(JobReturn):
-    """Of a job that failed: asked for its value it says so, and no more."""
+    """The return of a job that failed: asked for its value it raises why."""
 
     @property
     def return_value(self) -> Any:
@@ -202,6 +214,7 @@ class Ended(JobReturn):
 
 
 def ended(overrides: Sequence[str], job: Job | None, failure: str = "") -> JobReturn:
+    """What Hydra gets of a job: its run's bits per byte, None without a job, or that it failed."""
     if job is not None and job.state in FAILED:
         return Ended(overrides=overrides, status=JobStatus.FAILED, _return_value=Failed(failure))
     score = None if job is None else job.directory.summary["val/bpb"]

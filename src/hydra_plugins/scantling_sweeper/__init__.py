@@ -1,0 +1,1 @@
+"""The sweeper of studies as a Hydra plugin: `hydra/sweeper=study`."""

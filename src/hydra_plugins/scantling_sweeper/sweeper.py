@@ -1,4 +1,4 @@
-"""`hydra/sweeper=study`, the one that `-m` takes: a grid of settings, or named arms, each against the same grid."""
+"""`hydra/sweeper=study`, the one that `-m` takes: a grid of settings, or named arms, each over that grid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,19 +14,24 @@ from scantling.config.suggestions import nearest
 
 @dataclass
 class StudyConf:
+    """The settings of `hydra/sweeper=study` and their defaults."""
+
     _target_: str = "hydra_plugins.scantling_sweeper.sweeper.StudySweeper"
     max_batch_size: int | None = None
     params: dict[str, Any] | None = None
     """A grid, as Hydra's basic sweeper has it: setting: values."""
     arms: dict[str, list[str]] = field(default_factory=dict)
-    """name: what it changes, as on the command line. The first is what the others are compared with."""
+    """Changes of each arm by its name, as on the command line; the others are compared with the first."""
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="study", node=StudyConf, provider="scantling")
 
 
 class StudySweeper(BasicSweeper):
-    """Hydra's basic sweeper, and one job more of each for every arm. `arm=a,b` on the command line chooses among them."""
+    """Hydra's basic sweeper, which makes each job once for every arm.
+
+    `arm=a,b` on the command line chooses among the arms.
+    """
 
     def __init__(self, max_batch_size: int | None, params: dict[str, Any] | None, arms: dict[str, list[str]]):
         super().__init__(max_batch_size, params)
@@ -60,6 +65,7 @@ class StudySweeper(BasicSweeper):
         return self.run_batches(jobs)
 
     def run_batches(self, jobs: Sequence[Sequence[str]]) -> Any:
+        """Launch the jobs, `max_batch_size` at a time; raises where one of them failed."""
         assert self.launcher is not None
         size = self.max_batch_size or len(jobs)
         returns = []

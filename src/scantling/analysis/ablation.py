@@ -1,5 +1,4 @@
-"""Arms compared over paired seeds: differences with intervals, seeds needed, and the compute that a gain is
-worth."""
+"""Arms compared over paired seeds: differences with intervals, seeds needed, compute that a gain is worth."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from scantling.analysis.observations import numbered
 from scantling.analysis.scaling import Fit, Interval
 
 COLUMNS = ("arm", "seed", "loss")
-"""Of a table of runs: the arm's name, the seed that pairs runs across arms, the final loss."""
+"""Columns of a table of runs: the arm's name, the seed that pairs runs across arms, the final loss."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def paired_p(difference: Array) -> float:
 
 
 def t_interval(difference: Array, level: float) -> Interval:
-    """mean ± t·s/√n, t of n - 1 degrees of freedom (Student 1908)."""
+    """Student's interval, mean ± t·s/√n with t of n - 1 degrees of freedom (Student 1908)."""
     n = len(difference)
     half = t.ppf((1 + level) / 2, n - 1) * difference.std(ddof=1) / np.sqrt(n)
     return float(difference.mean() - half), float(difference.mean() + half)
@@ -136,8 +135,10 @@ def bootstrap_interval(difference: Array, level: float, resamples: int, rng: np.
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values that may be compared with one level whatever their number (Holm 1979, Scand. J. Stat.
-    6:65)."""
+    """Each p value corrected for their number, to be compared with one level.
+
+    Holm 1979, Scand. J. Stat. 6:65.
+    """
     order = np.argsort(p_values)
     m = len(p_values)
     scaled = np.asarray(p_values)[order] * (m - np.arange(m))
@@ -181,8 +182,7 @@ def seeds_for_precision(spread: float, half_width: float, *, level: float = 0.95
 
 
 def first(holds: Callable[[int], bool], most: int) -> int | None:
-    """The least n from 2 to `most` for which `holds`, which does for all larger ones; None where it does for
-    none."""
+    """The least n from 2 to `most` at which `holds` becomes true, which it then stays; None: at none."""
     low, high = 2, most
     if not holds(high):
         return None
@@ -194,8 +194,7 @@ def first(holds: Callable[[int], bool], most: int) -> int | None:
 
 @dataclass(frozen=True)
 class Gain:
-    """Compute-equivalent gain: on the baseline's law a difference as large takes `multiplier` times the
-    compute."""
+    """Compute-equivalent gain: the baseline's law takes `multiplier` times the compute to differ as much."""
 
     compute: float
     multiplier: float
@@ -251,8 +250,10 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
 
 @dataclass(frozen=True)
 class Trend:
-    """How a gain changes with scale: log of the multiplier per factor of ten in compute. `p`: two-sided, of
-    no trend, to be corrected where several arms are looked at."""
+    """How a gain changes with scale: the log of its multiplier per factor of ten in compute.
+
+    `p`: two-sided, of no trend, to be corrected where several arms are looked at.
+    """
 
     per_decade: float
     interval: Interval
@@ -261,15 +262,17 @@ class Trend:
 
     @property
     def verdict(self) -> str:
-        """grows or fades with scale, or no trend seen, at `level`."""
+        """What can be said at `level`: grows or fades with scale, or no trend seen."""
         if self.p > 1 - self.level:
             return "no trend seen"
         return "grows with scale" if self.per_decade > 0 else "fades with scale"
 
 
 def gain_trend(gains: Sequence[Gain], *, level: float = 0.95) -> Trend:
-    """A line through log multipliers against log₁₀ compute; `gains` at two budgets or more, of the same
-    resamples of the law and, as their runs are others, of different seeds."""
+    """A line through log multipliers against log₁₀ compute, of gains at two budgets or more.
+
+    The gains share the resamples of the law; their own draws come from different seeds, as their runs differ.
+    """
     x = np.log10([gain.compute for gain in gains])
     if len(np.unique(x)) < 2:
         raise ValueError("a trend needs gains at two budgets or more")

@@ -1,5 +1,4 @@
-"""How to spend a budget: compute-optimal parameters and tokens, by a fitted law or by the best runs of each
-budget."""
+"""How to spend a budget: compute-optimal parameters and tokens, by a law or by each budget's best runs."""
 
 from __future__ import annotations
 
@@ -23,8 +22,10 @@ def hoffmann_loss(law: Mapping[str, Any], n: ArrayLike, d: ArrayLike) -> Array:
 
 
 def optimal_parameters(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Array:
-    """N that minimises Hoffmann's form under C = kND:
-    N = (alpha·A/(beta·B))^(1/(alpha+beta))·(C/k)^(beta/(alpha+beta)) (Hoffmann et al. 2022, equation 4)."""
+    """N that minimises Hoffmann's form under C = kND.
+
+    N = (alpha·A/(beta·B))^(1/(alpha+beta))·(C/k)^(beta/(alpha+beta)) (Hoffmann et al. 2022, equation 4).
+    """
     alpha, beta = law["alpha"], law["beta"]
     log_g = (np.log(alpha * law["A"]) - np.log(beta * law["B"])) / (alpha + beta)
     return np.exp(log_g + beta / (alpha + beta) * np.log(np.asarray(compute, dtype=float) / k))
@@ -39,8 +40,8 @@ def optimal_loss(law: Mapping[str, Array], compute: ArrayLike, k: float) -> Arra
 def optimum_table(
     fit: Fit, budgets: Sequence[float], *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN
 ) -> pd.DataFrame:
-    """For each budget in FLOPs: N, D, tokens per parameter and loss, with `_low` and `_high` where the fit
-    has resamples.
+    """N, D, tokens per parameter and loss for each budget in FLOPs; `_low` and `_high`
+    where the fit has resamples.
 
     `fit` is of Hoffmann's form; raises ValueError otherwise, and where an exponent is not positive.
     """
@@ -69,21 +70,20 @@ def optimum_table(
 
 
 def floor_is_near(fit: Fit, optimum: pd.DataFrame) -> bool:
-    """Whether a chart of `optimum_table` has room for E: farther below, a line there would flatten all
-    else."""
+    """Whether a chart of `optimum_table` has room for E: a line far below would flatten all else."""
     return bool(optimum["loss"].min() < 2 * fit.E)
 
 
 def allocation_exponent(fit: Fit) -> tuple[float, Interval | None]:
-    """a of N_opt ∝ C^a, which is beta/(alpha + beta)."""
+    """The exponent a of N_opt ∝ C^a, which is beta/(alpha + beta)."""
     return estimate(fit, lambda law: law["beta"] / (law["alpha"] + law["beta"]))
 
 
 def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
-    """The loss of compute-optimal training against C, exactly: L = E + B'/C^gamma,
-    gamma = alpha·beta/(alpha+beta).
+    """The loss of compute-optimal training against C, exactly: L = E + B'/C^gamma.
 
-    A `Fit` of `saturating("C")` at the budgets of the runs, with the same resamples and doubts.
+    gamma = alpha·beta/(alpha+beta). A `Fit` of `saturating("C")` at the budgets of the runs, with the
+    same resamples and doubts.
     """
     form = saturating("C")
 
@@ -112,11 +112,10 @@ def frontier(fit: Fit, *, k: float = FLOPS_PER_PARAMETER_AND_TOKEN) -> Fit:
 def convention_table(
     counts: Mapping[str, ArrayLike], tokens: ArrayLike, loss: ArrayLike, **settings
 ) -> pd.DataFrame:
-    """The same runs under each way of counting parameters: alpha, beta and the exponent a of N_opt ∝ C^a,
-    C = 6ND.
+    """The same runs under each way of counting parameters: alpha, beta, and a of N_opt ∝ C^a, C = 6ND.
 
-    Porian et al. 2024 (arXiv:2406.19146) trace the disagreement between Kaplan and Hoffmann to this, among
-    other things.
+    Porian et al. 2024 (arXiv:2406.19146) trace the disagreement between Kaplan and Hoffmann
+    to this, among other things.
     """
     table = []
     for convention, n in counts.items():
@@ -163,10 +162,10 @@ def held_out_gate(
     seed: int = 0,
     **settings,
 ) -> Gate:
-    """Hold out the `share` of runs with the largest budgets, whole budgets at a time and one at least, and
-    predict them. `settings`: those of `fit`; with `resamples` each prediction has its interval.
+    """Hold out the `share` of runs with the largest budgets, in whole budgets, and predict them.
 
-    Raises ValueError where the rest is too small to fit or nothing is larger.
+    At least one budget is held out. `settings`: those of `fit`; with `resamples` each prediction has its
+    interval. Raises ValueError where the rest is too small to fit or nothing is larger.
     """
     n, d, losses, flops = (np.asarray(x, dtype=float) for x in (N, D, loss, compute))
     above = larger(flops, np.quantile(flops, 1 - share))

@@ -1,5 +1,4 @@
-"""The finished runs of a study, sorted: which arm, which scale, which seed; and whether they make a law or a
-comparison."""
+"""The finished runs of a study by arm, scale and seed, and whether they make a law or a comparison."""
 
 from __future__ import annotations
 
@@ -17,20 +16,21 @@ from scantling.runs.overrides import arms_changes, joined, settings_of, varied_k
 from scantling.runs.table import load_runs
 
 LAW_SPAN = 2.0
-"""Runs that differ in shape alone make a law when the compute of the largest is above so many times the
-smallest's."""
+"""Runs that differ in shape alone make a law when the largest takes more than this many
+times the smallest's compute.
+"""
 
 MOST_ARMS = 40
-"""Of a figure or a chart: curves of more cannot be told apart, and those with the lowest losses are drawn."""
+"""Arms in a figure or a chart, those of lowest loss: more curves cannot be told apart."""
 
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """`runs`: a row a finished run under its name, as `load_runs` has it, with `scale`, the settings of its
-    size.
+    """The runs of a study, sorted.
 
-    `recorded`: likewise every run, finished or not. `is_law`: the runs differ in size and length alone, by
-    much, and in what follows these. `cautions`: what was left out, or makes the study doubtful.
+    `runs`: a row for each finished run under its name, as `load_runs` has it, with `scale`, the settings of
+    its size. `recorded`: likewise every run, finished or not. `is_law`: the runs differ only in size and
+    length, by much, and in what follows these. `cautions`: what was left out, or makes the study doubtful.
     """
 
     name: str
@@ -41,7 +41,7 @@ class StudyRuns:
 
     @property
     def scales(self) -> list[str]:
-        """From little compute to much."""
+        """Scales in the order of their compute, the least first."""
         flops = {
             scale: mean_of(rows_where(self.runs, scale=scale), "flops")
             for scale in dict.fromkeys(self.runs["scale"])
@@ -50,7 +50,7 @@ class StudyRuns:
 
 
 def rows_where(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
-    """Those rows whose columns hold these values."""
+    """The rows whose columns hold these values."""
     chosen = np.ones(len(frame), dtype=bool)
     for column, value in equal.items():
         chosen &= (frame[column] == value).to_numpy(dtype=bool)
@@ -58,12 +58,12 @@ def rows_where(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
 
 
 def mean_of(frame: pd.DataFrame, column: str) -> float:
-    """Of a column, as a float."""
+    """The mean of a column."""
     return float(frame[column].to_numpy(dtype=float).mean())
 
 
 def study_runs(directory: Path) -> StudyRuns:
-    """A study read from its directory. Raises as `recorded_runs` and `finished_runs`."""
+    """A study read from its directory. Raises ValueError as `recorded_runs` and `finished_runs` do."""
     return finished_runs(directory, *recorded_runs(directory))
 
 
@@ -74,8 +74,10 @@ def finished_runs(
     *,
     same: Sequence[str] = ("corpus", "tokenizer"),
 ) -> StudyRuns:
-    """Of `recorded_runs`. Raises ValueError where there is nothing finished, and for runs on different text,
-    naming them."""
+    """The finished ones of `recorded_runs`, by arm and scale.
+
+    Raises ValueError where none is finished, and for runs on different text, naming them.
+    """
     runs = rows_where(frame, status="finished")
     if not len(runs):
         raise ValueError(
@@ -96,8 +98,7 @@ def finished_runs(
 
 
 def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[Finding]]:
-    """Every run, as `StudyRuns` has them, and those that are not finished. Raises ValueError where there is
-    none."""
+    """Every run, as `StudyRuns` has them, and those that are not finished. Raises ValueError for no runs."""
     frame = load_runs(directory)
     cautions: list[Finding] = [Unreadable(name, why) for name, why in frame.attrs["left_out"].items()]
     if not len(frame):
@@ -111,8 +112,10 @@ def recorded_runs(directory: Path) -> tuple[pd.DataFrame, list[Finding]]:
 
 
 def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
-    """With `scale`, the settings of a run's size, and `arm`, where it has no name the other settings. Of all
-    runs, finished or not: one that goes on with a setting of its own is not a run of a finished arm."""
+    """The runs with `scale`, the settings of their size, and `arm`: its name, else the other settings.
+
+    Also of unfinished runs: one that goes on with a setting of its own is not a run of a finished arm.
+    """
     settings = [settings_of(text) for text in frame["overrides"]]
     varied = varied_keys(settings)
     scale_keys = [key for key in varied if is_size(key)]
@@ -129,8 +132,10 @@ def arms_and_scales(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def differ_in_size_alone(runs: pd.DataFrame) -> bool:
-    """Whether runs make a law: settings of size, and what follows it, one of a size, are all that varies, and
-    compute varies by much."""
+    """Whether runs make a law: only size varies, with what follows it, and compute varies by much.
+
+    Each size has one value of every setting that is tuned.
+    """
     settings = [settings_of(text) for text in runs["overrides"]]
     varied = varied_keys(settings)
     size_keys = [key for key in varied if is_size(key)]
@@ -143,10 +148,10 @@ def differ_in_size_alone(runs: pd.DataFrame) -> bool:
 
 
 def pairable_runs(study: StudyRuns, baseline: str) -> tuple[pd.DataFrame, list[PartnerLost]]:
-    """The finished runs without what lost its partner because a run failed or goes on, and what that was.
+    """The finished runs whose partner finished too, and the others with what they lack.
 
-    A run that the baseline lacks takes its seed out of the comparison at that scale, one that another arm
-    lacks its arm: the baseline's first, as an arm has lost nothing by a seed that is out already.
+    A run that the baseline lacks takes its seed out of the comparison at that scale; one that another arm
+    lacks takes that arm out. The baseline comes first, as an arm loses nothing by a seed that is out already.
     """
     runs, lost_partners = study.runs, []
     lost = study.recorded.iloc[np.flatnonzero(study.recorded["status"] != "finished")]
@@ -170,8 +175,11 @@ def is_size(key: str) -> bool:
 
 
 def tell_models_apart(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of runs that are not compared: with what those of an arm and scale differ in, beside their seeds, as
-    part of the scale, so that no curve is the mean of different models."""
+    """Runs that are not compared, with the settings in which those of an arm and scale
+    differ as part of the scale.
+
+    Seeds aside. So no curve is the mean of different models.
+    """
     settings = [settings_of(text) for text in frame["overrides"]]
     groups = list(zip(frame["arm"], frame["scale"], strict=True))
     within = varied_within(groups, settings)
@@ -182,8 +190,7 @@ def tell_models_apart(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_arm(sweep: dict | None, arms: Sequence[str]) -> str:
-    """The baseline where none is named: of a yaml of `sweeps/` its first arm, else the one whose values stand
-    first.
+    """The baseline where none is named: the first arm of a yaml of `sweeps/`, else that of the first values.
 
     Raises ValueError where that cannot be told.
     """

@@ -14,7 +14,7 @@ SAME_BUDGET = 0.05
 """Runs have one budget where their FLOPs, in order, differ by at most this share from one to the next."""
 
 MOST_SIZES = 12
-"""Of a figure that has a line for each."""
+"""Sizes in a figure that has a line for each."""
 
 BEYOND = 100.0
 """How far above the largest run's FLOPs a law is drawn and asked."""
@@ -28,8 +28,7 @@ def grouped(logs: Array, tolerance: float = SAME_BUDGET) -> list[np.ndarray]:
 
 
 def repeated(n: Array) -> list[np.ndarray]:
-    """Rows of each size, smallest first; none where sizes are too many, or have too few runs each, for a line
-    a size."""
+    """Rows of each size, smallest first; none where sizes are too many, or have too few runs, for curves."""
     of_sizes = grouped(np.log(n))
     return of_sizes if len(of_sizes) <= min(MOST_SIZES, len(n) // 2) else []
 

@@ -1,5 +1,4 @@
-"""What a study of arms found: each against the baseline at every scale, and what its differences are worth in
-compute."""
+"""What a study of arms found: each against the baseline at every scale, and its difference in compute."""
 
 from __future__ import annotations
 
@@ -41,16 +40,18 @@ OWN_LAW = 4
 """Scales from which the baseline's own runs give its law."""
 
 SAME_LENGTH = 0.01
-"""By so much of the baseline's tokens an arm may miss them: runs end with a whole step."""
+"""Share of the baseline's tokens by which an arm may miss them, as runs end with a whole step."""
 
 FAR = 2
-"""Times the compute of the baseline's largest run, beyond which its law is a guess."""
+"""The baseline's law is a guess beyond this many times the compute of its largest run."""
 
 
 @dataclass(frozen=True)
 class ArmGain:
-    """Of an arm at a scale, whose baseline takes `compute` FLOPs; `gain`: or why there is none. `largest`:
-    FLOPs of the largest run that the baseline's law was fitted to."""
+    """The gain of an arm at a scale where the baseline takes `compute` FLOPs.
+
+    `gain`: or why there is none. `largest`: FLOPs of the largest run that the baseline's law was fitted to.
+    """
 
     scale: str
     arm: str
@@ -60,8 +61,7 @@ class ArmGain:
 
     @property
     def beyond(self) -> float:
-        """Compute that the baseline would need, over that of its largest run: above 1 its law is
-        extrapolated."""
+        """Compute that the baseline would need, over that of its largest run; NaN where no compute does."""
         if isinstance(self.gain, Unreachable):
             return np.nan
         return self.compute * self.gain.multiplier / self.largest
@@ -69,8 +69,10 @@ class ArmGain:
 
 @dataclass(frozen=True)
 class ArmTrend:
-    """How an arm's gain changes with scale, p corrected over the `compared` arms that have a trend; None: no
-    two of its scales have a gain. `unreachable`: scales at which no compute reaches its loss."""
+    """How an arm's gain changes with scale; p is corrected over the `compared` arms that have a trend.
+
+    None: it has no gain at two scales. `unreachable`: scales at which no compute reaches its loss.
+    """
 
     arm: str
     trend: Trend | None
@@ -80,8 +82,11 @@ class ArmTrend:
 
 @dataclass(frozen=True)
 class Ablation:
-    """`arms`: a row an arm and scale, the baseline first; `gains`: compute-equivalent gains where a law is at
-    hand; `trends`: of each arm's gain over scale."""
+    """The tables of a comparison.
+
+    `arms`: a row for each arm and scale, the baseline first; `gains`: compute-equivalent gains where there is
+    a law; `trends`: how each arm's gain changes with scale.
+    """
 
     study: str
     metric: str
@@ -99,8 +104,9 @@ class Ablation:
 
     @property
     def order(self) -> list[str]:
-        """The baseline, and the others from the lowest loss at the largest scale on; at the end those not
-        compared there."""
+        """The baseline, then the others by their loss at the largest scale, lowest first;
+        last those not compared there.
+        """
         scales = list(dict.fromkeys(self.arms["scale"]))[::-1]
         return list(
             dict.fromkeys(arm for scale in scales for arm in rows_where(self.arms, scale=scale)["arm"])
@@ -108,8 +114,10 @@ class Ablation:
 
     @property
     def gains_table(self) -> pd.DataFrame | None:
-        """A row each, with gain, low and high, NaN where no compute reaches the arm's loss, and how far
-        beyond the baseline's runs."""
+        """A row for each gain: gain, low, high, and how far it lies beyond the baseline's runs.
+
+        NaN where no compute reaches the arm's loss.
+        """
         return pd.DataFrame([gain_row(each) for each in self.gains]) if self.gains else None
 
 
@@ -132,9 +140,10 @@ def compare_arms(
     resamples: int,
     seed: int,
 ) -> Ablation:
-    """`metric`: loss or bpb. `precision`: the half-width that `seeds_for_precision` is asked for, in its
-    unit. `law`: the baseline's loss against compute; None: from the study itself, where that has enough
-    scales.
+    """Compare every arm with the baseline at every scale.
+
+    `metric`: loss or bpb. `precision`: the half-width that `seeds_for_precision` is asked for, in its unit.
+    `law`: the baseline's loss against compute; None: from the study itself, where that has enough scales.
 
     Raises ValueError, naming runs, for what cannot be compared.
     """
@@ -182,8 +191,10 @@ def compare_arms(
 
 
 def own_law(runs: pd.DataFrame, settings: dict) -> tuple[Fit | None, NoBaselineLaw | None]:
-    """The baseline's loss against compute by its own runs, where these have enough scales; or why they give
-    none. `settings`: those of `fit`."""
+    """The baseline's loss against compute by its own runs, or why these give no law: they need enough scales.
+
+    `settings`: those of `fit`.
+    """
     if len(set(runs["scale"])) < OWN_LAW:
         return None, None
     try:
@@ -201,7 +212,7 @@ def gains_at(
     baseline: str,
     seed: int,
 ) -> Iterator[ArmGain]:
-    """Of each arm at one scale, by its paired `losses`, a column an arm."""
+    """The gain of each arm at one scale, by its paired `losses`, a column an arm."""
     for arm in arms:
         difference = (losses[arm] - losses[baseline]).to_numpy()
         try:
@@ -245,7 +256,7 @@ def arm_row(
 
 
 def seeds_or_nan(count: Callable[[], int]) -> float:
-    """NaN where it is more than anyone will run."""
+    """The number of seeds; NaN where it is more than anyone will run."""
     try:
         return float(count())
     except ValueError:
@@ -279,7 +290,7 @@ def extrapolated(gains: Sequence[ArmGain]) -> list[Finding]:
 
 
 def gain_row(each: ArmGain) -> dict[str, object]:
-    """Of the table of gains."""
+    """The row of the table of gains."""
     row: dict[str, object] = {"scale": each.scale, "arm": each.arm, "FLOPs": each.compute}
     if isinstance(each.gain, Unreachable):
         row |= {"gain": np.nan, "low": np.nan, "high": np.nan}
@@ -290,8 +301,10 @@ def gain_row(each: ArmGain) -> dict[str, object]:
 
 
 def trends_of(gains: Sequence[ArmGain], level: float) -> list[ArmTrend]:
-    """Of each arm that has gains at two budgets, p corrected by Holm over these arms; then of each other arm
-    at several scales that has none because no compute reaches its loss."""
+    """The trend of each arm that has gains at two budgets, p corrected by Holm over these arms.
+
+    Then each other arm at several scales that has no trend because no compute reaches its loss.
+    """
     known: dict[str, list[Gain]] = {}
     unreachable: dict[str, tuple[str, ...]] = {}
     for each in gains:

@@ -21,8 +21,10 @@ Law = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Grid:
-    """`budgets` budgets, each `ratio` times the one before; around the optimum of each, `sizes` sizes from
-    1/`spread` to `spread` times it; every cell with `seeds` seeds."""
+    """`budgets` budgets, each `ratio` times the one before, and `sizes` sizes around the optimum of each.
+
+    They go from 1/`spread` to `spread` times the optimum; every cell has `seeds` seeds.
+    """
 
     budgets: int
     ratio: float
@@ -41,7 +43,7 @@ class Grid:
 
     @property
     def runs(self) -> int:
-        """How many there are."""
+        """Number of runs."""
         return self.budgets * self.sizes * self.seeds
 
     def budgets_of(self, flops: float) -> list[float]:
@@ -55,7 +57,7 @@ class Grid:
         return (optimum * np.geomspace(1 / self.spread, self.spread, self.sizes)).tolist()
 
     def ideal(self, law: Law, flops: float) -> tuple[Array, Array, Array]:
-        """N, D and C of every run, were every size to be had."""
+        """N, D and C of every run, if every size could be built."""
         budgets = self.budgets_of(flops)
         n = np.array([size for budget in budgets for size in self.sizes_of(law, budget)])
         c = np.repeat(budgets, self.sizes)
@@ -84,11 +86,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Proportions:
-    """What stays about alike from size to size. `aspect`: d_model per layer; `widening`: d_ff per d_model;
-    `kv_share`: n_kv_heads per head.
+    """What stays about alike from size to size.
 
-    Kaplan et al. 2020 (arXiv:2001.08361), section 3.1: at equal parameters the loss hardly depends on the
-    shape; 6 layers of 4288 come within 3 % of 48 layers of 1600.
+    `aspect`: d_model per layer; `widening`: d_ff per d_model; `kv_share`: n_kv_heads per head. Kaplan et al.
+    2020 (arXiv:2001.08361), section 3.1: at equal parameters the loss hardly depends on the shape; 6 layers
+    of 4288 come within 3 % of 48 layers of 1600.
     """
 
     aspect: float
@@ -97,8 +99,11 @@ class Proportions:
     kv_share: float
 
     def shape(self, n_layers: int, d_model: int) -> Shape:
-        """The heads divide d_model, into an even number for rotary positions, and the key/value heads the
-        heads."""
+        """The shape with these proportions.
+
+        The heads divide d_model, into an even number for rotary positions, and the
+        key/value heads divide the heads.
+        """
         heads = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
         n_heads = min(heads, key=lambda n: abs(np.log(n * self.d_head / d_model)))
         n_kv_heads = max(
@@ -121,10 +126,10 @@ def nearest_shape(
     most_layers: int = 256,
     off_shape: float = 0.05,
 ) -> Shape:
-    """The shape with about `target` parameters whose aspect is about the preset's: least
-    ln²(N/target) + `off_shape`·ln²(aspect/its own).
+    """The shape with about `target` parameters and about the preset's aspect.
 
-    Raises ValueError where the smallest shape is over one and a half times too large.
+    It has the least ln²(N/target) + `off_shape`·ln²(aspect/its own). Raises ValueError where the smallest
+    shape is over one and a half times too large.
     """
 
     def cost(shape: Shape) -> float:
@@ -154,7 +159,8 @@ def nearest_shape(
 def porian(n: float, reference_n: float, reference_lr: float) -> float:
     """lr ∝ N^-0.36, N the parameters of linear layers with the output head (Porian et al. 2024,
     arXiv:2406.19146, figure 3: 3.7·N^-0.36, tuned AdamW between 5 M and 901 M). The constant, which moves
-    with batch and optimiser, is the preset's."""
+    with batch and optimiser, is the preset's.
+    """  # noqa: D403
     return reference_lr * (n / reference_n) ** -0.36
 
 
@@ -166,7 +172,7 @@ def constant(n: float, reference_n: float, reference_lr: float) -> float:
 LEARNING_RATES: dict[str, Callable[[float, float, float], float]] = {"porian": porian, "constant": constant}
 
 PORIAN_RANGE = (5e6, 9.01e8)
-"""Parameters between which the rule was fitted."""
+"""Parameters between which `porian` was fitted."""
 
 
 # --- forecast ---
@@ -174,11 +180,11 @@ PORIAN_RANGE = (5e6, 9.01e8)
 
 @dataclass(frozen=True)
 class Forecast:
-    """Half-widths of the intervals that a study of these runs will have, were `law` the truth.
+    """Half-widths of the intervals that a study of these runs would have if `law` were the truth.
 
     `a_isoflop`, `a_parametric`: of the exponent of N_opt ∝ C^a, by parabolas and by Hoffmann's form.
-    `n_optimal`, `loss`: of the optimum at `target` FLOPs, as fractions of it, by Hoffmann's form. `bias`:
-    what parabolas would miss a by without noise.
+    `n_optimal`, `loss`: of the optimum at `target` FLOPs, as fractions of it, by Hoffmann's form. `bias`: the
+    error of a by parabolas without noise.
     """
 
     target: float
@@ -203,10 +209,10 @@ def forecast(
     seed: int,
     tolerance: float = SAME_BUDGET,
 ) -> Forecast:
-    """Simulated studies: the law's losses at these sizes with normal noise in log loss, each fitted as a real
-    one would be.
+    """What a study of these runs would find, by simulated studies.
 
-    `noise`: standard deviation of log loss between seeds. All draws are fitted at once.
+    Each has the law's losses at these sizes with normal noise in log loss, and is fitted as a real one would
+    be; all draws at once. `noise`: standard deviation of log loss between seeds.
     """
     predictor = HOFFMANN.predictor({"N": n, "D": d})
     truth = HOFFMANN.theta(law)
@@ -248,8 +254,7 @@ def forecast(
 
 
 def alternatives(grid: Grid, law: Law, flops: float, **settings) -> list[tuple[Grid, Forecast]]:
-    """`grid` and others of the same cost, with ideal sizes, and what each is forecast to say; `settings` of
-    `forecast`."""
+    """`grid` and others of the same cost, with ideal sizes and their forecasts; `settings`: of `forecast`."""
     tried = [
         grid,
         *(replace(grid, budgets=grid.budgets + more) for more in (-2, 2)),

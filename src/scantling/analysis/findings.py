@@ -1,5 +1,7 @@
-"""What is known beside the numbers of a fit or a study: what was left out, what makes them doubtful. `report`
-words it."""
+"""Findings beside the numbers of a fit or a study: what was left out, what makes them doubtful.
+
+`report` puts them into words.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ class FloorLost:
 
 @dataclass(frozen=True)
 class FewBudgets:
-    """Exponents of compute rest on so few budgets."""
+    """Exponents of compute rest on only this many budgets."""
 
     budgets: int
 
@@ -41,7 +43,7 @@ class WideBootstrap:
 
 @dataclass(frozen=True)
 class FewOptima:
-    """The exponent rests on so few best sizes, one a budget."""
+    """The exponent rests on only this many best sizes, one a budget."""
 
     budgets: int
 
@@ -71,7 +73,7 @@ class UndecayedCurves:
 
 @dataclass(frozen=True)
 class HighestDropped:
-    """Numbers of the rows whose losses were highest and that were left out as asked."""
+    """Numbers of the rows of highest loss, which the user asked to leave out."""
 
     rows: tuple[int, ...]
 
@@ -86,7 +88,7 @@ class MixedConventions:
 
 @dataclass(frozen=True)
 class RepeatedEpochs:
-    """How many rows pass their fresh tokens, and how often the one that does so most."""
+    """How many rows go over their fresh tokens again, and how often the one that does so most."""
 
     rows: int
     epochs: float
@@ -123,7 +125,7 @@ class ConstantSchedule:
 
 @dataclass(frozen=True)
 class PartnerLost:
-    """A run without which a seed, where it is the baseline's, or else its arm is not compared at a scale."""
+    """A run without which a seed (of the baseline) or an arm (of another) is not compared at a scale."""
 
     status: str
     scale: str
@@ -179,8 +181,9 @@ class OffTheLaw:
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """Arms whose gains read the law far beyond its largest run, of `largest` FLOPs, and how many times as
-    far."""
+    """Arms whose gains read the law far beyond its largest run, of `largest` FLOPs, each
+    with how many times as far.
+    """
 
     largest: float
     beyond: tuple[tuple[str, float], ...]

@@ -20,7 +20,7 @@ Sizes = Mapping[str, Array]
 """By letter, each (N,)."""
 
 Terms = list[dict[str, Array | float]]
-"""For each power of a sum, what multiplies which parameter in its logarithm."""
+"""For each power of a sum: what multiplies which parameter in its logarithm."""
 
 
 class Form(ABC):
@@ -39,7 +39,7 @@ class Form(ABC):
 
     @abstractmethod
     def starts(self) -> Array:
-        """(S, P): where a search begins."""
+        """Points (S, P) at which a search begins."""
 
     @abstractmethod
     def published(self, theta_SP: Array) -> dict[str, Array]:
@@ -47,7 +47,7 @@ class Form(ABC):
 
     @abstractmethod
     def theta(self, parameters: Mapping[str, float]) -> Array:
-        """(P,): the way back."""
+        """The vector θ, (P,), of published parameters."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ class PowerSum(Form):
         return np.array(list(itertools.product(*(self.grid[name] for name in self.parameters))))
 
     def projected_starts(self, sizes: Sizes, loss: Array, *, alike: bool = False) -> Array:
-        """(S, P): a grid of exponents only, each with the coefficients that least squares of relative errors
-        gives.
+        """Starts (S, P) on a grid of exponents, each with the coefficients of least relative squared error.
 
         Variable projection (Golub & Pereyra 1973): L is linear in its coefficients, so few starts do for
-        many. `alike`: three only, all of whose exponents are one.
+        many. `alike`: only the three whose exponents are all equal.
         """
         logs = {letter: np.log(sizes[letter]) for letter in self.inputs}
         exponents = [name for name in self.parameters if name not in self.logarithms]
@@ -179,17 +178,22 @@ def saturating(letter: str) -> PowerSum:
 
 @dataclass(frozen=True)
 class KaplanSum(Form):
-    """L = Σₓ (x_c/x)^alpha_x over `inputs`: Kaplan et al. 2020 (arXiv:2001.08361), equations 1.1 to 1.3 with
-    one input, 1.6 with N and S (steps corrected by `minimum_steps`)."""
+    """L = Σₓ (x_c/x)^alpha_x over `inputs`.
+
+    Kaplan et al. 2020 (arXiv:2001.08361), equations 1.1 to 1.3 with one input, 1.6 with N and S
+    (steps corrected by `minimum_steps`).
+    """
 
     inputs: tuple[str, ...]
 
     @property
     def formula(self) -> str:  # type: ignore[override]
+        """The sum in letters, for reports."""
         return "L = " + " + ".join(f"({x}_c/{x})^alpha_{x}" for x in self.inputs)
 
     @property
     def parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        """x_c and alpha_x of each input x."""
         return tuple(name for x in self.inputs for name in (f"{x}_c", f"alpha_{x}"))
 
     @property
@@ -275,12 +279,12 @@ KAPLAN = Kaplan()
 
 @dataclass(frozen=True)
 class Repeated(Form):
-    """Muennighoff et al. 2023 (arXiv:2305.16264), equations 5 and 6: a law of fresh data, its sizes
-    discounted.
+    """A law of fresh data with its sizes discounted for repetition.
 
-    D' = U + U·R_D·(1 − exp(−r/R_D)) with r = D/U − 1 repetitions, and N' likewise of the excess over the
-    parameters that are compute-optimal for U fresh tokens. `law`: Hoffmann's five parameters, fitted to runs
-    of one epoch and held fixed, as in the paper; only R_D and R_N are fitted here.
+    Muennighoff et al. 2023 (arXiv:2305.16264), equations 5 and 6. D' = U + U·R_D·(1 − exp(−r/R_D)) with r =
+    D/U − 1 repetitions, and N' likewise of the excess over the parameters that are compute-optimal for U
+    fresh tokens. `law`: Hoffmann's five parameters, fitted to runs of one epoch and held fixed, as in the
+    paper; only R_D and R_N are fitted here.
     """
 
     law: Mapping[str, float]
@@ -295,7 +299,7 @@ class Repeated(Form):
         unique_n = np.minimum(share * unique_d ** (law["beta"] / law["alpha"]), sizes["N"])
 
         def discounted(log_r: Array, size: Array, unique: Array) -> tuple[Array, Array]:
-            """log of the effective size, and its derivative by log R."""
+            """Logarithm of the effective size, and its derivative by log R."""
             r, repeats = np.exp(log_r)[:, None], size / unique - 1
             decay = np.exp(-repeats / r)
             effective = 1 + r * (1 - decay)
@@ -327,12 +331,16 @@ def critical_batch(loss: Array | float, *, b_star: float = 2e8, alpha_b: float =
 
 
 def minimum_steps(steps: Array | float, batch: Array | float, loss: Array | float) -> Array | float:
-    """S_min = S/(1 + B_crit(L)/B): steps of a batch far above critical that reach the same loss (equation
-    5.4)."""
+    """S_min = S/(1 + B_crit(L)/B): steps that reach the same loss at a batch far above critical.
+
+    Kaplan et al. 2020, equation 5.4.
+    """
     return steps / (1 + critical_batch(loss) / batch)
 
 
 def minimum_compute(compute: Array | float, batch: Array | float, loss: Array | float) -> Array | float:
-    """C_min = C/(1 + B/B_crit(L)): FLOPs at a batch far below critical that reach the same loss (equation
-    5.5)."""
+    """C_min = C/(1 + B/B_crit(L)): FLOPs that reach the same loss at a batch far below critical.
+
+    Kaplan et al. 2020, equation 5.5.
+    """
     return compute / (1 + batch / critical_batch(loss))

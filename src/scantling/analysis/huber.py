@@ -15,7 +15,7 @@ TOGETHER = 40_000
 """Problems times points computed at once: more would fall out of the processor's cache."""
 
 LONGEST_STEP = 5.0
-"""In any parameter; from a poor start the quadratic model points far away."""
+"""Largest step in any parameter; from a poor start the quadratic model points far away."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,10 @@ def minimise(
     max_steps: int = 300,
     tolerance: float = 1e-12,
 ) -> Optima:
-    """Minimise Σₙ wₙ·huber(log_loss(θ)ₙ − targetₙ) from every start, each with its own row of weights or all
-    with none.
+    """Minimise Σₙ wₙ·huber(log_loss(θ)ₙ − targetₙ) from every start.
 
-    `log_loss`: θ (S, P) -> prediction (S, N) and its Jacobian (S, P, N). `target`: (N,), or (S, N) for one
-    each.
+    `log_loss`: θ (S, P) -> prediction (S, N) and its Jacobian (S, P, N). `target`: (N,), or (S, N) for each
+    start its own. `weights_SN`: a row of weights for each start; None: all are 1.
 
     Each step solves (Jᵀ diag(w·h) J) s = −gradient, where h is 1[|r| < δ] + λ·min(1, δ/|r|): a large λ gives
     small steps of iteratively reweighted least squares, which cannot overshoot far away; λ -> 0 gives
@@ -78,7 +77,7 @@ def minimise_together(
     max_steps: int,
     tolerance: float,
 ) -> tuple[Array, Array, Array]:
-    """As `minimise`, of problems few enough for the cache; those that are done leave."""
+    """Minimise problems few enough for the cache, as `minimise` does; those that are done leave."""
     final, final_objective = theta.copy(), np.full(len(theta), np.inf)
     converged = np.zeros(len(theta), dtype=bool)
 

@@ -1,5 +1,7 @@
-"""Compute-optimal sizes without a form for the loss: approach 2, the best size of each budget, and approach
-1, the envelope of training curves (Hoffmann et al. 2022, sections 3.1 and 3.2)."""
+"""Compute-optimal sizes without a form for the loss (Hoffmann et al. 2022, sections 3.1 and 3.2).
+
+Approach 2 takes the best size of each budget, approach 1 the envelope of training curves.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from scantling.analysis.resampling import expanded_percentiles
 from scantling.analysis.scaling import FEWEST_BUDGETS, Interval, refit_hoffmann
 
 FEWEST_SIZES = 4
-"""Of a budget, for a minimum among them."""
+"""Sizes of a budget, for a minimum among them."""
 
 NOTABLE_BIAS = 0.25
-"""Of the parabolas, in standard deviations of what noise adds to the exponent."""
+"""Bias of the parabolas, in standard deviations of what noise adds to the exponent."""
 
 KNOWN = 10**6
 """Degrees of freedom of a noise that was not estimated from these runs."""
@@ -31,8 +33,10 @@ Minimum = Literal["parabola", "akima"]
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N_opt = coefficient·C^exponent, through the best size of each budget; intervals by resampling runs or
-    noise."""
+    """N_opt = coefficient·C^exponent through the best size of each budget.
+
+    Intervals come from resampling runs or noise.
+    """
 
     exponent: float
     coefficient: float
@@ -58,7 +62,7 @@ class Valley:
 
 
 def valleys(N: Array, compute: Array, loss: Array) -> list[Valley]:
-    """One for each budget, from little compute to much."""
+    """A valley for each budget, from little compute to much."""
     found = []
     for rows in grouped(np.log(compute)):
         log_n, log_loss = np.log(N[rows]), np.log(loss[rows])
@@ -71,7 +75,7 @@ def valleys(N: Array, compute: Array, loss: Array) -> list[Valley]:
 
 
 def parabola(log_n: Array, log_loss: Array, at: Array) -> Array:
-    """The one through the points, by least squares, at other sizes."""
+    """Log losses at the sizes `at`, by the least-squares parabola through the points."""
     centre = log_n.mean()
     return np.polyval(np.polyfit(log_n - centre, log_loss, 2), at - centre)
 
@@ -92,9 +96,9 @@ def fit_isoflop(
 
     `minimum`: of a parabola in log N (Hoffmann et al. 2022), or of Akima's spline (Porian et al. 2024,
     section 3.1), which forces no shape. Runs belong to one budget when their FLOPs differ by at most
-    `tolerance`. The bootstrap keeps the grid and draws noise of log loss around each budget's parabola: of
-    standard deviation `noise` if that is known (from seeds), else that of what the parabolas leave in all
-    budgets.
+    `tolerance`. The bootstrap keeps the grid and draws noise of log loss around each budget's
+    parabola: of standard deviation `noise` if that is known (from seeds), else that of what the
+    parabolas leave in all budgets.
 
     Raises ValueError for fewer than two budgets, and for a budget of fewer than four sizes.
     """
@@ -160,7 +164,7 @@ def doubts_of_grid(log_n: Array, log_c: Array, groups: Sequence[np.ndarray], opt
 
 
 def parabola_minimum(log_n: Array, log_loss_SN: Array) -> Array:
-    """(S,): where a parabola through the points is lowest; the lowest point where it opens downwards."""
+    """Where a parabola through the points is lowest, (S,); the lowest point where it opens downwards."""
     centre = log_n.mean()
     square, slope, _ = np.polyfit(log_n - centre, log_loss_SN.T, 2)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -169,8 +173,10 @@ def parabola_minimum(log_n: Array, log_loss_SN: Array) -> Array:
 
 
 def akima_minimum(log_n: Array, log_loss_SN: Array, points: int = 512) -> Array:
-    """(S,): where Akima's spline (1970, doi:10.1145/321607.321609) through the mean loss of each size is
-    lowest."""
+    """Where Akima's spline through the mean loss of each size is lowest, (S,).
+
+    Akima 1970, doi:10.1145/321607.321609.
+    """
     sizes, which = np.unique(log_n, return_inverse=True)
     means = np.stack([log_loss_SN[:, which == i].mean(axis=1) for i in range(len(sizes))])
     fine = np.linspace(sizes[0], sizes[-1], points)
@@ -188,14 +194,15 @@ def best_sizes(
 
 
 def slopes(x: Array, y_SN: Array) -> Array:
-    """(S,): of least-squares lines."""
+    """Slopes of least-squares lines, (S,)."""
     centred = x - x.mean()
     return y_SN @ centred / (centred @ centred)
 
 
 def parabola_bias(log_n: Array, log_c: Array, log_loss: Array, groups: Sequence[np.ndarray]) -> float:
-    """What the parabolas' exponent would be off by on this grid without noise, were Hoffmann's form fitted
-    here the truth."""
+    """The error of the parabolas' exponent on this grid without noise, if Hoffmann's form
+    fitted here were the truth.
+    """
     n, d = np.exp(log_n), np.exp(log_c - log_n) / FLOPS_PER_PARAMETER_AND_TOKEN
     law = refit_hoffmann(n, d, np.exp(log_loss))
     clean = np.log(law.predict(N=n, D=d))
@@ -216,8 +223,7 @@ def fit_envelope(
     level: float = 0.95,
     seed: int = 0,
 ) -> PowerLaw:
-    """Approach 1: which run of all has the lowest loss at each of many budgets, and a line through their
-    sizes.
+    """Approach 1: the run with the lowest loss at each of many budgets, and a line through their sizes.
 
     A row is one point of a training curve: `run` names the curve. Losses between logged points are
     interpolated in logarithms; a budget counts while at least two curves cross it and the best size is
@@ -262,8 +268,10 @@ def curve_on_grid(grid: Array, log_c: Array, log_loss: Array) -> Array:
 
 
 def envelope_line(grid: Array, curves: Array, sizes: Array) -> tuple[float, float, Array, Array]:
-    """Slope and intercept of log best size over log budget, and the points that the line is through; NaN
-    where these are of one size. `curves`: log loss [run, budget]; `sizes`: log of N, by run."""
+    """Slope and intercept of log best size over log budget, and the points that the line goes through.
+
+    NaN where all these have one size. `curves`: log loss [run, budget]; `sizes`: log of N, by run.
+    """
     crossed = np.isfinite(curves)
     best = sizes[curves.argmin(axis=0)]
     smallest = np.where(crossed, sizes[:, None], np.inf).min(axis=0)

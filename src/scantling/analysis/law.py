@@ -1,5 +1,4 @@
-"""What a table of runs says by a fitted law: parameters, the optimum, exponents by every approach, what to
-distrust."""
+"""A fitted law of a table of runs: parameters, optimum, exponents by every approach, reasons for doubt."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ PLANNED_BUDGETS = range(4, 13)
 """Groups of equal FLOPs of which one may be left out; runs with more were not planned in budgets."""
 
 ENVELOPE_RESAMPLES = 1000
-"""At most, of approach 1."""
+"""Resamples of approach 1, at most."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,10 @@ class Exponent:
 class ScalingLaw:
     """A fit of Hoffmann's form to `observations`, named `source`, and what follows from it.
 
-    `exponents`: by each approach that the runs allow; `conventions`: the exponent under each count of N;
-    `without`: by approach 3 without the runs of each budget. `isoflop`: approach 2 with parabolas, where
-    budgets are planned. `target`: the FLOPs that the answer is of. Optima are under C = kND, with the k of
-    the observations.
+    `exponents`: by each approach that the runs allow; `conventions`: the exponent under each count of
+    N; `without`: by approach 3 without the runs of each budget. `isoflop`: approach 2 with parabolas,
+    where budgets are planned. `target`: the FLOPs that the answer is of. Optima are under C = kND, with
+    the k of the observations.
     """
 
     source: str
@@ -85,7 +84,8 @@ def find_law(
 
     `held_out`: the share of runs, of the largest budgets, that the gate predicts; 0: no gate. `budgets`:
     FLOPs to give the optimum of; None: the largest of the runs, 10 and 100 times as much. Raises ValueError
-    for what cannot be fitted."""
+    for what cannot be fitted.
+    """
     runs = observations.runs
     n, d, c, loss = (runs[name].to_numpy() for name in ("N", "D", "C", "loss"))
     bootstrap = {"resamples": resamples, "level": level, "seed": seed}
@@ -142,13 +142,16 @@ def isoflop_laws(
 
 
 def exponent_of(approach: Literal["parabola", "akima", "envelope"], law: PowerLaw) -> Exponent:
-    """Of approach 1 or 2."""
+    """The exponent by approach 1 or 2."""
     return Exponent(approach, law.exponent, law.exponent_interval, law.warnings)
 
 
 def without_each_budget(n: Array, d: Array, c: Array, loss: Array) -> pd.DataFrame | None:
-    """The exponent without the runs of one budget, its mean FLOPs in column C, for each without which the
-    others can be fitted; None where there are few budgets, or more than are planned."""
+    """The exponent without the runs of one budget, whose mean FLOPs stand in column C.
+
+    A row for each budget without which the others can be fitted; None where there are few
+    budgets, or more than are planned.
+    """
     budgets = grouped(np.log(c))
     if len(budgets) not in PLANNED_BUDGETS:
         return None
@@ -163,8 +166,10 @@ def without_each_budget(n: Array, d: Array, c: Array, loss: Array) -> pd.DataFra
 
 
 def parameter_table(fit: Fit) -> pd.DataFrame:
-    """Each parameter with its bootstrap interval and standard error, and for A and B the profile likelihood's
-    interval."""
+    """Each parameter with its bootstrap interval and standard error.
+
+    A and B also have the interval of the profile likelihood.
+    """
     table = []
     for name, (low, high) in fit.intervals.items():
         row = {"parameter": name, "value": fit.parameters[name], "low": low, "high": high}

@@ -1,5 +1,4 @@
-"""A table of finished runs, anyone's, read and checked: every row is used or named, none is dropped in
-silence."""
+"""A table of finished runs, anyone's, read and checked: every row is used or named, none silently dropped."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ SAME_CONVENTION = 1.5
 """Rows whose C/(6ND) differ by a larger factor are not counted in one way."""
 
 FRESH = 1.01
-"""Times its fresh tokens up to which a run is one of a single epoch."""
+"""A run of at most this many times its fresh tokens is one of a single epoch."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,22 @@ class Observations:
 
     @property
     def bootstrap(self) -> dict[str, Any]:
-        """What the bootstrap draws, as settings of `fit`: runs, of a planned grid noise, for its budgets must
-        all stay."""
+        """What the bootstrap draws, as settings of `fit`: runs; for a planned grid noise, as
+        its budgets must all stay.
+        """
         is_grid = is_isoflop(self.runs)
         return {"runs": self.runs["run"].to_numpy(), "resampling": "noise" if is_grid else "runs"}
 
     def with_warnings(self, *warnings: Finding) -> Observations:
-        """The same, doubtful for more reasons."""
+        """A copy with further reasons for doubt."""
         return replace(self, warnings=(*self.warnings, *warnings))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV, TSV or JSON-lines file, its rows numbered from 1. Raises FileNotFoundError, or ValueError for
-    another kind."""
+    """A CSV, TSV or JSON-lines file, its rows numbered from 1.
+
+    Raises FileNotFoundError, or ValueError for another kind of file.
+    """
     if path.suffix not in READERS:
         raise ValueError(f"{path} is none of {', '.join(READERS)}")
     if not path.is_file():
@@ -191,15 +193,17 @@ def numbered(rows: Sequence[int] | pd.Index | np.ndarray) -> str:
 
 
 def listed(names: Iterable[object], most: int = 10) -> str:
-    """With commas; of more than `most` the first, and how many more there are."""
+    """Names with commas between them; of more than `most` the first, and how many more there are."""
     texts = [str(name) for name in names]
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return f"{', '.join(texts[:most])}{more}"
 
 
 def doubts(runs: pd.DataFrame, unique: Array | None, several: bool) -> list[Finding]:
-    """What about a table should make one careful. `unique`: fresh tokens of each row; `several`: rows of a
-    run may be several."""
+    """What about a table should make one careful.
+
+    `unique`: fresh tokens of each row; `several`: whether a run may have several rows.
+    """
     found: list[Finding] = []
     n, d, c = (runs[name].to_numpy() for name in ("N", "D", "C"))
     ratio = c / (FLOPS_PER_PARAMETER_AND_TOKEN * n * d)

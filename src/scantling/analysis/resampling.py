@@ -10,8 +10,10 @@ from scantling.analysis.huber import Array
 
 
 def run_weights(groups_N: ArrayLike, resamples: int, rng: np.random.Generator) -> Array:
-    """(S, N): how often each row is drawn when runs are drawn with replacement; rows of one run come
-    together."""
+    """How often each row is drawn, (S, N), when runs are drawn with replacement.
+
+    Rows of one run are drawn together.
+    """
     _, run_of_row = np.unique(np.asarray(groups_N), return_inverse=True)
     n_runs = int(run_of_row.max()) + 1
     counts = rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), size=resamples)
@@ -40,11 +42,10 @@ def drawn_residuals(
 
 
 def density_degrees_of_freedom(n: int) -> float:
-    """With how many degrees of freedom the spread of `drawn_residuals`' fits is known: 1/(2·cv²) of the
-    density at zero.
+    """Degrees of freedom with which the spread of `drawn_residuals`' fits is known: 1/(2·cv²).
 
-    cv² = R(K)/(n·h·f(0)) of a normal kernel of that bandwidth on normal residuals (Silverman 1986, Density
-    Estimation, section 3.3) is 0.667·n^-0.8.
+    cv² of the density at zero is R(K)/(n·h·f(0)), for a normal kernel of that bandwidth on normal residuals
+    (Silverman 1986, Density Estimation, section 3.3): 0.667·n^-0.8.
     """
     return 0.75 * n**0.8
 
@@ -52,12 +53,11 @@ def density_degrees_of_freedom(n: int) -> float:
 def expanded_percentiles(
     estimates: Array, *, level: float, degrees_of_freedom: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The bounds that hold `level` of the estimates (S, …), each as much farther from the median as Student's
-    t is wider than a normal.
+    """The bounds that hold `level` of the estimates (S, …), widened as Student's t is wider than a normal.
 
-    Plain percentiles of few runs are too narrow (Hesterberg 2015, doi:10.1080/00031305.2015.1089789, section
-    5.2). Where all estimates are positive the lower bound is as many times farther in logarithms, and
-    positive too. Estimates that are not finite count at neither end.
+    Widened is each bound's distance from the median. Plain percentiles of few runs are too narrow (Hesterberg
+    2015, doi:10.1080/00031305.2015.1089789, section 5.2). Where all estimates are positive the lower bound is
+    as many times farther in logarithms, and positive too. Estimates that are not finite count at neither end.
     """
     tail = (1 - level) / 2
     wider = t.ppf(tail, max(degrees_of_freedom, 1)) / norm.ppf(tail)

@@ -25,7 +25,7 @@ from scantling.analysis.resampling import (
 Interval = tuple[float, float]
 
 HUBER_DELTA = 1e-3
-"""Of log loss, as in Hoffmann et al. 2022, approach 3."""
+"""Huber's δ of log loss, as in Hoffmann et al. 2022, approach 3."""
 
 SAME_OPTIMUM = 1e-6
 """Objectives that differ by less than this share are one optimum."""
@@ -34,10 +34,10 @@ LOST_FLOOR = 0.05
 """An E below this share of the lowest loss is not determined."""
 
 FEWEST_DEGREES = 3
-"""Of freedom for intervals: of fewer residuals none says how large the noise is."""
+"""Degrees of freedom for intervals: fewer residuals do not say how large the noise is."""
 
 FEWEST_BUDGETS = 4
-"""That an exponent of compute should rest on."""
+"""Budgets that an exponent of compute should rest on."""
 
 EXPONENT_BOUND = 3.0
 """Starts that end beyond it fitted a few outliers; no published exponent is above 1.3."""
@@ -105,12 +105,12 @@ class Fit:
         return self.resampled_SP
 
     def interval_of(self, estimates_S: Array) -> Interval:
-        """Of any number computed from each resample's parameters."""
+        """The interval of any number computed from each resample's parameters."""
         low, high = self.bounds(estimates_S)
         return float(low), float(high)
 
     def bounds(self, estimates: Array) -> tuple[Array, Array]:
-        """Of estimates (S, …) at `level`."""
+        """The bounds of estimates (S, …) at `level`."""
         degrees = self.degrees_of_freedom if self.spread_degrees is None else self.spread_degrees
         return expanded_percentiles(estimates, level=self.level, degrees_of_freedom=degrees)
 
@@ -119,15 +119,14 @@ class Fit:
         return np.exp(self.form.predictor(vectors(sizes))(self.theta_P[None])[0][0])
 
     def predict_interval(self, *, seed: int = 0, **sizes: ArrayLike) -> tuple[Array, Array]:
-        """Bounds (N,) that a new run's loss should fall between: the law's uncertainty and a run's own
-        noise."""
+        """Bounds (N,) of a new run's loss: by the law's uncertainty and a run's own noise."""
         rng = np.random.default_rng(seed)
         logs_SN = self.form.predictor(vectors(sizes))(self.resamples())[0]
         noise_SN = drawn_residuals(self.residuals, len(self.theta_P), logs_SN.shape, rng)
         return self.bounds(np.exp(logs_SN + noise_SN))
 
     def with_warnings(self, *warnings: Finding) -> Fit:
-        """The same, doubtful for more reasons."""
+        """A copy with further reasons for doubt."""
         return replace(self, warnings=(*self.warnings, *warnings))
 
 
@@ -149,16 +148,15 @@ def fit(
     level: float = 0.95,
     seed: int = 0,
 ) -> Fit:
-    """The form's parameters that minimise Σ huber(log predicted − log observed), over all of the form's
-    starts.
+    """The form's parameters that minimise Σ huber(log predicted − log observed), over all its starts.
 
     `starts_SP`: where to begin instead, such as `PowerSum.projected_starts`, a hundred times fewer.
-    `resamples`: bootstrap estimates for intervals. `resampling`: "runs" draws runs, `runs` naming each row's
-    (None: every row is one); "noise" keeps the sizes and draws residuals, for a planned grid whose budgets
-    must all stay.
+    `resamples`: bootstrap estimates for intervals. `resampling`: "runs" draws runs, `runs` naming each
+    row's (None: every row is one); "noise" keeps the sizes and draws residuals, for a planned grid
+    whose budgets must all stay.
 
-    Raises ValueError for values that are not positive and finite, and for too few rows for the parameters or
-    intervals.
+    Raises ValueError for values that are not positive and finite, and for too few rows for
+    the parameters or intervals.
     """
     columns, losses = vectors(sizes), np.asarray(loss, dtype=float)
     check_sizes(form, columns, losses)
@@ -192,18 +190,18 @@ def fit(
 
 
 def fit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:
-    """E, A, B, alpha, beta of L = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3); settings:
-    those of `fit`.
+    """E, A, B, alpha, beta of L = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3).
 
-    4500 starts, as Besiroglu et al. 2024 (arXiv:2404.10102) used to find the optimum that Hoffmann et al.
-    missed.
+    `settings`: those of `fit`. 4500 starts, as Besiroglu et al. 2024 (arXiv:2404.10102) used to find the
+    optimum that Hoffmann et al. missed.
     """
     return fit(HOFFMANN, {"N": N, "D": D}, loss, **settings)
 
 
 def refit_hoffmann(N: ArrayLike, D: ArrayLike, loss: ArrayLike, **settings) -> Fit:
-    """As `fit_hoffmann`, from 25 projected starts: for a gate, a table of conventions, a simulation, which
-    fit often."""
+    """As `fit_hoffmann`, from 25 projected starts: for gates, tables of conventions and
+    simulations, which fit often.
+    """
     sizes, losses = vectors({"N": N, "D": D}), np.asarray(loss, dtype=float)
     check_sizes(HOFFMANN, sizes, losses)
     return fit(HOFFMANN, sizes, losses, starts_SP=HOFFMANN.projected_starts(sizes, losses), **settings)
@@ -238,7 +236,7 @@ def best(form: Form, theta_SP: Array, objective_S: Array) -> tuple[Array, float]
 
 
 def is_tame(form: Form, theta_SP: Array) -> Array:
-    """(S,): no exponent has run away."""
+    """Whether no exponent has run away, (S,)."""
     exponents = [i for i, name in enumerate(form.parameters) if name.startswith(("alpha", "beta", "eta"))]
     return np.all(np.abs(theta_SP[:, exponents]) < EXPONENT_BOUND, axis=1)
 
@@ -249,8 +247,10 @@ def floor_is_lost(fit: Fit) -> bool:
 
 
 def refit_starts(fit: Fit) -> Array:
-    """(K, P): where fits of almost the same losses begin. θ alone, but where its floor is lost, from which no
-    descent leads back, projected starts too."""
+    """Where fits of almost the same losses begin, (K, P): at θ.
+
+    Where the floor of θ is lost no descent leads back, so that projected starts are added.
+    """
     own = fit.theta_P[None]
     if not isinstance(fit.form, PowerSum) or not floor_is_lost(fit):
         return own
@@ -264,8 +264,7 @@ def minimise_from_each(
     starts_KSP: Array,
     **settings,
 ) -> Optima:
-    """As `minimise`, each of S problems from K starts: where the lowest of its ends is, runaway exponents
-    aside."""
+    """The lowest end of each of S problems from K starts, by `minimise`; runaway exponents stand aside."""
     ends = [minimise(log_loss, target, starts_SP, **settings) for starts_SP in starts_KSP]
     objective_KS = np.stack([np.where(is_tame(form, e.theta_SP), e.objective_S, np.inf) for e in ends])
     which = objective_KS.argmin(axis=0), np.arange(objective_KS.shape[1])
@@ -292,7 +291,7 @@ def doubts(fit: Fit) -> list[Finding]:
 
 
 def compute_of(sizes: Sizes) -> Array | None:
-    """Training FLOPs, C = 6ND where only N and D are known."""
+    """Training FLOPs; C = 6ND where only N and D are known."""
     if "C" in sizes:
         return sizes["C"]
     if "N" not in sizes or "D" not in sizes:
@@ -301,8 +300,9 @@ def compute_of(sizes: Sizes) -> Array | None:
 
 
 def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
-    """The values of a parameter whose best fit is not significantly worse than the best of all, at
-    `fit.level`.
+    """The values of a parameter whose best fit is not significantly worse than the best of all.
+
+    The level is that of the fit.
 
     Robust likelihood ratio: the rise of the objective times 2·E[ψ']/E[ψ²] is χ² of one degree of freedom
     (Heritier & Ronchetti 1994, doi:10.1080/01621459.1994.10476822), and F of one and n − p, as the scale is
@@ -321,8 +321,7 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
     starts_KSP = np.repeat(refit_starts(fit)[:, None], points, axis=1)
 
     def first_above(offsets: Array) -> tuple[Array, Array] | None:
-        """The two offsets from θ between which the objective crosses what is allowed, and their
-        objectives."""
+        """The two offsets from θ between which the objective passes the limit, and their objectives."""
         starts_KSP[:, :, at] = fit.theta_P[at] + offsets
         ends = minimise_from_each(fit.form, held, np.log(fit.loss), starts_KSP, delta=fit.delta)
         above = np.flatnonzero(ends.objective_S > allowed)
@@ -347,8 +346,7 @@ def profile_interval(fit: Fit, parameter: str, *, points: int = 64) -> Interval:
 
 
 def objective_scale(fit: Fit) -> float:
-    """E[ψ²]/E[ψ'] with a correction for the parameters fitted; ψ' by a window wide enough to hold
-    residuals."""
+    """E[ψ²]/E[ψ'], corrected for the parameters fitted; ψ' by a window wide enough to hold residuals."""
     residual, n = fit.residuals, len(fit.loss)
     spread = 1.4826 * np.median(np.abs(residual))
     window = max(fit.delta, 1.06 * spread * n**-0.2)

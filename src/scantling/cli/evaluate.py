@@ -18,9 +18,7 @@ from scantling.report.terminal import open_console
 
 
 def evaluate(config: DictConfig) -> None:
-    """Print a table of losses, a row for each run, or with `lengths` a row for each length of context of
-    each.
-    """
+    """Print a table of losses: a row for each run, or with `lengths` for each run and length of context."""
     keep_freed_memory()
     console = open_console()
     given = config.run if isinstance(config.run, ListConfig) else [config.run]

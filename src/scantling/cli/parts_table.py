@@ -1,8 +1,8 @@
 """Writes docs/parts.md, every option of every part: `python -m scantling.parts_table`, or `make docs`.
 
-Nothing in it is typed twice: what an option is stands in the first line of its yaml, its formula in its
-docstring, its cost is counted in a model, and the families that have it are those that `scantling.hub` reads
-so.
+Nothing in it is typed twice: what an option is stands in the first line of its yaml, its
+formula in its docstring, its cost is counted in a model, and the families that have it are
+those that `scantling.hub` reads so.
 """
 
 from __future__ import annotations
@@ -33,29 +33,30 @@ Written by `make docs` from the options' files, docstrings and counts; change th
 
 Choose a part with `GROUP=OPTION` on any command line: `python src/train.py model=llama_small attn=gqa`.
 
-- **parameters**, **FLOPs** (forward, per token) and **cache** (keys and values of {seq_len:,} tokens) are those of a whole
-  model, `model={model}` with {parameters:,} parameters and {flops} FLOPs a token, against the option in bold, which
-  that model has. Attention counts the keys that causality and patterns leave. "=" is no difference.
+- **parameters**, **FLOPs** (forward, per token) and **cache** (keys and values of {seq_len:,} tokens) are
+  those of a whole model, `model={model}` with {parameters:,} parameters and {flops} FLOPs a token, against
+  the option in bold, which that model has. Attention counts the keys that causality and patterns leave. "="
+  is no difference.
 - **formula** is that of the option's class; "as" another option: the same class with other settings.
 - **families** are those of Hugging Face models whose own default has the option, as `scantling.hub` reads it.
-- Letters are those of `src/scantling/model/decoder.py`: D width of the model, E of a head, H heads, K key/value heads,
-  F hidden width, V vocabulary, R rotated or reduced width; w, b, W learned.
+- Letters are those of `src/scantling/model/decoder.py`: D width of the model, E of a head, H heads, K
+  key/value heads, F hidden width, V vocabulary, R rotated or reduced width; w, b, W learned.
 """
 
 TAIL = """## Left out
 
-- **Linformer** (Wang et al. 2020, arXiv:2006.04768). It projects keys and values along the sequence: each of its k
-  summaries mixes all positions, later ones too, so that in a causal decoder every token would see the future. Masking
-  its projection for each query anew would cost what it was to spare.
-- **LSH attention** (Reformer, Kitaev et al. 2020, arXiv:2001.04451). Which keys a query sees depends on its content, in
-  buckets sorted anew at each length: no fixed pattern, so no equality of cached with uncached decoding, which every
-  part here must pass.
+- **Linformer** (Wang et al. 2020, arXiv:2006.04768). It projects keys and values along the sequence: each of
+  its k summaries mixes all positions, later ones too, so that in a causal decoder every token would see the
+  future. Masking its projection for each query anew would cost what it was to spare.
+- **LSH attention** (Reformer, Kitaev et al. 2020, arXiv:2001.04451). Which keys a query sees depends on its
+  content, in buckets sorted anew at each length: no fixed pattern, so no equality of cached with uncached
+  decoding, which every part here must pass.
 """
 
 
 @dataclass(frozen=True)
 class Option:
-    """`name` of a group such as `attn`, or of one inside it such as `attn/pattern`."""
+    """An option of a group such as `attn`, or of a group inside it such as `attn/pattern`."""
 
     group: str
     name: str
@@ -63,16 +64,20 @@ class Option:
 
     @property
     def about(self) -> str:
+        """What the option is: the first line of its yaml."""
         return (CONF / self.group / f"{self.name}.yaml").read_text().splitlines()[0].removeprefix("# ")
 
     @property
     def formula(self) -> str:
+        """The first sentence of the docstring of what the option builds."""
         module, _, name = self.settings["_target_"].rpartition(".")
         return first_sentence(getattr(importlib.import_module(module), name))
 
 
 @dataclass(frozen=True)
 class Cost:
+    """What a whole model costs: parameters, forward FLOPs per token, and its cache."""
+
     parameters: int
     flops: float
     cache: int
@@ -80,6 +85,7 @@ class Cost:
 
     @classmethod
     def of(cls, decoder: Decoder) -> Cost:
+        """The counts of a decoder, at the context that it is trained with."""
         return cls(
             parameters=sum(parameter_counts(decoder).values()),
             flops=forward_flops_per_token(decoder, None, decoder.seq_len),
@@ -97,8 +103,9 @@ def groups() -> list[str]:
 
 
 def compose_options() -> tuple[DictConfig, dict[str, dict[str, Option]]]:
-    """The model's configuration, and every option as it stands in that model; one composition serves them
-    all.
+    """The model's configuration, and every option as it stands in that model.
+
+    One composition serves all options.
     """
     names = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in groups()}
     places = {group: f"options.{group.replace('/', '_')}" for group in names}
@@ -115,6 +122,7 @@ def compose_options() -> tuple[DictConfig, dict[str, dict[str, Option]]]:
 
 
 def cost_with(config: DictConfig, group: str, settings: dict[str, Any]) -> Cost:
+    """The cost of the model with another option of a group."""
     return Cost.of(build_decoder(with_settings(config, {group: settings}), config.model.vocab_size, "meta"))
 
 
@@ -130,6 +138,7 @@ def families() -> dict[str, list[str]]:
 
 
 def page() -> str:
+    """The whole of docs/parts.md."""
     config, options = compose_options()
     default = Cost.of(build_decoder(config, config.model.vocab_size, "meta"))
     chosen = {group: defaults_of(options[group], config[group]) for group in PARTS}
@@ -173,8 +182,9 @@ def host_of(options: dict[str, Option], inner: str, preferred: str) -> Option:
 
 
 def about(group: str) -> str:
-    """The first line of the module that says the group's name; of a group inside another, the comment beside
-    its choice.
+    """The first line of the module that says the group's name.
+
+    Of a group inside another it is the comment beside its choice.
     """
     outer, _, inner = group.partition("/")
     if inner:
@@ -195,7 +205,7 @@ def table(
     having: dict[str, list[str]],
     n_families: int,
 ) -> str:
-    """A row an option, the default first. A column of the cache where options differ in it."""
+    """A row for each option, the default first; a column for the cache where options differ in it."""
     caches = len({cost.cache for cost in costs.values()}) > 1
     first: dict[str, str] = {}
     columns = [
@@ -229,7 +239,7 @@ def table(
 
 
 def relative(cost: float, reference: float) -> str:
-    """Two digits of a difference, three of a multiple."""
+    """A cost against the reference: two digits of a difference, three of a multiple."""
     if cost == reference:
         return "="
     if cost >= 2 * reference:
@@ -240,7 +250,7 @@ def relative(cost: float, reference: float) -> str:
 
 
 def escaped(text: str) -> str:
-    """Signs that Markdown would read outside of code."""
+    """The text with backslashes before signs that Markdown would read outside of code."""
     pieces = text.split("`")
     pieces[::2] = [re.sub(r"([*_|<])", r"\\\1", piece) for piece in pieces[::2]]
     return "`".join(pieces)

@@ -88,7 +88,7 @@ def plan(config: DictConfig) -> None:
 
 
 def advice(chosen: Choice | None, forecast: Forecast, limit: int, devices: int) -> str:
-    """The cheapest choice that fits into `limit`, as it is typed."""
+    """What to choose: the cheapest choice that fits into `limit`, as it is typed."""
     if chosen is None:
         return (
             f"Nothing fits into {short(limit, 'B')}, with one sequence at once: more devices, or a shorter "
@@ -103,6 +103,7 @@ def advice(chosen: Choice | None, forecast: Forecast, limit: int, devices: int) 
 
 
 def check_settings(config: DictConfig) -> None:
+    """Raise ValueError for the first setting that is out of range."""
     for key in ("peak", "mfu"):
         check_positive(key, config[key])
     check_share("mfu", config.mfu)
@@ -114,7 +115,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 def trainings(config: DictConfig, decoder: Decoder) -> list[Training]:
-    """The budget, and twenty tokens for each active parameter."""
+    """What is reckoned: the budget, and twenty tokens for each active parameter."""
     budget: dict[str, Any] = dict(config.budget)
     name = f"budget={config.choices.budget}"
     flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)

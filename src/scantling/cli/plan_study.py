@@ -1,6 +1,4 @@
-"""plan.py with `isoflop.flops` or `isoflop.device_hours`: a study planned before it is run, and its yaml
-written.
-"""
+"""plan.py with `isoflop.flops` or `isoflop.device_hours`: a study planned, and its yaml written."""
 
 from __future__ import annotations
 
@@ -38,12 +36,14 @@ from scantling.report.terminal import titled
 from scantling.sweep.isoflop_cells import Cell, cells_of
 
 FEWEST_STEPS = 100
-"""Of a run: with fewer, warm-up and rounding to whole steps decide much of its loss."""
+"""Steps of a run at least: with fewer, warm-up and rounding to whole steps decide much of its loss."""
 
 
 def plan_study(config: DictConfig, console: Console, entries: int | None) -> None:
-    """Propose, forecast, print, and write `sweeps/<study>.yaml`. `entries` are the tokenizer's, None where
-    they are not known. Raises ValueError for what cannot be planned.
+    """Propose, forecast, print, and write `sweeps/<study>.yaml`.
+
+    `entries`: those of the tokenizer, None where they are not known. Raises ValueError for
+    what no plan can be made of.
     """
     settings = config.isoflop
     grid = Grid(settings.budgets, settings.ratio, settings.sizes, settings.spread, settings.seeds)
@@ -76,6 +76,9 @@ def plan_study(config: DictConfig, console: Console, entries: int | None) -> Non
 
 
 def check_study(config: DictConfig, grid: Grid) -> None:
+    """Raise ValueError for the first setting of `isoflop` that is out of range, and for a
+    `study` that is not a name.
+    """
     settings = config.isoflop
     grid.check()
     if (settings.flops is None) == (settings.device_hours is None):
@@ -173,7 +176,7 @@ def sweep_yaml(
 
 
 def typed_for_runs(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Of a command line, what a run of the study needs: options of groups, and settings, nested."""
+    """What a run of the study needs of a command line: options of groups, and settings, nested."""
     own = OmegaConf.load(CONF / "plan.yaml")
     assert isinstance(own, DictConfig)
     left_out = {*own, "study", "budget", "seed"}
@@ -191,7 +194,7 @@ def typed_for_runs(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, 
 
 
 def changes_of(cell: Cell) -> list[str]:
-    """What the cell's arm changes."""
+    """The overrides of the cell's arm."""
     shape = {f"model.{name}": value for name, value in vars(cell.shape).items()}
     changes = {"budget.flops": f"{cell.budget:.3g}", **shape, "lr": f"{cell.lr:.3g}"}
     return [f"{name}={value}" for name, value in changes.items()]
@@ -201,7 +204,7 @@ def changes_of(cell: Cell) -> list[str]:
 
 
 def cells_table(study: str, cells: list[Cell], grid: Grid, speed: float) -> Table:
-    """A row a cell; the last, all runs together."""
+    """A row for each cell; the last row is all runs together."""
     table = titled(
         study,
         f"{grid.runs} runs: {grid.budgets} budgets × {grid.sizes} sizes × {some(grid.seeds, 'seed')}",
@@ -274,8 +277,9 @@ def remarks(
     settings = config.isoflop
     lines = [
         f"\ntime: of one device at {short(speed, 'FLOP/s')}, {assumed_speed(config)}",
-        f"These {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, ± {expected.a_parametric:.3f} "
-        f"by approach 3; loss at {expected.target:.2g} FLOPs ± {expected.loss:.2%}, were isoflop.law the truth "
+        f"These {grid.runs} real models: a ± {expected.a_isoflop:.3f} by parabolas, "
+        f"± {expected.a_parametric:.3f} by approach 3; loss at {expected.target:.2g} FLOPs "
+        f"± {expected.loss:.2%}, were isoflop.law the truth "
         f"(a = {expected.a:.3f}) and {settings.noise:g} the noise of log loss. Parabolas will be "
         f"{expected.bias:+z.3f} off a, by their own bias and because the FLOPs of small models are not 6ND",
         f"lr: {' '.join((LEARNING_RATES[settings.lr_rule].__doc__ or '').split())}",

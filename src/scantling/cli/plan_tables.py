@@ -25,7 +25,7 @@ from scantling.training.memory import ENGINES, Choice, Memory
 
 @dataclass(frozen=True)
 class Training:
-    """So many tokens, under a name."""
+    """A number of tokens to train on, under a name."""
 
     name: str
     tokens: int
@@ -106,8 +106,10 @@ def training_table(
 def memory_table(
     forecast: Callable[[Choice], Memory], sequences: int, about: str, limit: int | None
 ) -> Table:
-    """The peak of one device under every engine, and with every block's activations computed twice; bold
-    where it fits."""
+    """The peak of one device under every engine, also with every block's activations computed twice.
+
+    Peaks that fit are bold.
+    """
     table = titled(
         "Memory",
         about,
@@ -139,6 +141,6 @@ def cache_table(decoder: Decoder, contexts: Sequence[int], precisions: Sequence[
 
 
 def first_sentence(documented: object) -> str:
-    """Of a docstring, which by the rule of the house is the formula; the paper follows."""
+    """The first sentence of a docstring, which by this project's rule is the formula; the paper follows."""
     paragraph = (documented.__doc__ or "").split("\n\n")[0]
     return re.split(r"(?<=\.)\s+(?=[A-Z]|arXiv:)", " ".join(paragraph.split()))[0].rstrip(".")

@@ -24,7 +24,7 @@ from scantling.runs.directory import RunDirectory
 from scantling.runs.table import find, load_curves, load_runs
 
 SOURCES = ("fit", "study", "run", "runs")
-"""Settings of which one says what the report is of; with fit, run names a column."""
+"""What a report can be of; one of these settings is given. With fit, run names a column."""
 
 
 def report(config: DictConfig) -> None:
@@ -40,7 +40,7 @@ def report(config: DictConfig) -> None:
 
 
 def task_of(source: str) -> Callable[[DictConfig, Console], None]:
-    """What makes a report of this source."""
+    """The function that makes a report of this source."""
     if source in ("run", "runs"):
         return report_run
     from scantling.cli.report_study import (  # here, as SciPy and Matplotlib take two seconds
@@ -52,12 +52,15 @@ def task_of(source: str) -> Callable[[DictConfig, Console], None]:
 
 
 def terminal(quiet: bool = False) -> Console:
-    """What runs say is printed as it stands: brackets and colons in it are no markup."""
+    """A terminal that prints texts of runs as they are: brackets and colons in them are not markup."""
     return open_console(quiet=quiet, markup=False, emoji=False)
 
 
 def watch(config: DictConfig, once: Callable[[], None], console: Console) -> None:
-    """Write the page again and again. It asks for itself again too, until the last writing, after Ctrl-C."""
+    """Write the page again and again.
+
+    The page reloads itself too, until it is written for the last time, after Ctrl-C.
+    """
     try:
         while True:
             begun = time.monotonic()
@@ -110,8 +113,10 @@ def report_run(config: DictConfig, console: Console) -> None:
 
 
 def views(config: DictConfig, run: RunDirectory) -> Views:
-    """Of its checkpoints. Raises ValueError for what was asked for and cannot be shown; else the page says
-    why."""
+    """What the run's checkpoints show.
+
+    Raises ValueError for what was asked for and cannot be shown; for anything else the page says why.
+    """
     try:
         if not any(run.checkpoints.glob("*.ckpt")):
             raise ValueError(f"{os.path.relpath(run.checkpoints)} holds no checkpoint")
@@ -128,8 +133,10 @@ def views(config: DictConfig, run: RunDirectory) -> Views:
 
 
 def labels_of_studies(studies: list[Path]) -> dict[Path, str]:
-    """What stands before the names of their runs and arms, so that no two are alike: nothing where there is
-    one study."""
+    """What stands before the names of a study's runs and arms, so that no two are alike.
+
+    Nothing where there is only one study.
+    """
     different = set(studies)
     if len(different) == 1:
         return dict.fromkeys(different, "")
@@ -138,7 +145,7 @@ def labels_of_studies(studies: list[Path]) -> dict[Path, str]:
 
 
 def place_of(found: list[RunDirectory]) -> str:
-    """Of a page, below the directory of all pages: no study's, and of no other choice of runs."""
+    """A page's place below the directory of all pages: not one of a study's, nor of other runs'."""
     first = found[0].path
     if len(found) == 1:
         return f"{first.parent.name}/{first.name}"
@@ -149,8 +156,10 @@ def place_of(found: list[RunDirectory]) -> str:
 def rows_of(
     found: list[RunDirectory], labels: dict[Path, str], load: Callable[[Path], pd.DataFrame]
 ) -> pd.DataFrame:
-    """Of these runs, in their order and with their study's label, from the tables of their studies. Raises
-    ValueError naming one that cannot be read."""
+    """Rows of these runs, in their order and with their study's label, from the tables of their studies.
+
+    Raises ValueError naming a run that cannot be read.
+    """
     tables = {study: load(study) for study in labels}
     places = {study: table.groupby("run").indices if len(table) else {} for study, table in tables.items()}
     chosen = []
@@ -176,7 +185,7 @@ def source(config: DictConfig) -> str:
 
 
 def check_settings(config: DictConfig) -> None:
-    """Raise ValueError for the first that cannot be."""
+    """Raise ValueError for the first setting that is out of range."""
     source(config)
     if config.runs is not None and not (isinstance(config.runs, ListConfig) and len(config.runs)):
         raise ValueError(

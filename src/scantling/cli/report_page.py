@@ -12,17 +12,17 @@ from scantling.report.spec import Report, write
 
 
 def command(config: DictConfig) -> str:
-    """What was typed."""
+    """The command line that was typed."""
     return " ".join(["python src/report.py", *config.overrides])
 
 
 def directory_of(config: DictConfig, name: str) -> Path:
-    """Where a report of this name stands."""
+    """The directory of a report of this name."""
     return Path(config.to or Path(config.paths.runs) / "reports" / name)
 
 
 def write_page(config: DictConfig, made: Report, directory: Path) -> list[Path]:
-    """Its file, and those beside it."""
+    """Write the page and the files beside it; returns their paths."""
     reload_seconds = config.watch_seconds if config.watch else None
     return write(made, directory, page=page(made, command=command(config), reload_seconds=reload_seconds))
 

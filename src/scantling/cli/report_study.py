@@ -63,11 +63,11 @@ OWN_COLUMNS = {
     "unique": "unique_tokens",
     "same": ("corpus", "tokenizer"),
 }
-"""Of the tables of our own runs."""
+"""Columns of the tables of this project's own runs."""
 
 
 def report_table(config: DictConfig, console: Console) -> None:
-    """The law of anyone's table of runs."""
+    """Print the law of anyone's table of runs, and write its report."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     path = Path(config.fit).expanduser()
     table = read_table(path)
@@ -79,12 +79,12 @@ def report_table(config: DictConfig, console: Console) -> None:
 
 
 def observe_table(config: DictConfig, table: pd.DataFrame, columns: dict[str, Any]) -> Observations:
-    """Its columns, checked, with what the command line says of them."""
+    """The table's columns, checked, with what the command line says of them."""
     return observe(table, **columns, drop_highest=config.drop_highest, irreducible=config.irreducible)
 
 
 def law_of_runs(config: DictConfig, observations: Observations, named: str) -> ScalingLaw:
-    """By the settings of the command line."""
+    """The law by the settings of the command line."""
     return find_law(
         observations,
         source=named,
@@ -97,12 +97,15 @@ def law_of_runs(config: DictConfig, observations: Observations, named: str) -> S
     )
 
 
-# --- a study of ours ---
+# --- a study of this project ---
 
 
 def report_study(config: DictConfig, console: Console) -> None:
-    """Its law or its arms compared. Where its runs give neither, raises ValueError after a page of what there
-    is, which takes no answer's place."""
+    """Print a study's law, or its arms compared, and write the report.
+
+    Where its runs give neither, it raises ValueError after writing a page of what there is; that page
+    replaces none with an answer.
+    """
     directory = Path(config.paths.runs) / config.study
     runs, cautions = recorded_runs(directory)
     recorded = recorded_study(config, directory, runs)
@@ -131,7 +134,7 @@ def report_study(config: DictConfig, console: Console) -> None:
 
 
 def publish_page(config: DictConfig, console: Console, page: Report, study: StudyRuns) -> None:
-    """With publish=wandb. Raises ValueError naming the page where W&B does not take it."""
+    """With publish=wandb, send the page to W&B. Raises ValueError naming the page where it is refused."""
     if config.publish is None:
         return
     # Here, as wandb takes a second.
@@ -170,12 +173,14 @@ def project_of(run: RunDirectory) -> str:
 
 
 class WrongSetting(ValueError):
-    """Of the command, not of the runs: no page is written for it."""
+    """A mistake in the command, not in the runs: no page is written for it."""
 
 
 def compare_study(config: DictConfig, study: StudyRuns, sweep: dict[str, Any] | None) -> Ablation:
-    """Raises ValueError for arms that cannot be compared, WrongSetting for a baseline that the study has
-    not."""
+    """The arms of a study compared.
+
+    Raises ValueError for arms that cannot be compared, WrongSetting for a baseline that is not in the study.
+    """
     arms = sorted(study.runs["arm"].unique())
     if config.baseline is not None and config.baseline not in set(study.recorded["arm"]):
         raise WrongSetting(f"no runs of the baseline {config.baseline}: arms are {', '.join(arms)}")
@@ -203,8 +208,10 @@ def observations_of(config: DictConfig, study: StudyRuns) -> Observations:
 
 
 def law_of(config: DictConfig, study: StudyRuns) -> Fit:
-    """Loss against compute by the runs of another study. Raises WrongSetting where these are not sizes of one
-    model, or are of other text."""
+    """Loss against compute by the runs of another study.
+
+    Raises WrongSetting where these are not sizes of one model, or are on other text.
+    """
     sizes = study_runs(Path(config.paths.runs) / config.law)
     if not sizes.is_law:
         raise WrongSetting(f"law={config.law}: its runs differ in more than size, length and learning rate")
@@ -219,7 +226,7 @@ def law_of(config: DictConfig, study: StudyRuns) -> Fit:
 
 
 def recorded_study(config: DictConfig, directory: Path, runs: pd.DataFrame) -> Recorded:
-    """Its runs with their curves, and the yaml of `sweeps/` that made them."""
+    """A study's runs with their curves, and the yaml of `sweeps/` that made them."""
     path = sweep_of(directory)
     return Recorded(
         name=directory.name,
@@ -256,7 +263,7 @@ def question_of(sweep: Path) -> str:
 
 
 def print_law(console: Console, law: ScalingLaw, files: list[Path]) -> None:
-    """What was fitted, what to distrust, tables, files."""
+    """Print what was fitted, what to distrust, tables, and names of files."""
     console.print(law_words.headline(law))
     if law.gate is not None and law.passed:
         console.print(law_words.gate_verdict(law.gate))
@@ -266,7 +273,7 @@ def print_law(console: Console, law: ScalingLaw, files: list[Path]) -> None:
 
 
 def print_arms(console: Console, ablation: Ablation, files: list[Path]) -> None:
-    """What is decided, what to distrust, trends, tables, files."""
+    """Print what is decided, what to distrust, trends, tables, and names of files."""
     console.print(arm_words.headline(ablation), style="bold")
     for caution in ablation.cautions:
         warn(console, sentence(caution))
@@ -276,7 +283,7 @@ def print_arms(console: Console, ablation: Ablation, files: list[Path]) -> None:
 
 
 def print_tables(console: Console, tables: dict[str, pd.DataFrame], files: list[Path]) -> None:
-    """As much of each as there is room for, and the files that have all of it."""
+    """Print as much of each table as there is room for, and the files that have all of it."""
     for title, table in tables.items():
         kept = table.drop(columns=WIDE, errors="ignore")
         columns = {str(name): [cell_text(value) for value in kept[name]] for name in kept}

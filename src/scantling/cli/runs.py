@@ -1,5 +1,4 @@
-"""What runs.py prints and writes: recorded runs listed, looked at, compared, exported, brought from W&B,
-removed."""
+"""What runs.py does: recorded runs listed, shown, compared, exported, imported from W&B, removed."""
 
 from __future__ import annotations
 
@@ -36,13 +35,13 @@ FORMS = {
     "flops": ".3g",
     **dict.fromkeys(("seed", "seconds"), ".0f"),
 }
-"""Of columns of numbers."""
+"""Formats of columns of numbers."""
 
 FIRST_TO_GO = ("seconds", "flops", "tokens", "params", "loss", "seed")
 """Columns that a narrow terminal has no room for."""
 
 ARM_WIDTH = 24
-"""To which an arm is folded before another column goes."""
+"""Width to which an arm is folded before another column goes."""
 
 
 def manage_runs(config: DictConfig) -> None:
@@ -65,7 +64,7 @@ def manage_runs(config: DictConfig) -> None:
 
 
 def ls(config: DictConfig, console: Console) -> None:
-    """A line a run, and what was left out."""
+    """Print a line for each run, and what was left out."""
     study = study_of(config)
     frame = load_runs(study)
     if not len(frame):
@@ -94,7 +93,7 @@ def ls(config: DictConfig, console: Console) -> None:
 
 
 def study_of(config: DictConfig) -> Path:
-    """Its directory. Raises ValueError, which names those there are, where there is none."""
+    """The study's directory. Raises ValueError naming the studies that there are, where it is not one."""
     runs = Path(config.paths.runs)
     study = runs / config.study
     if not study.is_dir():
@@ -106,14 +105,14 @@ def study_of(config: DictConfig) -> Path:
 
 
 def cell_of(name: str, value: Any) -> str:
-    """Of a column of the list."""
+    """The text of a value in a column of the list."""
     if name in FORMS:
         return number_or_blank(value, FORMS[name])
     return "" if pd.isna(value) else escape(str(value))
 
 
 def runs_of(config: DictConfig, least: int, most: int | None) -> list[RunDirectory]:
-    """Those that `run=` names. Raises ValueError for fewer or more than the action takes."""
+    """The runs that `run=` names. Raises ValueError for fewer or more than the action takes."""
     names = list(config.run) if isinstance(config.run, ListConfig) else [config.run]
     if len(names) < least or (most is not None and len(names) > most):
         wanted = "run=[ONE,OTHER]" if least == 2 else "run=NAME"
@@ -122,7 +121,7 @@ def runs_of(config: DictConfig, least: int, most: int | None) -> list[RunDirecto
 
 
 def show(config: DictConfig, console: Console) -> None:
-    """Everything that is known of each run."""
+    """Print everything that is known of each run."""
     runs = runs_of(config, 1, None)
     frames = {study: load_runs(study) for study in dict.fromkeys(run.path.parent for run in runs)}
     for run in runs:
@@ -139,7 +138,7 @@ def show(config: DictConfig, console: Console) -> None:
 
 
 def diff(config: DictConfig, console: Console) -> None:
-    """Settings in which two runs differ."""
+    """Print the settings in which two runs differ."""
     one, other = runs_of(config, 2, 2)
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("setting", one.name, other.name):
@@ -166,7 +165,7 @@ def export(config: DictConfig, console: Console) -> None:
 
 
 def import_from_wandb(config: DictConfig, console: Console) -> None:
-    """Raises ValueError where nothing could be imported."""
+    """Import runs from W&B, a line for each. Raises ValueError where none could be imported."""
     if config.source is None:
         raise ValueError(
             "action=import wants source=FILE.wandb, a directory with such files, or ENTITY/PROJECT"
@@ -184,7 +183,7 @@ def import_from_wandb(config: DictConfig, console: Console) -> None:
 
 
 def rm(config: DictConfig, console: Console) -> None:
-    """Only directories of runs below paths.runs, and only with yes=true."""
+    """Remove runs: only directories of runs below paths.runs, and only with yes=true."""
     runs = runs_of(config, 1, None)
     root = Path(config.paths.runs).resolve()
     for run in runs:

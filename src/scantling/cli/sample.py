@@ -16,8 +16,9 @@ from scantling.inference.stored_run import StoredRun, find_run
 
 
 def sample(config: DictConfig) -> None:
-    """Print each prompt and its continuation: the first that is not done as it comes, others when they are
-    done.
+    """Print each prompt and its continuation.
+
+    The first text that is not done is printed as it comes, others when they are done.
     """
     with mistakes():
         settings = GenerationSettings(
@@ -63,7 +64,7 @@ def one_or_more(one: str | None, several: list[str] | None, name: str) -> list[s
 
 
 def read_prompts(prompts: ListConfig | str | None) -> list[str] | None:
-    """A list as it is, of a file its lines."""
+    """The prompts of a list, or the lines of a file."""
     if prompts is None:
         return None
     found = list(prompts) if isinstance(prompts, ListConfig) else Path(prompts).read_text().splitlines()
@@ -78,7 +79,7 @@ def unescape(text: str) -> str:
 
 
 def print_texts(prompts: list[str], pieces: Iterator[tuple[int, str | None]]) -> None:
-    """Texts one below the other: what comes of a later one waits until those before it are done."""
+    """Print texts one below the other: what comes of a later one waits until those before it are done."""
     waiting, done, shown = list(prompts), set(), 0
     print(waiting[0], end="", flush=True)
     for row, piece in pieces:

@@ -52,7 +52,7 @@ def train(config: DictConfig) -> RunDirectory:
 
 @contextlib.contextmanager
 def out_of_disk(directory: RunDirectory) -> Iterator[None]:
-    """A full disk or quota ends the run with one line and exit code 1."""
+    """End the run with one line and exit code 1 where a disk or quota is full."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,6 @@
-"""The frame of every entry: Hydra reads the command line, and a user's mistake becomes one line and exit code
-2.
+"""The frame of every entry: Hydra reads the command line, and a user's mistake ends it with exit code 2.
+
+A mistake is told in one line.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def run_entry(task: Callable[[DictConfig], object], config_name: str) -> None:
 
 @contextlib.contextmanager
 def raising_hydra() -> Iterator[None]:
-    """Hydra raises what it would otherwise print and exit 1 for."""
+    """Let Hydra raise what it would otherwise print before it exits with code 1."""
     before = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

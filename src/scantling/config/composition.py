@@ -18,19 +18,21 @@ from scantling.config.options import CONF, ROOT
 PARTS = ("norm", "pos", "attn", "ffn", "block", "embed", "head")
 
 TAKES_SWEEPS = ("train", "plan")
-"""Entries: `report.py runs=[…]` would choose in the folder `runs`."""
+"""Entries that can take a sweep; to others `runs=[…]`, say, would choose in the folder `runs`."""
 
 
 def search_path(entry: str) -> list[str]:
-    """The override that makes the folder `sweeps` beside `conf` a group of it; and every other folder there,
-    so that only what takes sweeps has it.
+    """The override that makes the folder `sweeps` beside `conf` a group of the configuration.
+
+    It would make a group of every other folder there too, so that only entries which take sweeps have it.
     """
     return [f"hydra.searchpath=['file://{ROOT}']"] if entry in TAKES_SWEEPS else []
 
 
 def compose_config(entry: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of `src/<entry>.py` with these overrides, as if typed. Hydra's own state stays as it
-    was.
+    """The configuration of `src/<entry>.py` with these overrides, as if typed.
+
+    Hydra's own state stays as it was.
     """
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
@@ -44,9 +46,9 @@ def compose_config(entry: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def with_choices(config: DictConfig, hydra: DictConfig | HydraConf) -> DictConfig:
-    """A copy that has, in the place of Hydra's own node, `choices`, the option of each group, and
-    `overrides`, what was typed. Nothing but the edges where Hydra hands a configuration over knows Hydra's
-    node.
+    """A copy with `choices`, the option of each group, and `overrides`, what was typed, for Hydra's own node.
+
+    Only the edges where Hydra hands a configuration over know that node.
     """
     chosen = hydra.runtime.choices.items()
     own = {key: node for key, node in config.items_ex(resolve=False) if key != "hydra"}
@@ -58,7 +60,7 @@ def with_choices(config: DictConfig, hydra: DictConfig | HydraConf) -> DictConfi
 
 
 def with_settings(config: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
-    """A copy with other values, by dotted key."""
+    """A copy with these values, by dotted key."""
     changed = copy.deepcopy(config)
     for key, value in settings.items():
         OmegaConf.update(changed, key, value, merge=False)
@@ -66,8 +68,9 @@ def with_settings(config: DictConfig, settings: Mapping[str, Any]) -> DictConfig
 
 
 def resolved_config(config: DictConfig) -> dict[str, Any]:
-    """What is recorded of a run: interpolations resolved, the choices last; what was typed is recorded beside
-    it.
+    """What is recorded of a run: the configuration with its interpolations resolved, and the choices last.
+
+    What was typed is recorded beside it.
     """
     resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     return {key: value for key, value in resolved.items() if key != "overrides"}
@@ -80,8 +83,9 @@ def unresolved_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def tokenizer_entries(config: DictConfig) -> int | None:
-    """Those that the chosen tokenizer has, or is trained to; None where they cannot be known without its
-    text, or a Hub that answers.
+    """How many entries the chosen tokenizer has, or is trained to.
+
+    None where that cannot be known without its text, or without a Hub that answers.
     """
     if OmegaConf.missing_keys(config.tokenizer):
         return None
@@ -92,7 +96,7 @@ def tokenizer_entries(config: DictConfig) -> int | None:
 
 
 def unknown_entries(config: DictConfig) -> str:
-    """What is taken in their place, for the user."""
+    """What is assumed where `tokenizer_entries` is None, in words for the user."""
     return (
         f"tokenizer={config.choices.tokenizer}: its entries are not known before its text is read, and are "
         f"taken to be model.vocab_size={config.model.vocab_size}"

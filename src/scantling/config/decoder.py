@@ -15,15 +15,16 @@ from scantling.model.decoder import Decoder
 
 
 def build_decoder(config: DictConfig, vocab_size: int, device: str) -> Decoder:
-    """On the device "meta" it has shapes and no memory."""
+    """The decoder of a configuration; on the device "meta" it has shapes and no memory."""
     factory = without_hydra_checks(instantiate(config.decoder, vocab_size=vocab_size, _partial_=True))
     with torch.device(device), Unfilled() if device == "meta" else nullcontext():
         return factory()
 
 
 def without_hydra_checks(value: Any) -> Any:
-    """A factory without Hydra's check of its policy at each call of a part, which is most of the time that
-    15,000 experts take.
+    """A factory that calls a part without Hydra's check of its policy.
+
+    The check at each call is most of the time that 15,000 experts take.
     """
     if not isinstance(value, partial):
         return value
@@ -32,7 +33,7 @@ def without_hydra_checks(value: Any) -> Any:
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: what has no memory takes no values, and pretending is half of the time."""
+    """Skips `torch.nn.init`, as tensors without memory take no values; pretending is half of the time."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":

@@ -18,17 +18,16 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def different_leaves(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, here, there) for every leaf that is not alike in both, sorted; None stands for a leaf that one
-    lacks.
-    """
+    """(key, here, there) for every leaf that differs between the two, sorted; None where one lacks it."""
     ours, theirs = leaves(one), leaves(other)
     keys = sorted({*ours, *theirs})
     return [(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]
 
 
 def varying_leaves(configurations: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys of leaves, as `leaves` gives them, that are not alike in all configurations; without those that
-    repeat another leaf wherever they stand.
+    """Keys of leaves, as `leaves` gives them, that are not alike in all configurations.
+
+    A leaf that repeats another one wherever it stands is left out.
     """
     keys = dict.fromkeys(key for found in configurations for key in found)
     return [
@@ -40,8 +39,9 @@ def varying_leaves(configurations: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def repeats_another(key: str, found: dict[str, Any]) -> bool:
-    """Whether a leaf of the decoder or the optimiser has the value of the setting that it follows, unless set
-    apart.
+    """Whether a leaf of the decoder or the optimiser has the value of the setting that it follows.
+
+    A leaf that is set apart does not.
     """
     group, _, rest = key.partition(".")
     followed = {"decoder": (rest, f"model.{rest}"), "optim": ("lr",) if rest == "lr" else ()}.get(group, ())

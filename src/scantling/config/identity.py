@@ -14,8 +14,10 @@ from scantling.config.settings import NOT_TRAINED, is_neutral
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
-    """What is trained: the resolved configuration less paths, loggers and hardware, and less what is at a
-    neutral value, so that a setting more makes no other run of what was trained without it.
+    """What is trained: the resolved configuration less paths, loggers, hardware, and
+    settings at neutral values.
+
+    So a setting that is added later leaves the identity of earlier runs as it was.
     """
     resolved = resolved_config(config)
     kept = {key: value for key, value in resolved.items() if key not in (*NOT_TRAINED, "choices")}
@@ -23,7 +25,7 @@ def identity(config: DictConfig) -> dict[str, Any]:
 
 
 def without_neutral(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The node without settings at neutral values, and without nodes that hold no other."""
+    """The node without settings at neutral values, and without nodes that held nothing else."""
     kept = {}
     for key, value in node.items():
         if isinstance(value, dict):
@@ -42,4 +44,5 @@ def run_id(config: DictConfig) -> str:
 
 
 def path_of(config: DictConfig) -> Path:
+    """The directory of the run, `<paths.runs>/<study>/<run_id>`."""
     return Path(config.paths.runs) / config.study / run_id(config)

@@ -1,4 +1,4 @@
-"""What Hydra refuses, said in one line."""
+"""What Hydra refuses, told in one line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def one_line(error: Exception, entry: str, typed: Sequence[str] = ()) -> str:
 
 
 def no_setting(key: str, entry: str, typed: Sequence[str]) -> str:
-    """Of a key that these options do not have: which have it, or what was meant."""
+    """What to say of a key that the chosen options lack: which options have it, or what was meant."""
     if is_group(key):
         return f"{key} is a choice inside other options of {key.rpartition('/')[0]}= than the chosen one"
     if owners := options_with(key):

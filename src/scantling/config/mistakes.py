@@ -18,7 +18,7 @@ class Failed(Exception):
 
 @contextlib.contextmanager
 def mistakes() -> Iterator[None]:
-    """While nothing has been computed yet, a ValueError or OSError is the user's to put right."""
+    """Turn a ValueError or OSError, raised before anything is computed, into a Mistake."""
     try:
         yield
     except MissingConfigException:  # an OSError to Python; `one_line` says more of it

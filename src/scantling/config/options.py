@@ -15,18 +15,17 @@ CONF = ROOT / "conf"
 
 
 def is_group(key: str) -> bool:
-    """Whether an option is chosen with it, as with `attn/pattern`."""
+    """Whether a key chooses an option, as `attn/pattern` does."""
     return (CONF / key).is_dir() or key == "sweeps"
 
 
 def options_of(group: str) -> list[str]:
+    """Names of the options of a group, sorted: its yaml files."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def options_with(key: str, *, below: bool = False) -> list[str]:
-    """Of a dotted key's group, the options whose yaml has it as a setting or, with `below`, has settings
-    below it.
-    """
+    """Options of a dotted key's group whose yaml has the key as a setting; `below`: has settings below it."""
     group, dot, name = key.partition(".")
     found = {option: read_yaml(f"{group}/{option}") for option in options_of(group)} if dot else {}
     if below:
@@ -37,15 +36,13 @@ def options_with(key: str, *, below: bool = False) -> list[str]:
 
 @functools.cache
 def entry_settings(entry: str) -> dict[str, Any]:
-    """Those that the file of an entry gives itself, and no option, by dotted key; less those that it leaves
-    to others.
-    """
+    """Settings by dotted key that an entry's own file gives, less those that it leaves to others."""
     return {key: value for key, value in leaves(read_yaml(entry)).items() if value != "???"}
 
 
 @functools.cache
 def option_settings(group: str, option: str) -> dict[str, Any]:
-    """Those that an option gives, with those of the options that it starts from, by dotted key."""
+    """Settings by dotted key that an option gives, with those of the options that it starts from."""
     text = (CONF / group / f"{option}.yaml").read_text()
     own = read_yaml(f"{group}/{option}")
     package = "" if text.startswith("# @package _global_") else f"{group.replace('/', '.')}."

@@ -12,38 +12,43 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Setting:
-    """What is not as of most settings. It holds of a key, and of all settings below it."""
+    """How a setting differs from most others. It holds for a key and all settings below it."""
 
     kind: Literal["name", "free text"] | None = None
-    """A name: 7 is one, and no number. Free text: whatever is typed, with its brackets and spaces. None: as
-    the default.
+    """A name: 7 is one, and not a number. Free text: anything, with its brackets and spaces.
+
+    None: the kind of the default.
     """
     nullable: bool = False
-    """Whether null is a value, with a default that is not."""
+    """Whether null is a value although the default is not null."""
     several: tuple[str, ...] = ()
-    """The entries where it takes a list, or one value, whatever its default; `report.py` words its own
-    refusals.
+    """The entries where it takes a list, or one value, whatever its default.
+
+    `report.py` has its own words for what it refuses.
     """
     neutral: Any = None
-    """The value that leaves training as it would be without the setting: at it, or null, it is not in a run's
-    identity.
+    """The value that leaves training as it would be without the setting.
+
+    At this value, or at null, the setting is not in a run's identity.
     """
     trained: bool = True
-    """Whether it is part of a run's identity. Of `trainer` the precision is, and with `guard` a run that
-    stopped goes on.
+    """Whether it is part of a run's identity.
+
+    Of `trainer` only the precision is. `guard` is not, so that a run which it stopped can go on with another.
     """
     arm: bool = True
     """Whether it is part of what an arm is; what is not trained never is."""
     size: Literal["shape", "length", "tuned", "fitted"] | None = None
-    """Whether it makes a model larger, a run longer, or follows these: tuned, as it moves the loss, or fitted
-    to a device.
+    """Whether it makes a model larger or a run longer, or follows these.
+
+    What follows is tuned, as it moves the loss, or fitted to a device.
     """
     column: bool = False
-    """Whether the table of runs has a column of it, under its last name."""
+    """Whether the table of runs has a column for it, under its last name."""
     own_reference: bool = False
     """Whether `match=` matches jobs that differ in it to different references."""
     notes: str | None = None
-    """What a launcher notes in it is where this other setting has its value from."""
+    """The other setting whose value a launcher explains in this one."""
 
 
 CORPORA = ("train", "plan", "evaluate")
@@ -121,8 +126,10 @@ NULL_IN_IDENTITY = (
     *("data.data_files", "data.max_documents", "data.name", "data.revision", "data.val_split"),
     "tokenizer.train_bytes",
 )
-"""The settings that were null in some run before null ones were left out of identities; `decoder` repeats
-those of parts. They stay in, so that these runs are found again. No setting is ever added.
+"""The settings that were null in some run before null ones were left out of identities.
+
+They stay in, and what `decoder` repeats of them too, so that these runs are found again. No
+setting is ever added here.
 """
 
 # What the packages ask of the table:
@@ -131,11 +138,13 @@ NOT_AN_ARM = tuple(key for key, known in SETTINGS.items() if not (known.trained 
 NOTES = {key: known.notes for key, known in SETTINGS.items() if known.notes is not None}
 
 SHAPE = tuple(key.removeprefix("model.") for key, known in SETTINGS.items() if known.size == "shape")
-"""Of `model`, what makes it larger."""
+"""What makes a model larger, of `model`."""
 FOLLOWS_SIZE = tuple(key for key, known in SETTINGS.items() if known.size in ("tuned", "fitted"))
-"""What a study of sizes changes with them."""
+"""What a study of sizes changes along with them."""
 TUNED = tuple(key for key, known in SETTINGS.items() if known.size == "tuned")
-"""Of these, what moves the loss: where a size has several, most of its runs are not the best that it can do.
+"""Those of `FOLLOWS_SIZE` that move the loss.
+
+Where one size has several values, most of its runs are not the best that it can do.
 """
 
 COLUMNS = tuple(key.removeprefix("model.") for key, known in SETTINGS.items() if known.column)
@@ -148,9 +157,7 @@ def setting(key: str) -> Setting:
 
 
 def is_neutral(key: str, value: Any) -> bool:
-    """Whether a setting, or what `decoder` repeats of it, has the value at which it is left out of an
-    identity.
-    """
+    """Whether a setting has the value at which identities leave it out; also where `decoder` repeats it."""
     key = key.removeprefix("decoder.")
     if value is None:
         return key not in NULL_IN_IDENTITY

@@ -69,19 +69,21 @@ SYNONYMS = {
     "prompt": "start",
     "run": "checkpoint_dir",
 }
-"""A setting or a group of ours, and what nanoGPT, transformers, litgpt, Lightning and people call it."""
+"""A setting or a group of this project, and its names elsewhere: nanoGPT, transformers, litgpt, Lightning."""
 
 
 def nearest(wrong: str, options: Sequence[str]) -> str:
-    """': did you mean …?' for near ones, else the whole list when it is short."""
+    """The end of a message: ': did you mean …?' for near names, else the whole list when it is short."""
     if close := near(wrong, options):
         return did_you_mean(close)
     return f": use one of {', '.join(sorted(options))}" if 0 < len(options) <= 20 else ""
 
 
 def nearest_setting(key: str, known: Sequence[str]) -> str:
-    """': did you mean …?' for a dotted key: what others call so; else what is near in its group; else what
-    has its last component, or one near it; else what is near as a whole, or the whole list when it is short.
+    """The end of a message about a dotted key: ': did you mean …?', the whole list when it is short, or nothing.
+
+    First what other projects call so; else what is near in its group; else what has its last component, or
+    one near it; else what is near as a whole.
     """
     group, _, name = key.rpartition(".")
     for ours in called_by_others(name.lower().replace("-", "_"), known):
@@ -101,22 +103,25 @@ def nearest_setting(key: str, known: Sequence[str]) -> str:
 
 
 def called_by_others(name: str, known: Sequence[str]) -> list[str]:
-    """Our settings with that name elsewhere, of groups that the entry has."""
+    """Settings of this project, in groups of the entry, that others call so."""
     found = [ours for ours, theirs in SYNONYMS.items() if name in theirs.split()]
     return [ours for ours in found if ours in known or ours.partition(".")[0] in known]
 
 
 def near(wrong: str, options: Sequence[str]) -> list[str]:
+    """At most three options spelled much like `wrong` (difflib, a ratio of 0.6), the nearest first."""
     return difflib.get_close_matches(wrong, options, n=3, cutoff=0.6)
 
 
 def did_you_mean(names: Sequence[str]) -> str:
+    """The end of a message that offers these names."""
     return f": did you mean {' or '.join(names)}?"
 
 
 def known_settings(entry: str, typed: Sequence[str]) -> list[str]:
-    """Every dotted key under the options that were typed, and every group where options are chosen. Keys that
-    are Hydra's, as `_target_`, are left out.
+    """Every dotted key under the options that were typed, and every group where options are chosen.
+
+    Hydra's own keys, such as `_target_`, are left out.
     """
     chosen = [o for o in typed if (CONF / (o.replace("=", "/", 1) + ".yaml")).exists()]
     config = compose_config(entry, chosen)

@@ -52,9 +52,10 @@ def check_options(typed: Sequence[str]) -> None:
 
 
 def check_values(config: DictConfig, entry: str) -> None:
-    """Raise Mistake where what was typed is of another kind than the default: one value for what holds
-    settings or is a list, a list or null for one value, a word for a number, true or false; or where a study
-    leaves the place of runs.
+    """Raise Mistake where what was typed is of another kind than the default.
+
+    That is: one value for what holds settings or is a list; a list or null for one value; a word for a
+    number, true or false; or a study that leads out of the place of runs.
     """
     pairs = [o.partition("=") for o in config.overrides if not o.startswith(("+", "~"))]
     typed = {key: text for key, _, text in pairs if not is_group(key)}
@@ -84,7 +85,7 @@ def check_values(config: DictConfig, entry: str) -> None:
 
 
 def check_place(config: DictConfig, entry: str, key: str, text: str) -> None:
-    """Raise Mistake where one value was typed for what holds settings, or is an option."""
+    """Raise Mistake where one value was typed for what holds settings, or for an option."""
     if (CONF / key.replace(".", "/")).is_dir():
         raise Mistake(f"{key}={text}: an option is chosen with a slash, {key.replace('.', '/')}={text}")
     if held := [name for name in entry_settings(entry) if name.startswith(f"{key}.")]:
@@ -95,8 +96,9 @@ def check_place(config: DictConfig, entry: str, key: str, text: str) -> None:
 
 
 def declared_settings(config: DictConfig, entry: str, keys: Collection[str]) -> dict[str, Any]:
-    """Defaults by dotted key, as the entry's file and those of the chosen options give them; of options of
-    which a setting is among `keys`.
+    """Defaults by dotted key, as the entry's file and those of the chosen options give them.
+
+    An option is read only where one of its settings is among `keys`.
     """
     found = dict(entry_settings(entry))
     for group, option in config.choices.items():
@@ -107,7 +109,7 @@ def declared_settings(config: DictConfig, entry: str, keys: Collection[str]) -> 
 
 
 def complaint(entry: str, key: str, text: str, value: Any, default: Any) -> str | None:
-    """What is wrong with a value, typed as `text`, by the default, as a file gives it."""
+    """What is wrong with a value, typed as `text`, against the default that a file gives; None: nothing."""
     takes_several = entry in setting(key).several
     is_number = isinstance(default, int | float) and not isinstance(default, bool)
     if isinstance(default, list):
@@ -129,16 +131,17 @@ def complaint(entry: str, key: str, text: str, value: Any, default: Any) -> str 
 
 
 def takes_null(key: str) -> bool:
-    """Whether the table of settings or any option of the key's group says so."""
+    """Whether the table of settings, or any option of the key's group, allows null."""
     group = key.rpartition(".")[0].replace(".", "/")
     options = options_of(group) if group else ()
     return setting(key).nullable or any(option_settings(group, o).get(key, "") is None for o in options)
 
 
 def is_word(value: Any) -> bool:
-    """Of a value as a file gives it; what an environment variable gives is one."""
+    """Whether a value in a file is a word; what an environment variable gives is one."""
     return isinstance(value, str) and (value[:1].isalpha() or value.startswith("${oc.env:"))
 
 
 def listed(default: list[Any]) -> str:
+    """A list as it is typed: the default, or an example where that is empty."""
     return f"[{', '.join(map(str, default))}]" if default else "[a,b]"

@@ -143,11 +143,10 @@ def is_utf8(data: bytes) -> bool:
 class TextFiles(Corpus):
     """Your own text: plain files, JSON lines or Parquet, also `.gz` and `.zst`.
 
-    `files`: a path, a directory, a glob (`**` goes into directories), or a list of these.
-    `column`: the field of JSON lines and Parquet that holds the text.
-    `split`: "tail" holds out the last `val_fraction` of the characters of the whole corpus,
-    which may cut a document in two; "documents" holds out whole documents, by a hash of their
-    text.
+    `files`: a path, a directory, a glob (`**` goes into directories), or a list of these. `column`: the
+    field of JSON lines and Parquet that holds the text. `split`: "tail" holds out the last `val_fraction` of
+    the characters of the whole corpus, which may cut a document in two; "documents" holds out whole
+    documents, by a hash of their text.
 
     For n characters "tail" trains on the first floor(n * (1 - val_fraction)), the split of
     nanoGPT's data/shakespeare_char/prepare.py (`int(n * 0.9)`).
@@ -256,8 +255,7 @@ class HubDataset(Corpus):
     noticed in three seconds and the copy in its cache used, under another fingerprint where the
     commit is not known: give a full commit as `revision` to work offline.
 
-    Raises FileNotFoundError when the dataset is not to be had, ValueError for a missing split or
-    column.
+    Raises FileNotFoundError when the dataset cannot be reached, ValueError for a missing split or column.
     """
 
     BUILDERS = frozenset({"arrow", "csv", "json", "parquet", "text"})  # need no Hub
@@ -305,8 +303,9 @@ class HubDataset(Corpus):
         return require_documents(chosen, split, f"{self.path}: change val_fraction or max_documents")
 
     def stream(self, split: str) -> Iterator[str]:
-        """The documents of a split of the dataset, at most `max_documents` rows of it. Raises
-        FileNotFoundError when it is not to be had, ValueError for a missing split or column.
+        """The documents of a split of the dataset, at most `max_documents` rows of it.
+
+        Raises FileNotFoundError when it cannot be reached, ValueError for a missing split or column.
         """
         import datasets.config  # here, because it takes two seconds
 

@@ -173,8 +173,9 @@ def read_json_lines(path: Path, column: str) -> Iterator[str]:
 
 
 def parse_document(line: bytes, column: str, where: str) -> str:
-    """The text of one line of JSON, empty for null; `where` names the line in errors. Raises ValueError for
-    what is not JSON, a missing column, and a column that is not text.
+    """The text of one line of JSON, empty for null; `where` names the line in errors.
+
+    Raises ValueError for what is not JSON, a missing column, and a column that is not text.
     """
     text = decode_utf8(line, where)
     try:

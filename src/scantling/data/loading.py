@@ -40,9 +40,8 @@ class WindowOrder:
     behind a random shift of less than `seq_len` tokens, in a random order. The shift moves the
     borders from epoch to epoch; the window given up to make room for it keeps the number constant.
 
-    Random numbers come raw from Philox with the key (seed, epoch) and are put in order by a
-    stable sort: NumPy promises that raw streams never change, which it does not for
-    `permutation`.
+    Random numbers come raw from Philox with the key (seed, epoch) and are put in order by a stable sort:
+    NumPy promises that raw streams never change, which it does not for `permutation`.
 
     Raises ValueError when there are fewer than `seq_len` + 1 tokens.
     """
@@ -90,8 +89,7 @@ class WindowOrder:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sequences of each optimiser step: `full`, after `steps` steps that grow from `start` by as many at a
-    time.
+    """Sequences of each optimiser step: `full`, after `steps` steps that grow evenly from `start`.
 
     A function of the step alone, so that nothing need be remembered. As in GPT-3, Brown et al. 2020,
     arXiv:2005.14165, §2.1, where it grows over the first tokens of training. `start` null is `full`.
@@ -128,7 +126,7 @@ class BatchSizes:
         return int(self.growing[:step].sum()) + self.full * max(0, step - self.steps)
 
     def steps_within(self, sequences: int) -> int:
-        """The most steps that take no more sequences."""
+        """The most steps that take at most so many sequences."""
         left = sequences - self.before(self.steps)
         if left >= 0:
             return self.steps + left // self.full

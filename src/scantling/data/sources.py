@@ -30,8 +30,8 @@ Array = NDArray[Any]
 class Source(Corpus):
     """Documents of equal length, the i-th of a split a pure function of (seed, split, i).
 
-    `characters`, `val_characters`: length of the splits; `document`: of a document, of which each split has
-    at least one.
+    `characters`, `val_characters`: lengths of the splits; `document`: length of a document, of which
+    each split has at least one.
     """
 
     def __init__(self, *, characters: float, val_characters: float, document: float, seed: int) -> None:
@@ -50,7 +50,7 @@ class Source(Corpus):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The settings that decide the text, beside its length."""
+        """What decides the text, beside its length."""
 
     @abstractmethod
     def draw(self, rngs: Sequence[np.random.Generator]) -> list[str]:
@@ -95,8 +95,8 @@ class MarkovText(Source):
     are as unevenly frequent as words are: a larger model and more text always have a rarer context left to
     learn. Lower `concentration` makes contexts tell more.
 
-    Raises ValueError for more symbols than there are characters, weights that do not sum to 1, and tables
-    beyond memory.
+    Raises ValueError for more symbols than there are characters, weights that do not sum to 1, and
+    tables that are beyond memory.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class GrammarText(Source):
 
     @property
     def sentence_entropy(self) -> float:
-        """Nats of a sentence."""
+        """Mean entropy of a sentence in nats."""
         return float(self.expansions @ entropies(self.grammar[0]))
 
     @property

@@ -20,7 +20,7 @@ class Family:
     fields: ClassVar[tuple[Field, ...]]
     tensors: ClassVar[Table]
     prefix: ClassVar[str] = "model."
-    """Of their names; files written from the body alone lack it."""
+    """Prefix of the tensors' names; files written from the body alone lack it."""
     ignored: ClassVar[str] = r".*\.rotary_emb\.inv_freq"
     """Tensors in their files that are computed and not learned, a regular expression."""
 
@@ -32,7 +32,7 @@ class Family:
     def overrides(self, hf: Config) -> list[str]:
         """What to add to `model=llama_tiny` for the decoder that a `config.json` describes.
 
-        Raises ValueError when it lacks a field or asks for what our parts cannot do.
+        Raises ValueError when it lacks a field or asks for what this project's parts cannot do.
         """
         words = [word for field in self.fields for word in field.overrides(hf)]
         last = {

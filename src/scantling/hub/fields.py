@@ -1,10 +1,9 @@
-"""The settings of a family, each read both ways: a field of `config.json` <-> overrides as on the command
-line.
+"""The settings of a family, read both ways: a field of `config.json` <-> overrides as on the command line.
 
-`overrides` turns a `config.json` into the overrides that make the same decoder; `hf_config` turns the
-configuration of a decoder, its nulls filled in, into fields. A setting that `hf_config` does not find is left
-out: export composes what it wrote once more and names what came out otherwise, so no field needs to check
-itself.
+`overrides` turns a `config.json` into the overrides that make the same decoder; `hf_config` turns
+the configuration of a decoder, its nulls filled in, into fields. A setting that `hf_config` does not
+find is left out: export composes what it wrote once more and names what came out otherwise, so no
+field needs to check itself.
 """
 
 from __future__ import annotations
@@ -70,8 +69,9 @@ class Field(ABC):
 
     @abstractmethod
     def overrides(self, hf: Config) -> list[str]:
-        """What to add to the command line for the decoder of a `config.json`. Raises ValueError for a value
-        that our parts cannot do, or a field that is missing.
+        """What to add to the command line for the decoder of a `config.json`.
+
+        Raises ValueError for a value that this project's parts cannot do, or a field that is missing.
         """
 
     @abstractmethod
@@ -136,7 +136,7 @@ class Given(Field):
 
 
 class Only(Field):
-    """A field that must have one value: with another the model would be one that we do not build."""
+    """A field that must have one value: another means a model that this project does not build."""
 
     def __init__(self, theirs: str, value: Any, absent: Any = MISSING) -> None:
         self.theirs, self.value = theirs, value
@@ -215,7 +215,7 @@ CLASSES = {
     ("torch.nn.ReLU", None): "relu",
     ("scantling.model.ffn.ReLU2", None): "relu2",
 }
-"""The same of our classes, for export."""
+"""The same names by this project's classes, for export."""
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
 
@@ -249,7 +249,7 @@ class Activation(Field):
 
 
 class GatedWidth(Field):
-    """The width of a gated feed-forward; ours is 3/2 of it, of which gated options take two thirds."""
+    """The width of a gated feed-forward; `model.d_ff` is 3/2 of it, as gated options take two thirds."""
 
     def __init__(self, theirs: str, ours: str = "model.d_ff", node: str = "ffn") -> None:
         self.theirs, self.ours, self.node = theirs, ours, node

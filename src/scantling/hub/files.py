@@ -46,8 +46,9 @@ class TensorFiles:
             self.files |= dict.fromkeys(file.keys(), file)
 
     def paths(self) -> list[Path]:
-        """The files of the directory: those that the index names, or all safetensors there. Raises ValueError
-        where one is missing, and where only a pickle is there.
+        """The files of the directory: those that the index names, or all safetensors there.
+
+        Raises ValueError where one is missing, and where there is only a pickle.
         """
         if (self.source / INDEX).exists():
             named = read_json(self.source / INDEX).get("weight_map")
@@ -118,12 +119,12 @@ def import_tensors(family: Family, decoder: Decoder, tensors: TensorFiles) -> di
 
 
 def stored_name(name: str, family: Family, tensors: TensorFiles) -> str:
-    """A file of the body alone, as GPT-2's on the Hub, leaves the prefix out."""
+    """The name in the file: one of the body alone, as GPT-2's on the Hub, leaves the prefix out."""
     return name if name in tensors.files else name.removeprefix(family.prefix)
 
 
 def tied_heads(family: Family, ours: Mapping[str, Any]) -> list[str]:
-    """A tied output matrix that was saved all the same."""
+    """Names of output matrices that were saved although they are tied."""
     head = family.tensors.get("embed.head")
     return [f"{head}.weight"] if "embed.head.weight" not in ours else []
 
@@ -134,7 +135,7 @@ def and_more(names: list[str]) -> str:
 
 
 def export_tensors(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Theirs from the decoder's state."""
+    """Tensors of the family from the decoder's state."""
     theirs: dict[str, Tensor] = {}
     for rule in rules:
         theirs |= rule.to_theirs([state[name] for name in rule.ours])

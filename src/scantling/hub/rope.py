@@ -14,9 +14,7 @@ def yarn_growth(factor: float, mscale: float) -> float:
 
 
 def attention_factor(parameters: Config) -> float | None:
-    """YaRN's factor where no field says it: a ratio if both of its terms are given, else null,
-    the paper's.
-    """
+    """YaRN's factor where no field says it: a ratio if both its terms are given, else null, the paper's."""
     above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if not (above and below):
         return None
@@ -40,17 +38,19 @@ KINDS = {
         "attention_factor": "attention_factor",
     },
 }
-"""Their name of each setting of `pos/scaling=`, and ours."""
+"""The family's name of each setting of `pos/scaling=`, and this project's."""
 
 DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": attention_factor}
 
 WHOLE = Only("partial_rotary_factor", 1.0)
-"""Of code that turns all channels, whatever the field says."""
+"""For code that turns all channels, whatever the field says."""
 
 
 class Rope(Field):
-    """`theta` and `fraction` are what the family takes where `config.json` is silent, `kinds` the scalings
-    that it has, `unread` what its code leaves unread, which therefore must have one value.
+    """The rotary settings of a family.
+
+    `theta` and `fraction` are what the family takes where `config.json` is silent, `kinds` the scalings that
+    it has, `unread` the fields that its code does not read, which must therefore have one value.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Rope(Field):
         ]
 
     def written(self, decoder: Config, node: str) -> Config:
-        """The inverse of `read`; what is no rotation gives nothing."""
+        """The inverse of `read`; a position that is not a rotation gives nothing."""
         theta, fraction = read_setting(decoder, f"{node}.theta"), read_setting(decoder, f"{node}.fraction")
         kind = str(read_setting(decoder, f"{node}.scaling._target_")).rpartition(".")[2]
         if MISSING in (theta, fraction):

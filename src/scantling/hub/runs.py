@@ -33,8 +33,9 @@ from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
 
 PADDING = 0.05
-"""A model may have so many more rows, as a share, than its tokenizer has entries: tables are padded to round
-sizes.
+"""Share by which a model may have more rows than its tokenizer has entries.
+
+Tables are padded to round sizes.
 """
 
 IN_TRAINING = ("dropout", "drop_path", "load_balance", "z", "speed")
@@ -45,7 +46,7 @@ IN_SHAPES = ("d_ff", "d_ff_dense", "multiple_of")
 
 
 def import_run(config: DictConfig) -> str:
-    """Writes a run directory; raises ValueError, with nothing written, for what does not fit."""
+    """Write a run directory; raises ValueError, with nothing written, for what does not fit."""
     source = Path(config.source).expanduser()
     target = Path(config.run or Path(config.paths.runs) / "imported" / source.resolve().name)
     check_target(target, "run")
@@ -82,8 +83,9 @@ def import_run(config: DictConfig) -> str:
 
 
 def export_run(config: DictConfig) -> str:
-    """Writes a directory for `AutoModelForCausalLM` and `AutoTokenizer`; raises ValueError, with nothing
-    written, where the family cannot express the run.
+    """Write a directory for `AutoModelForCausalLM` and `AutoTokenizer`.
+
+    Raises ValueError, with nothing written, where the family cannot express the run.
     """
     target = Path(config.to).expanduser()
     check_target(target, "to")
@@ -182,7 +184,7 @@ def express_decoder(family: Family, decoder: Config) -> Config:
 
 
 def settings_lost(decoder: Config, again: Config) -> list[str]:
-    """`setting=value` for what the second has otherwise; of a part that is another class, the class alone."""
+    """`setting=value` where the second differs; for a part of another class only the class."""
     ours, theirs = fill_nulls(decoder), fill_nulls(again)
     different = {
         key: here
@@ -205,7 +207,7 @@ def shows_in_outputs(key: str) -> bool:
 
 
 def is_same_number(a: Any, b: Any) -> bool:
-    """But for rounding."""
+    """Whether two values are numbers that differ by rounding at most."""
     return isinstance(a, float) and isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-9)
 
 
@@ -258,5 +260,5 @@ def tokenizer_config(tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented, with a newline at the end."""
+    """Write JSON, indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2) + "\n")

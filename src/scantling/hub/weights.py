@@ -1,8 +1,8 @@
 """The tensors of a family, each rule read both ways.
 
-Every rule has the same three steps: their tensors one below the other, rows in another order, ours cut off
-one after the other. Renaming, q, k and v as one matrix, heads that alternate, a transposed matrix, positions
-that start at row 2 are all of that kind, so one rule imports and exports.
+Every rule has the same three steps: the family's tensors one below the other, rows in another order, the
+decoder's cut off one after the other. Renaming, q, k and v as one matrix, heads that alternate, a transposed
+matrix, positions that start at row 2 are all of that kind, so one rule imports and exports.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from scantling.model.decoder import Decoder
 Shape = tuple[int, ...]
 Modules = Mapping[str, nn.Module]
 Places = Mapping[str, str]
-"""What {i} and {e} in a name stand for: the number of a layer, of an expert."""
+"""What {i} and {e} in a name stand for: the number of a layer, and of an expert."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`ours` <-> `theirs`."""
+    """Tensors `ours`, the decoder's, from `theirs`, the family's, and back."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -36,20 +36,20 @@ class Rule:
     folded: int | None = None  # theirs is a matrix of so many rows, ours as many vectors
 
     def their_shapes(self, ours: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The shapes that their tensors must have for ours to have these."""
+        """The shapes of the family's tensors that give the decoder's these shapes."""
         shapes = [ours[name] for name in self.ours]
         total = self.skipped + sum(shape[0] for shape in shapes)
         rows = zip(self.theirs, self.rows or (total,), strict=True)
         return {name: self.stored((n, *shapes[0][1:])) for name, n in rows}
 
     def stored(self, shape: Shape) -> Shape:
-        """The shape that theirs has on disk for `shape`, rows before columns."""
+        """The shape that a tensor of the family has on disk for `shape`, rows before columns."""
         if self.folded is not None:
             return (self.folded, shape[0] // self.folded)
         return shape[::-1] if self.transposed else shape
 
     def to_ours(self, theirs: list[Tensor], ours: Mapping[str, Shape]) -> dict[str, Tensor]:
-        """Our tensors from theirs, in memory of their own."""
+        """The decoder's tensors from the family's, in memory of their own."""
         if self.folded is not None:
             theirs = [tensor.flatten() for tensor in theirs]
         if self.transposed:
@@ -62,7 +62,7 @@ class Rule:
         return {name: piece.clone() for name, piece in zip(self.ours, pieces, strict=True)}
 
     def to_theirs(self, ours: list[Tensor]) -> dict[str, Tensor]:
-        """Their tensors from ours, contiguous."""
+        """The family's tensors from the decoder's, contiguous."""
         whole = ours[0] if len(ours) == 1 else torch.cat(ours)
         if self.order is not None:
             whole = whole[self.order.argsort()]
@@ -77,20 +77,20 @@ class Rule:
 
 
 class Layout(ABC):
-    """How the tensors of one of our modules are stored: the right-hand side of a family's table."""
+    """How a family stores the tensors of one of the decoder's modules: the right-hand side of its table."""
 
     @abstractmethod
     def rules(self, ours: str, places: Places, modules: Modules) -> list[Rule]:
-        """For the module `ours`; rules for tensors that it has not are left out afterwards."""
+        """The rules for the module `ours`; those for tensors that it lacks are left out afterwards."""
 
 
 Table = Mapping[str, str | Layout]
-"""Ours -> theirs, module by module; a plain string is a name."""
+"""The decoder's modules and how the family stores them; a plain string is a name."""
 
 
 @dataclass(frozen=True)
 class Named(Layout):
-    """Under another name."""
+    """The same tensors under another name."""
 
     theirs: str
     transposed: bool = False
@@ -125,8 +125,9 @@ class Apart(Layout):
 
 @dataclass(frozen=True)
 class Together(Layout):
-    """`attn.qkv` as one layer: all queries, keys, values; or `by_head` the queries, key and value of each key
-    head.
+    """`attn.qkv` as one layer: all queries, keys, values.
+
+    `by_head`: the queries, key and value of each key head instead.
     """
 
     theirs: str
@@ -145,7 +146,7 @@ class Together(Layout):
 
 @dataclass(frozen=True)
 class Joined(Layout):
-    """Layers of ours as one of theirs, one below the other: gate and up of a feed-forward."""
+    """Several layers of the decoder as one of the family's: gate and up of a feed-forward."""
 
     theirs: str
     parts: tuple[str, ...]
@@ -178,7 +179,7 @@ def qkv_widths(attn: str, modules: Modules) -> Shape:
 
 
 def by_head_order(attn: str, modules: Modules) -> Tensor:
-    """The row of theirs for each of ours, where theirs has for each key head its queries, key and value."""
+    """The family's row for each of the decoder's, where the rows of each key head are together: q, k, v."""
     q, k, v = qkv_widths(attn, modules)
     module = modules[attn]
     assert isinstance(module, Attention)

@@ -32,9 +32,10 @@ class Beams:
     def advance(
         self, step: int, candidates: Sequence[tuple[float, int, int]]
     ) -> list[tuple[float, int, int]]:
-        """The K texts that go on, as (log p, beam, its next token), out of candidates of that form, the
-        likeliest first. `step` is their length; at the last step none goes on, and all of the first K are
-        finished.
+        """The K texts that go on, as (log p, beam, its next token), from candidates of that form.
+
+        Candidates come likeliest first. `step` is their length; at the last step none goes on, and all
+        of the first K are finished.
         """
         K, last = self.settings.beams, step == self.settings.n_tokens
         length = step**self.settings.length_penalty

@@ -16,8 +16,10 @@ from scantling.model.decoder import Decoder
 
 
 def largest_context(decoder: Decoder, asked: int | None) -> int:
-    """How many tokens the model can see: `asked`, else its `seq_len`, or no limit where every layer sees a
-    window. Raises ValueError where more is asked than the position embedding has.
+    """How many tokens the model can see: `asked`, else its `seq_len`.
+
+    There is no limit (sys.maxsize) where every layer sees a window and positions have no table. Raises
+    ValueError where more is asked than that table has.
     """
     limit = decoder.pos.max_len
     if asked is not None:
@@ -72,7 +74,7 @@ class CachedTexts:
     def read(self, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B _ V"]:
         """Logits of what follows each of these tokens.
 
-        Where a full context makes a new start, those of the last token alone.
+        Where a full context makes a new start they are those of the last token only.
         """
         for ids, new in zip(self.ids, tokens_BT.tolist(), strict=True):
             ids += new
@@ -92,7 +94,7 @@ class CachedTexts:
             self.cache.rewind(n)
 
     def select(self, rows: list[int]) -> None:
-        """Go on with these, in this order; a text may be taken twice."""
+        """Go on with these texts, in this order; a text may be taken twice."""
         if rows != list(range(len(self.ids))):
             self.ids = [list(self.ids[row]) for row in rows]
             self.longest = max(len(ids) for ids in self.ids)

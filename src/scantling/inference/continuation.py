@@ -86,10 +86,10 @@ def continue_prompts(
     seed: int,
     draft: Decoder | None = None,
 ) -> Iterator[tuple[int, str | None]]:
-    """(prompt, piece of the text that follows it), until end-of-text, a stop string or `n_tokens`; None when
-    done.
+    """Pairs (prompt, piece of the text that follows it), until end-of-text, a stop string or `n_tokens`.
 
-    An empty prompt starts a new document. Raises ValueError, at once, for prompts that the model cannot take.
+    The piece is None when the text is done. An empty prompt starts a new document. Raises ValueError, at
+    once, for prompts that the model cannot take.
     """
     ids = [[codec.end_of_text, *codec.encode(prompt)] for prompt in prompts]
     context = largest_context(decoder, settings.context)
@@ -115,7 +115,7 @@ def continue_ids(
     seed: int,
     draft: Decoder | None,
 ) -> Iterator[tuple[int, str | None]]:
-    """As `continue_prompts`, of prompts that are ids already and known to fit."""
+    """As `continue_prompts`, for prompts that are ids already and known to fit."""
     models = [model for model in (decoder, draft) if model is not None]
     was_training = [model.training for model in models]
     for model in models:
@@ -174,7 +174,7 @@ def next_tokens(
 def continue_text(
     decoder: Decoder, codec: Codec, prompt: str, *, seed: int, **settings: Any
 ) -> Iterator[str]:
-    """The text that follows one prompt, piece by piece; of a prompt too long the end counts."""
+    """The text that follows one prompt, piece by piece; only the end of a prompt that is too long counts."""
     plain = GenerationSettings(**settings)
     ids = [codec.end_of_text, *codec.encode(prompt)][-largest_context(decoder, plain.context) :]
     for _, piece in continue_ids(decoder, codec, [ids], settings=plain, seed=seed, draft=None):

@@ -20,7 +20,7 @@ from scantling.model.decoder import Decoder
 from scantling.runs.directory import RunDirectory
 
 ACTIVATIONS = ("torch.nn.ReLU", "torch.nn.GELU", "torch.nn.SiLU", "torch.nn.Identity")
-"""What a stored configuration may build beside our own parts and corpora."""
+"""What a stored configuration may build beside parts and corpora of this project."""
 
 
 def load_decoder(
@@ -44,8 +44,7 @@ def load_decoder(
 
 
 def read_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
-    """The decoder's state dict, as it is on disk; of `best_average` and `last_average` with the averaged
-    weights in it.
+    """The decoder's state dict as it is on disk; `best_average` and `last_average` have the averaged weights.
 
     Raises ValueError where there is no such checkpoint.
     """
@@ -70,8 +69,9 @@ def read_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
 
 
 def read_weights_by_step(directory: RunDirectory) -> tuple[dict[int, dict[str, Tensor]], list[Path]]:
-    """The decoder's state dict after each step that a checkpoint is kept of, in the order of steps, and the
-    files that cannot be read. Tensors stay on disk until they are looked at.
+    """The decoder's state dict after each step with a checkpoint, in order, and the unreadable files.
+
+    Tensors stay on disk until they are looked at.
     """
     found, unreadable = {}, []
     for file in (directory.best, directory.last, *directory.step_checkpoints()):
@@ -112,8 +112,9 @@ def check_targets(config: Any, source: Path) -> None:
 
 
 def is_own_part(target: str) -> bool:
-    """Whether it is one of `ACTIVATIONS`, or stands in the module of ours that it names: Hydra would walk on
-    from there, through what the module has imported.
+    """Whether it is one of `ACTIVATIONS`, or stands in the module of this project that it names.
+
+    The module itself is looked at, as Hydra would walk on through whatever it has imported.
     """
     module, _, name = target.rpartition(".")
     of_model = module.startswith("scantling.model.")

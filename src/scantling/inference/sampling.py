@@ -26,38 +26,43 @@ class GenerationSettings:
 
     n_tokens: int
     temperature: float
-    """Divides the logits; 0 takes the likeliest token always."""
+    """Divides the logits; at 0 the likeliest token is always taken."""
     top_k: int | None
     """Keep the k likeliest tokens. Fan et al. 2018, arXiv:1805.04833."""
     top_p: float | None
-    """Keep the fewest likeliest tokens that hold at least p together. Holtzman et al. 2020,
-    arXiv:1904.09751.
+    """Keep the fewest likeliest tokens that together hold at least p.
+
+    Holtzman et al. 2020, arXiv:1904.09751.
     """
     min_p: float | None = None
     """Keep tokens at least p times as likely as the likeliest. Nguyen et al. 2024, arXiv:2407.01082."""
     typical_p: float | None = None
-    """Keep the tokens whose -log p is nearest to the entropy, until they hold p. Meister et al. 2022,
-    arXiv:2202.00666.
+    """Keep the tokens whose -log p is nearest to the entropy, until they hold p.
+
+    Meister et al. 2022, arXiv:2202.00666.
     """
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens seen before, multiplies negative ones. Keskar et al. 2019,
-    arXiv:1909.05858, §4.1.
+    """Divides positive logits of tokens seen before, and multiplies negative ones.
+
+    Keskar et al. 2019, arXiv:1909.05858, §4.1.
     """
     beams: int = 1
     """More than one: the likeliest text that a beam search finds; nothing is drawn and no filter applies."""
     length_penalty: float = 1.0
-    """A finished beam's score is log p / tokens^length_penalty: above 0 favours long texts. Wu et al. 2016,
-    arXiv:1609.08144.
+    """A finished beam's score is log p / tokens^length_penalty: above 0 favours long texts.
+
+    Wu et al. 2016, arXiv:1609.08144.
     """
     draft_tokens: int = 4
     """How many tokens a draft model proposes at once."""
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
     precision: str = "full"
-    """Of cached keys and values."""
+    """Precision of cached keys and values."""
     context: int | None = None
-    """Tokens that the model sees at most; None: its `seq_len`, or no limit where every layer sees a
-    window.
+    """Tokens that the model sees at most.
+
+    None: its `seq_len`, or no limit where every layer sees a window.
     """
 
     def __post_init__(self) -> None:
@@ -103,8 +108,7 @@ class GenerationSettings:
         logits_BV = self.penalise(logits_BV.float(), seen_BV)
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).float()
-        # From the largest logit on, and no temperature that is 0 in float32: however small, one logit stays
-        # finite.
+        # Relative to the largest logit, at a temperature above 0 in float32: so one logit stays finite.
         above_zero = max(self.temperature, torch.finfo(logits_BV.dtype).tiny)
         logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / above_zero
         if self.top_k is not None:
@@ -133,6 +137,7 @@ class GenerationSettings:
 
 def keep_typical(p_BV: Float[Tensor, "B V"], mass: float) -> Float[Tensor, "B V"]:
     """Keep the tokens whose -log p is nearest to the entropy until they hold `mass`; the rest becomes 0.
+
     Meister et al. 2022, arXiv:2202.00666.
     """
     surprise_BV = -p_BV.log()

@@ -35,8 +35,7 @@ def speculate(
     while yielded < n_tokens:
         written.append(token)
         unread.append(token)
-        # A full context makes a new start after each token as without a draft, so that no proposal may
-        # cross it.
+        # No proposal may cross a full context, which makes a new start after each token as without a draft.
         n = min(settings.draft_tokens, n_tokens - yielded - 1, context - texts.longest - 1, small // 2)
         proposed, q = propose(
             drafts, n, unread=unread, written=written, settings=settings, generator=generator

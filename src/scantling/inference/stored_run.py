@@ -37,8 +37,10 @@ class StoredRun:
 
     @classmethod
     def load(cls, path: str, checkpoint: str) -> StoredRun:
-        """The run in the directory `path`, with the weights of `checkpoint`. Raises ValueError where there is
-        no run or no checkpoint, or where its configuration asks for foreign code.
+        """The run in the directory `path`, with the weights of `checkpoint`.
+
+        Raises ValueError where there is no run or no checkpoint, or where its
+        configuration asks for foreign code.
         """
         directory = RunDirectory(path)
         if not directory.config.exists():

@@ -30,7 +30,7 @@ WORDS = 12
 """Tokens whose neighbours are listed where none are asked for."""
 
 NEAREST = 6
-"""Neighbours of each."""
+"""Neighbours listed for each token."""
 
 AMONG = 8192
 """The most frequent tokens, among which neighbours are looked for."""
@@ -56,7 +56,7 @@ LARGE = 200_000_000
 
 @dataclass
 class ViewedRun:
-    """A run with its last weights. `held_out`: of its text, where the cache still has it."""
+    """A run with its last weights. `held_out`: the tokens of its text, where the cache still has them."""
 
     directory: RunDirectory
     decoder: Decoder
@@ -65,10 +65,10 @@ class ViewedRun:
 
 
 def views_of(directory: RunDirectory, *, tokens: Sequence[str] | None, prompt: str | None) -> Views:
-    """Of every checkpoint that is kept the embeddings, of the last one the attention to `prompt`; None: the
-    most frequent words, the first ones of the held-out text.
+    """Embeddings of every checkpoint that is kept, and the last one's attention to `prompt`.
 
-    Raises ValueError for a run that cannot be read, and for what is asked for and cannot be shown.
+    None: the most frequent words, and the first ones of the held-out text. Raises ValueError for a run that
+    cannot be read, and for what is asked for and cannot be shown.
     """
     weights, unreadable = read_weights_by_step(directory)
     if not weights:
@@ -161,9 +161,7 @@ def embed_tokens(embed: Embedding, weights: dict[str, Tensor], ids: np.ndarray) 
 
 
 def nearest_vectors(vectors: np.ndarray, n_words: int, n_nearest: int) -> list[list[tuple[int, float]]]:
-    """The nearest others of each of the first `n_words` of `vectors` [n, D], and their cosine x·y
-    / |x||y|.
-    """
+    """The nearest others of the first `n_words` of `vectors` [n, D], with their cosine x·y / |x||y|."""
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(float).tiny)
     cosines = unit[:n_words] @ unit.T
     cosines[np.arange(n_words), np.arange(n_words)] = -np.inf
@@ -172,12 +170,11 @@ def nearest_vectors(vectors: np.ndarray, n_words: int, n_nearest: int) -> list[l
 
 
 def principal_places(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[step, n, D] -> places [step, n, 2] on the first two principal components of the last step, and the
-    share [step, 2] of each step's variance along them.
+    """Places [step, n, 2] of vectors [step, n, D] on the first two principal components of the last step.
 
-    X - mean = U·S·Vᵀ at the last step; other steps are seen from the same mean along the same rows of Vᵀ,
-    whose largest entries are made positive, as their signs are free. Pearson 1901,
-    doi:10.1080/14786440109462720.
+    With them the share [step, 2] of each step's variance along these. X - mean = U·S·Vᵀ at the last step;
+    other steps are seen from the same mean along the same rows of Vᵀ, whose largest entries are made
+    positive, as their signs are free. Pearson 1901, doi:10.1080/14786440109462720.
     """
     mean = vectors[-1].mean(0)
     axes = np.linalg.svd(vectors[-1] - mean, full_matrices=False)[2][:2]
@@ -193,7 +190,7 @@ def principal_places(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def ids_by_frequency(held_out: np.ndarray | None, vocab_size: int) -> np.ndarray:
     """Every id, the most frequent first.
 
-    Without a text in the order of the vocabulary, where those learned first are.
+    Without a text they come in the order of the vocabulary, where those learned first are.
     """
     if held_out is None:
         return np.arange(vocab_size)
@@ -201,7 +198,7 @@ def ids_by_frequency(held_out: np.ndarray | None, vocab_size: int) -> np.ndarray
 
 
 def frequent_words(tokenizer: Tokenizer, order: np.ndarray) -> Iterator[int]:
-    """Tokens of letters, in this order, those of several before single ones."""
+    """Tokens of letters, in this order; those of several letters before single ones."""
     single = []
     for id_ in order.tolist():
         bare = token_text(tokenizer, id_).strip()
@@ -226,9 +223,7 @@ def single_token(tokenizer: Tokenizer, text: str) -> int:
 
 
 def token_text(tokenizer: Tokenizer, id_: int) -> str:
-    """A token's text as it stands inside of a text: alone, some tokenizers' words lose the space
-    before them.
-    """
+    """A token's text as it is inside a text: alone, words of some tokenizers lose the space before them."""
     if id_ == tokenizer.end_of_text:
         return tokenizer.end_of_text_name
     (before, *_) = tokenizer.encode("a")
@@ -239,9 +234,9 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
 def token_label(tokenizer: Tokenizer, id_: int) -> str:
-    """A token that can be seen, repetitions counted.
+    """A token made visible, its repetitions counted.
 
-    Of what is not a text of its own, as a part of a character, the id.
+    The id, where the token has no text of its own, as a part of a character.
     """
     seen = token_text(tokenizer, id_).translate(VISIBLE)
     if not seen.isprintable() or not seen or "\N{REPLACEMENT CHARACTER}" in seen:
@@ -298,7 +293,7 @@ def prompt_ids(run: ViewedRun, prompt: str | None) -> list[int]:
 
 
 def own_text(run: ViewedRun) -> list[int]:
-    """The beginning of its held-out text, the same for all runs on that text, else of what it wrote last."""
+    """The beginning of the run's held-out text, the same for all runs on it; else of what it wrote last."""
     if run.held_out is not None:
         return run.held_out[:BEGINNING].tolist()
     written = read_rows(run.directory.samples)

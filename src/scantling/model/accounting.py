@@ -19,7 +19,10 @@ GROUPS = {
     "router": (".ffn.router.",),
     "feed-forward": (".ffn.",),
 }
-"""Marks in the names of a group's parameters; the first group that fits has it. What fits none is a block's own: norms."""
+"""Marks in the names of a group's parameters; the first group that fits has the parameter.
+
+Parameters that fit none are the norms of the blocks.
+"""
 
 
 # --- parameters ---
@@ -35,13 +38,16 @@ def parameter_counts(decoder: Decoder) -> dict[str, int]:
 
 
 def group_of(parameter: str) -> str:
+    """The group of `GROUPS` that the parameter of this dotted name counts in; "norm" where no mark fits."""
     dotted = f".{parameter}"
     return next((group for group, marks in GROUPS.items() if any(mark in dotted for mark in marks)), "norm")
 
 
 def active_counts(decoder: Decoder) -> dict[str, int]:
-    """Parameters by group that one token passes: of the experts, those that its router chooses; of a block that serves
-    several layers, each time.
+    """Parameters by group that one token passes.
+
+    Of the experts they are those that the router chooses; those of a block that serves
+    several layers count each time.
     """
     counts = dict.fromkeys([*GROUPS, "norm"], 0)
     for path, module, times in passed(decoder):
@@ -51,8 +57,9 @@ def active_counts(decoder: Decoder) -> dict[str, int]:
 
 
 def passed(module: nn.Module, path: str = "", times: int = 1) -> Iterator[tuple[str, nn.Module, int]]:
-    """Every module below, its path, and how often one token passes it or one like it; of experts, which are alike, only the
-    first.
+    """Every module below, its path, and how often one token passes it or one like it.
+
+    Experts are alike, so that only the first is given, with the number of those chosen.
     """
     yield path, module, times
     for name, child in module.named_children():
@@ -65,11 +72,12 @@ def passed(module: nn.Module, path: str = "", times: int = 1) -> Iterator[tuple[
 
 
 def active_parameters(decoder: Decoder) -> int:
+    """The sum of `active_counts`: N of the conventions that count 6·N."""
     return sum(active_counts(decoder).values())
 
 
 def non_embedding(counts: dict[str, int]) -> int:
-    """Parameters that are no embedding of tokens or positions and no output head."""
+    """Parameters that belong neither to embeddings of tokens or positions nor to the output head."""
     return sum(counts.values()) - counts["embedding"] - counts["head"] - counts["position"]
 
 
@@ -84,9 +92,9 @@ def linear_flops(module: nn.Module) -> int:
 def forward_flops_by_part(decoder: Decoder, keys: float | None, seq_len: int) -> dict[str, float]:
     """Matrix products of one token's forward pass by part; 2 FLOPs a multiply-add.
 
-    The token sees `keys` keys in every layer; None: as many as causality and the layer's pattern leave on average in
-    a sequence of `seq_len`. Norms, activations, softmax and the lookup of embeddings are left out, as in most of the
-    literature's counts.
+    The token sees `keys` keys in every layer; None: as many as causality and the layer's pattern leave on
+    average in a sequence of `seq_len`. Norms, activations, softmax and the lookup of embeddings are left out,
+    as in most of the literature's counts.
     """
     layers = decoder.layers
     projections = sum(linear_flops(block.attn) for block in layers)
@@ -116,12 +124,15 @@ def forward_flops_per_token(decoder: Decoder, keys: float | None, seq_len: int) 
 
 
 def mixing_in_full(decoder: Decoder, seq_len: int) -> float:
-    """Forward FLOPs per token of attention itself as if every token saw all `seq_len` keys, later ones too."""
+    """Forward FLOPs per token of attention itself, as if every token saw all `seq_len` keys."""
     return sum(block.attn.mixing_flops(float(seq_len)) for block in decoder.layers)
 
 
 def exact(decoder: Decoder, seq_len: int) -> float:
-    """3 × the products, over the keys that a token sees. Causality leaves it (T+1)/2 on average, a pattern fewer."""
+    """3 × the products, over the keys that a token sees.
+
+    These are (T+1)/2 on average under causality, and fewer under a pattern.
+    """
     return 3 * forward_flops_per_token(decoder, None, seq_len)
 
 
@@ -146,13 +157,14 @@ def six_n(decoder: Decoder, seq_len: int) -> float:
 
 
 def palm(decoder: Decoder, seq_len: int) -> float:
-    """6·N + 12·L·H·E·T, N as in 6n. Chowdhery et al. 2022, arXiv:2204.02311, appendix B; attention in full."""
+    """6·N + 12·L·H·E·T, N as in 6n. Chowdhery et al. 2022, arXiv:2204.02311, app. B; attention in full."""
     return six_n(decoder, seq_len) + 3 * mixing_in_full(decoder, seq_len)
 
 
 def hoffmann(decoder: Decoder, seq_len: int) -> float:
-    """3 × (products over all T keys + softmax + lookup). Hoffmann et al. 2022, arXiv:2203.15556, appendix F: 3 FLOPs of
-    softmax a head and key, and the lookup as a product with the table.
+    """3 × (products over all T keys + softmax + lookup). Hoffmann et al. 2022, arXiv:2203.15556, app. F.
+
+    The softmax takes 3 FLOPs a head and key, and the lookup counts as a product with the table.
     """
     softmax = 3 * decoder.n_heads * seq_len * len(decoder.layers)
     lookup = 2 * decoder.embed.tokens.weight.numel()
@@ -170,14 +182,15 @@ CONVENTIONS: dict[str, Callable[[Decoder, int], float]] = {
 }
 """Training FLOPs per token, forward and backward, under each name.
 
-The papers count dense models whose layers share no weights. In a mixture of experts N is the active parameters in every
-convention, for the idle experts compute nothing; shared weights count in N for each layer, for each computes. The exact
-counts and Hoffmann's take the products of the chosen experts and of the router.
+The papers count dense models whose layers share no weights. In a mixture of experts N is the active
+parameters in every convention, for the idle experts compute nothing; shared weights count in N for
+each layer, for each computes. The exact counts and Hoffmann's take the products of the chosen
+experts and of the router.
 """
 
 
 def convention(name: str) -> Callable[[Decoder, int], float]:
-    """Raises ValueError for a name that no convention has."""
+    """The count of training FLOPs per token of this name. Raises ValueError for an unknown one."""
     if name not in CONVENTIONS:
         raise ValueError(f"budget.convention={name} is unknown: use one of {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]
@@ -194,9 +207,10 @@ CACHED = {"fp32": (4, 0), "bf16": (2, 0)} | {
 
 
 def cache_bytes(decoder: Decoder, *, context: int, batch: int, precision: str) -> int:
-    """What `batch` sequences of `context` tokens take in a key/value cache; windows and latent vectors spare theirs.
+    """What `batch` sequences of `context` tokens take in a key/value cache.
 
-    For one token: `context=1`, as long as no window is full. A state that is summed up, not vectors, stays in float32.
+    Windows and latent vectors save some of it. For one token: `context=1`, as long as no window is full. A
+    state that sums tokens up stays in float32, whatever `precision` is.
     """
     if precision not in CACHED:
         raise ValueError(f"a cache in {precision} is unknown: use one of {', '.join(CACHED)}")

@@ -15,7 +15,7 @@ from scantling.model.scores import Scores
 
 
 class Watched(Scores):
-    """Scores that add the weights of every call to `seen`: the formula with the unit matrix for values, softmax(…)·I."""
+    """Scores that add the weights of every call to `seen`, by the formula with the unit matrix for values."""
 
     def __init__(self, scores: Scores, seen: list[Tensor]):
         super().__init__(bias=scores.bias, n_heads=scores.n_heads, placement=scores.placement)
@@ -35,7 +35,7 @@ class Watched(Scores):
 
 @torch.no_grad()
 def attention_weights(decoder: Decoder, tokens_BT: Int[Tensor, "B T"]) -> Float[Tensor, "L B H T T"]:
-    """Of every layer and head, [layer, row, head, query, key], without dropout; a row sums to one over its keys.
+    """Weights of every layer and head, without dropout; the weights of a query sum to one over its keys.
 
     Raises ValueError for a mixer that takes no softmax over keys.
     """

@@ -57,16 +57,19 @@ class Mixer(nn.Module, ABC):
         """Numbers kept of `context` past tokens, for one sequence."""
 
     def cached_vectors(self, context: int) -> int:
-        """Vectors that these numbers form, each with a scale of its own in a quantised cache; 0: a state in float32."""
+        """Vectors that these numbers form, each with its own scale in a quantised cache.
+
+        0: the state stays in float32.
+        """
         return 0
 
     @abstractmethod
     def new_cache(self, max_len: int, buffer: type[Buffer]) -> Any:
-        """Room for what is kept of at most `max_len` tokens, with `select` and `nbytes` as `cache.LayerCache` has them."""
+        """Room for at most `max_len` past tokens, with `select` and `nbytes` like `cache.LayerCache`."""
 
 
 class HeadSizes(NamedTuple):
-    """Of the queries, keys and values that attention is computed of."""
+    """Numbers of heads and their widths, by which attention over queries, keys and values is computed."""
 
     n_heads: int
     n_kv_heads: int
@@ -75,7 +78,7 @@ class HeadSizes(NamedTuple):
 
 
 class PatternedAttention(Mixer):
-    """Base of those that attend by a softmax over the keys of a pattern."""
+    """Base of the options that attend by a softmax over the keys of a pattern."""
 
     def __init__(
         self, layer: int, *, pattern: Callable[[int], Pattern], softcap: float | None, dropout: float
@@ -98,7 +101,7 @@ class PatternedAttention(Mixer):
     @property
     @abstractmethod
     def cached_heads(self) -> int:
-        """Vectors that they form."""
+        """Vectors that the numbers of one token form."""
 
     def mean_keys(self, seq_len: int) -> float:
         return self.pattern.mean_keys(seq_len)
@@ -110,6 +113,7 @@ class PatternedAttention(Mixer):
         return self.cached_heads * self.cached_tokens(context)
 
     def cached_tokens(self, context: int) -> int:
+        """Tokens kept of `context`: all, or the first and the last ones that the pattern still reaches."""
         reach = context if self.pattern.reach is None else self.pattern.n_first + self.pattern.reach
         return min(context, reach)
 
@@ -123,8 +127,8 @@ class Attention(PatternedAttention):
     Every key/value head serves H/K query heads: K = H is multi-head attention (MHA), 1 < K < H grouped-query
     attention (GQA, Ainslie et al. 2023, arXiv:2305.13245), K = 1 multi-query attention (MQA, Shazeer 2019,
     arXiv:1911.02150). `scale` null is 1/√E. `qk_norm` normalises queries and keys before they are rotated,
-    `softcap` c bounds scores by c·tanh(s/c) (Gemma 2), `dropout` falls on the attention weights, `clip_qkv` bounds
-    the entries of queries, keys and values (OLMo, MPT).
+    `softcap` c bounds scores by c·tanh(s/c) (Gemma 2), `dropout` falls on the attention weights, `clip_qkv`
+    bounds the entries of queries, keys and values (OLMo, MPT).
     """
 
     q_bias: nn.Parameter | None
@@ -206,7 +210,7 @@ class Attention(PatternedAttention):
         self.scale *= factor
 
     def bias(self) -> Tensor | None:
-        """Of q, k and v side by side; zero where a part has none."""
+        """The biases of q, k and v side by side; zero where one of them has none. None: no layer has one."""
         biases = (self.q_bias, self.k_bias, self.v_bias)
         if all(bias is None for bias in biases):
             return None
@@ -227,7 +231,7 @@ class Attention(PatternedAttention):
         return 2 * self.heads[1]
 
     def mixing_flops(self, keys: float) -> float:
-        """QKᵀ and weights·V: a multiplication and an addition for each of E channels, twice, for each head."""
+        """QKᵀ and weights·V: two products, each 2 FLOPs a channel, key and head."""
         return 4 * self.heads[0] * self.d_head * keys
 
 
@@ -242,7 +246,10 @@ class NoQKNorm(nn.Module):
 
 
 class PerHeadNorm(nn.Module):
-    """One norm of width E that all heads share. Dehghani et al. 2023, arXiv:2302.05442, §2; Qwen3, Gemma 3."""
+    """One norm of width E that all heads share.
+
+    Dehghani et al. 2023, arXiv:2302.05442, §2; Qwen3, Gemma 3.
+    """
 
     def __init__(self, n_heads: int, d_head: int, *, norm: NormFactory):
         super().__init__()
@@ -276,13 +283,14 @@ class FullWidthNorm(nn.Module):
 
 
 class LatentAttention(PatternedAttention):
-    """out(softmax([q ; q_r]·[W_k·c ; r]ᵀ·scale)·W_v·c), c = norm(W_down·x): multi-head latent attention (MLA). DeepSeek-V2,
-    arXiv:2405.04434, §2.1.
+    """out(softmax([q ; q_r]·[W_k·c ; r]ᵀ·scale)·W_v·c), c = norm(W_down·x): multi-head latent attention
+    (MLA). DeepSeek-V2, arXiv:2405.04434, §2.1.
 
-    c = norm(W_down·x) of width C is all that is kept of a token, beside one rotated key r of width R that the heads
-    share: k_h = [W_k,h·c ; r], v_h = W_v,h·c, and the query is [nope part ; rotated part]. With `q_rank` the query
-    too comes from a narrow vector. Over cached tokens W_k moves to the query's side and W_v behind the sum, so
-    that attention works on c itself, as one key/value head of width C + R (ibid., §2.1.2).
+    c = norm(W_down·x) of width C is all that is kept of a token, beside one rotated key r of width R
+    that the heads share: k_h = [W_k,h·c ; r], v_h = W_v,h·c, and the query is [nope part ; rotated
+    part]. With `q_rank` the query too comes from a narrow vector. Over cached tokens W_k moves to the
+    query's side and W_v behind the sum, so that attention works on c itself, as one key/value head of
+    width C + R (ibid., §2.1.2).
     """
 
     def __init__(
@@ -314,7 +322,7 @@ class LatentAttention(PatternedAttention):
         self.kv_rank = kv_rank
         self.scale = (d_head + d_rotated) ** -0.5 if scale is None else scale
         width = n_heads * (d_head + d_rotated)
-        # torch's layers: over oneDNN's, rounding by another length of context reached past 1e-5 at wide ranks.
+        # torch's layers: oneDNN's round otherwise at another length of context, past 1e-5 at wide ranks.
         if q_rank is None:
             self.q = nn.Linear(d_model, width, bias=False)
         else:

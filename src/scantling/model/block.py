@@ -14,10 +14,11 @@ from scantling.model.norm import NormFactory
 
 
 class Residual(nn.Module):
-    """What happens to a branch before it joins the residual stream: scaled, dropped out, or left out altogether.
+    """What happens to a branch before it joins the residual stream: it is scaled, dropped out or left out.
 
-    Stochastic depth leaves the branch out for a whole sequence with a probability that grows linearly with depth
-    up to `drop_path`, and divides by the probability of staying. Huang et al. 2016, arXiv:1603.09382, §3.
+    Stochastic depth leaves the branch out for a whole sequence with a probability that grows
+    linearly with depth up to `drop_path`, and divides by the probability of staying. Huang et
+    al. 2016, arXiv:1603.09382, §3.
     """
 
     def __init__(self, layer: int, n_layers: int, *, scale: float, dropout: float, drop_path: float):
@@ -63,6 +64,7 @@ class Block(nn.Module):
         self.residual = Residual(layer, n_layers, scale=residual_scale, dropout=dropout, drop_path=drop_path)
 
     def add_norms(self, norm: NormFactory, d_model: int) -> None:
+        """The norms of the two branches; options with fewer norms, or with norms elsewhere, override it."""
         self.attn_norm, self.ffn_norm = norm(d_model), norm(d_model)
 
     @staticmethod
@@ -72,7 +74,10 @@ class Block(nn.Module):
 
 
 class PreNorm(Block):
-    """x + attn(norm(x)), then x + ffn(norm(x)); a final norm before the head. Xiong et al. 2020, arXiv:2002.04745, fig. 1b."""
+    """x + attn(norm(x)), then x + ffn(norm(x)); a final norm before the head.
+
+    Xiong et al. 2020, arXiv:2002.04745, fig. 1b.
+    """
 
     final_norm = True
 
@@ -95,10 +100,10 @@ class PostNorm(Block):
 
 
 class DeepNorm(Block):
-    """norm(α·x + attn(x)), then norm(α·x + ffn(x)); α = (2·n_layers)^¼. Wang et al. 2022, arXiv:2203.00555, fig. 2.
+    """norm(α·x + attn(x)), then norm(α·x + ffn(x)); α = (2·n_layers)^¼.
 
-    Layers that write to the residual stream start smaller by β = (8·n_layers)^-¼, where the paper scales those of
-    values and the whole feed-forward.
+    Wang et al. 2022, arXiv:2203.00555, fig. 2. Layers that write to the residual stream start smaller by β =
+    (8·n_layers)^-¼, where the paper scales those of values and the whole feed-forward.
     """
 
     final_norm = False
@@ -117,8 +122,9 @@ class DeepNorm(Block):
 
 
 class Reordered(Block):
-    """x + norm(attn(x)), then x + norm(ffn(x)): each branch is normed behind, and the stream not at all. OLMo 2,
-    arXiv:2501.00656, §3.2; Liu et al. 2021 (Swin v2), arXiv:2111.09883, §3.2.
+    """x + norm(attn(x)), then x + norm(ffn(x)): each branch is normed behind, and the stream not at all.
+
+    OLMo 2, arXiv:2501.00656, §3.2; Liu et al. 2021 (Swin v2), arXiv:2111.09883, §3.2.
     """
 
     final_norm = True
@@ -129,8 +135,9 @@ class Reordered(Block):
 
 
 class Sandwich(Block):
-    """x + norm(attn(norm(x))), then x + norm(ffn(norm(x))). Ding et al. 2021 (CogView), arXiv:2105.13290, §2.4; Gemma 2,
-    arXiv:2408.00118, §2.
+    """x + norm(attn(norm(x))), then x + norm(ffn(norm(x))).
+
+    Ding et al. 2021 (CogView), arXiv:2105.13290, §2.4; Gemma 2, arXiv:2408.00118, §2.
     """
 
     final_norm = True
@@ -168,8 +175,9 @@ class ParallelTwoNorms(Block):
 
 
 class ReZero(Block):
-    """x + α·attn(x), then x + α·ffn(x); one α a layer, which starts at 0, and no norm at all. Bachlechner et al. 2020,
-    arXiv:2003.04887, §3.
+    """x + α·attn(x), then x + α·ffn(x); one α a layer, which starts at 0, and no norm at all.
+
+    Bachlechner et al. 2020, arXiv:2003.04887, §3.
     """
 
     final_norm = False

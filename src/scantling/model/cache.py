@@ -1,8 +1,8 @@
 """What a decoder remembers of past tokens, passed to it as an argument while it generates.
 
-A row's token at position p always stands at the same place, whatever the other rows hold. Rows of different length
-are padded on the right: a pad's key is later than every real query, so that causality hides it, and the row's next
-token takes its place.
+A row's token at position p always stands at the same place, whatever the other rows hold. Rows of different
+length are padded on the right: a pad's key is later than every real query, so that causality hides it, and
+the row's next token takes its place.
 """
 
 from __future__ import annotations
@@ -35,17 +35,21 @@ class Placement:
 
     @property
     def before(self) -> Tensor:
-        """Tokens that each row had before, [B or 1, 1]."""
+        """Tokens that each row had before this pass, [B or 1, 1]."""
         return self.positions_BT[:, :1]
 
     @property
     def after(self) -> Tensor:
+        """Tokens that each row has after this pass, [B or 1, 1]; padding does not count."""
         new = self.positions_BT.shape[1] if self.valid_BT is None else self.valid_BT.sum(1, keepdim=True)
         return self.before + new
 
     @classmethod
     def whole(cls, tokens_BT: Tensor, first_of_document: int | None = None) -> Placement:
-        """Tokens from position 0, with nothing before them. `first_of_document` begins a document that sees itself alone."""
+        """Tokens from position 0, with nothing before them.
+
+        `first_of_document` is the token that opens a document, which then sees itself alone.
+        """
         T = tokens_BT.shape[1]
         documents = None if first_of_document is None else (tokens_BT == first_of_document).cumsum(1)
         return cls(torch.arange(T, device=tokens_BT.device)[None], 0, T, documents_BT=documents)
@@ -68,6 +72,7 @@ def slots(n_slots: int, like_BTKE: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def taken(data_BSKE: Tensor, rows: Tensor) -> Tensor:
+    """These rows of the slots, in this order and with the memory layout of `slots`."""
     return data_BSKE.transpose(1, 2)[rows].transpose(1, 2)
 
 
@@ -78,9 +83,11 @@ class Buffer:
         self.data_BSKE = slots(n_slots, like_BTKE, like_BTKE.dtype)
 
     def write(self, index: Any, x: Tensor) -> None:
+        """Put vectors, [..., K, E], where `index` says: an index of rows and slots as PyTorch reads it."""
         self.data_BSKE[index] = x
 
     def read(self, n_slots: int) -> Tensor:
+        """The first `n_slots` slots of every row, [B, n_slots, K, E]."""
         return self.data_BSKE[:, :n_slots]
 
     def select(self, rows: Tensor) -> None:
@@ -89,11 +96,15 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
+        """Memory of all slots, also of those that are empty."""
         return self.data_BSKE.nbytes
 
 
 class QuantisedBuffer(Buffer):
-    """x ≈ scale · q with q in `dtype` and one float32 scale for each token and head, so that the largest |x| is kept."""
+    """x ≈ scale · q with q in `dtype`.
+
+    Each token and head has one float32 scale, by which the largest |x| is kept.
+    """
 
     dtype: torch.dtype
     largest: float
@@ -111,6 +122,7 @@ class QuantisedBuffer(Buffer):
         self.data_BSKE[index] = self.rounded(x.float() / scale).to(self.dtype)
 
     def rounded(self, x: Tensor) -> Tensor:
+        """What is cast to `dtype`: x itself, as a cast to a float rounds; Int8Buffer rounds first."""
         return x
 
     def read(self, n_slots: int) -> Tensor:
@@ -126,6 +138,8 @@ class QuantisedBuffer(Buffer):
 
 
 class Int8Buffer(QuantisedBuffer):
+    """Integers from -127 to 127, rounded to the nearest."""
+
     dtype, largest = torch.int8, 127.0
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -145,8 +159,8 @@ BUFFERS: dict[str, type[Buffer]] = {"full": Buffer, "int8": Int8Buffer, "fp8": F
 class LayerCache:
     """Keys and values of one layer.
 
-    A pattern with a limited reach needs no more than its first tokens and the last `reach`: the cache rolls, token p
-    standing at place n_first + (p - n_first) mod reach.
+    A pattern with a limited reach needs no more than its first tokens and the last `reach`: the cache rolls,
+    and token p stands at place n_first + (p - n_first) mod reach.
     """
 
     def __init__(self, max_len: int, pattern: Pattern, buffer: type[Buffer]):
@@ -162,7 +176,7 @@ class LayerCache:
         """Tokens of the longest row."""
 
     def keep_all(self) -> None:
-        """Keep every token, also where the pattern needs no more than some; before the first token alone."""
+        """Keep every token, even those that the pattern no longer needs; call it before the first token."""
         assert self.k is None
         self.n_slots, self.rolls, self.holds_what_is_seen = self.max_len, False, self.is_full
 
@@ -201,6 +215,10 @@ class LayerCache:
         )
 
     def write(self, k_BTKE: Tensor, v_BTKE: Tensor, placement: Placement, one_more: bool) -> None:
+        """Store new keys and values [B, T, K, E]: no padding, and of a window only what it still reaches.
+
+        `one_more`: each row has a single token, and none is padding.
+        """
         assert self.k is not None
         assert self.v is not None
         B, T = k_BTKE.shape[:2]
@@ -226,6 +244,7 @@ class LayerCache:
         self.v.write(index, v_BTKE)
 
     def slot_of(self, position: Any) -> Any:
+        """The place of a position, an integer or a tensor: itself, or where the rolling cache has it."""
         if not self.rolls:
             return position
         wrapped = self.first + (position - self.first) % self.window
@@ -245,12 +264,14 @@ class LayerCache:
         return torch.where(filled_already, position, -1)
 
     def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken twice."""
         for buffer in (self.k, self.v):
             if buffer is not None:
                 buffer.select(rows)
 
     @property
     def nbytes(self) -> int:
+        """Memory of the keys and values; 0 before the first token."""
         return sum(buffer.nbytes for buffer in (self.k, self.v) if buffer is not None)
 
 
@@ -292,14 +313,15 @@ class KVCache:
             self.lengths_B = self.lengths_B[rows]
 
     def keep_all(self) -> None:
-        """Let `rewind` take tokens back: layers that would roll keep them all. To be called before the first token.
+        """Let `rewind` take tokens back: layers that would roll keep them all.
 
-        Raises ValueError where a layer sums its tokens up.
+        To be called before the first token. Raises ValueError where a layer sums its tokens up.
         """
         for layer in self.layers:
             if not isinstance(layer, LayerCache):
                 raise ValueError(
-                    "this model sums up the tokens it has read and cannot take one back, as a draft needs it to: "
+                    "this model sums up the tokens it has read and cannot take one back, "
+                    "as a draft needs it to: "
                     "speculative decoding takes models that attend to cached keys"
                 )
             layer.keep_all()
@@ -313,4 +335,5 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Memory of all layers together."""
         return sum(layer.nbytes for layer in self.layers)

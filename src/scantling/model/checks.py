@@ -37,5 +37,5 @@ def check_below_one(name: str, value: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """A finite one."""
+    """Whether a value is a finite number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

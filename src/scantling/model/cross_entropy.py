@@ -1,4 +1,4 @@
-"""-log p(target) out of hidden vectors and an output matrix, a chunk of tokens at a time where the vocabulary is large."""
+"""-log p(target) from hidden vectors and an output matrix; by chunks of tokens for a large vocabulary."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ IGNORED = -100
 """A target that is not to be predicted."""
 
 CHUNK = 2**25
-"""Logits that stand in memory at once, 128 MiB in float32. Up to so many in all, one piece is the fastest on a CPU; chunks
-of half the size take 1.1 to 1.3 times as long, for the matrix's gradient is added up more often."""
+"""Logits that stand in memory at once: 128 MiB in float32.
+
+Up to this many in all, one piece is fastest on a CPU. Chunks of half the size take 1.1 to 1.3 times as long,
+as the matrix's gradient is added up more often.
+"""
 
 CHUNK_ON_GPU = 2**27
-"""CHUNK's 667 tokens of GPT-2's vocabulary are too few for a GPU's multiprocessors; reckoned, not measured yet."""
+"""CHUNK's 667 tokens of GPT-2's vocabulary are too few for a GPU's processors; reckoned, not measured."""
 
 
 def chunk(on_gpu: bool) -> int:
@@ -41,8 +44,9 @@ def negative_log_likelihood(
 def z_gradient(
     logits_BTV: Float[Tensor, "*B V"], targets_BT: Int[Tensor, "*B"], weight: float
 ) -> Float[Tensor, ""]:
-    """0, with the gradient of `weight`·Σ ln²Z, Z = Σ exp(logits): the z-loss of PaLM, arXiv:2204.02311, §5, which keeps
-    logits from drifting, and which no loss that is reported holds.
+    """0, with the gradient of `weight`·Σ ln²Z, Z = Σ exp(logits): the z-loss of PaLM, arXiv:2204.02311, §5.
+
+    It keeps logits from drifting, and no reported loss contains it.
     """
     log_z_BT = logits_BTV.float().logsumexp(-1)
     loss = weight * log_z_BT.square().masked_fill(targets_BT == IGNORED, 0.0).sum()
@@ -59,15 +63,18 @@ def chunked_negative_log_likelihood(
     softcap: float | None,
     z_loss: float,
 ) -> Float[Tensor, ""]:
-    """`negative_log_likelihood` of cap(scale·(x·Wᵀ + b)), cap(z) = c·tanh(z/c), with the gradient of `z_gradient`.
+    """`negative_log_likelihood` of cap(scale·(x·Wᵀ + b)), cap(z) = c·tanh(z/c), with `z_gradient`.
 
-    The logits of `chunk_rows` tokens are formed at once, and turned into their gradients on the spot: the backward
-    pass multiplies what is known by then. Products are as autocast has them, all else is float32.
+    The logits of `chunk_rows` tokens are formed at once, and turned into their gradients on the
+    spot: the backward pass only multiplies these by its own gradient. Products are as autocast has
+    them, all else is float32.
     """
     device = x_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
     if torch.is_grad_enabled():
-        return Chunks.apply(x_ND, weight_VD, bias_V, targets_N, dtype, scale, softcap, z_loss)  # type: ignore[no-any-return]
+        return Chunks.apply(  # type: ignore[no-any-return]
+            x_ND, weight_VD, bias_V, targets_N, dtype, scale, softcap, z_loss
+        )
     rows = chunk_rows(len(weight_VD), x_ND.is_cuda)
     nats = torch.zeros((), device=x_ND.device)
     for x, targets in zip(x_ND.split(rows), targets_N.split(rows), strict=True):
@@ -77,16 +84,16 @@ def chunked_negative_log_likelihood(
 
 
 def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """cap(scale·logits), in their place."""
+    """cap(scale·logits), written over the logits."""
     if scale != 1.0:
         logits.mul_(scale)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 class Chunks(torch.autograd.Function):
-    """∂/∂logits = (1 + 2·w·ln Z)·softmax(logits) - onehot(target), w the weight of the z-loss; no row for what is ignored.
+    """∂/∂logits = (1 + 2·w·ln Z)·softmax(logits) - onehot(target), w the weight of the z-loss.
 
-    Behind a cap it is times 1 - (logit/c)², and times the scale.
+    Ignored targets have a gradient of 0. A cap multiplies it by 1 - (logit/c)², and the scale by itself.
     """
 
     @staticmethod
@@ -129,5 +136,5 @@ class Chunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):  # type: ignore[override]
         dx, dw, db = ctx.saved_tensors
-        # In place: there is no room for two; a second pass would be refused, as torch knows that they changed.
+        # In place, as there is no room for two; torch would refuse a second pass over what has changed.
         return dx.mul_(g), dw.mul_(g), None if db is None else db.mul_(g), None, None, None, None, None

@@ -1,7 +1,8 @@
 """The model on one page.
 
-Tensor names end in their axes: B batch, T query position, S key position, D model, H heads, K key/value heads,
-E head dim, R rotated or reduced width, C compressed width, F hidden, V vocabulary, X experts, N tokens of a batch.
+Tensor names end in their axes: B batch, T query position, S key position, D model, H heads, K
+key/value heads, E head dim, R rotated or reduced width, C compressed width, F hidden, V vocabulary, X
+experts, N tokens of a batch.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from scantling.model.scores import Scores
 class Decoder(nn.Module):
     """tokens_BT -> logits_BTV: embedding, position, `n_layers` blocks, norm, head.
 
-    Parts come as factories that lack only the shape facts, which the decoder supplies. `d_head: null` stands for
-    d_model / n_heads; `d_ff` is the hidden width of an ungated feed-forward layer. Each block serves
-    `layers_per_block` layers in a row: 1 for most models, n_layers for ALBERT (Lan et al. 2019, arXiv:1909.11942, §3.1).
+    Parts come as factories that lack only the shape facts, which the decoder supplies. `d_head: null`
+    stands for d_model / n_heads; `d_ff` is the hidden width of an ungated feed-forward layer. Each
+    block serves `layers_per_block` layers in a row: 1 for most models, n_layers for ALBERT (Lan et
+    al. 2019, arXiv:1909.11942, §3.1).
 
     Raises ValueError when the shapes do not fit each other, or a part's setting is out of range.
     """
@@ -92,14 +94,17 @@ class Decoder(nn.Module):
         self.first_of_document: int | None = None
         """The token that opens a document, where documents do not see each other."""
         self.checkpoint_activations = False
-        """In training keep only each block's input, and compute the block again in the backward pass. Chen et al. 2016,
-        arXiv:1604.06174, §4.1."""
+        """In training keep only each block's input, and compute the block again in the backward pass.
+
+        Chen et al. 2016, arXiv:1604.06174, §4.1.
+        """
 
     def rescale(self, d_model: int) -> None:
-        """Scores and logits as `param` has them. Raises ValueError for parts that no rule of it is known for."""
+        """Scale attention and logits as `param` says. Raises ValueError for parts that it has no rule for."""
         if self.routers or self.embed.output.shape[1] != d_model:
             raise ValueError(
-                "param=mup is for matrices whose both sides grow with the width: no ffn=moe, no embed=factorised"
+                "param=mup is for matrices whose both sides grow with the width: "
+                "no ffn=moe, no embed=factorised"
             )
         self.head.rescale(self.param.logits)
         for block in set(self.layers):
@@ -112,14 +117,15 @@ class Decoder(nn.Module):
         return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
-        """Of each parameter's learning rate, as `param` has them."""
+        """The factor on each parameter's learning rate, as `param` says."""
         hidden = self.hidden_matrices
         return {p: self.param.hidden_rate if name in hidden else 1.0 for name, p in self.named_parameters()}
 
     def separate_documents(self, first_of_document: int) -> None:
-        """From here on no token of a whole sequence sees another document; over a cache, which holds one, nothing changes.
+        """From here on no token of a whole sequence sees another document.
 
-        Raises ValueError for a mixer that forms no scores to mask.
+        A cache holds one document, so that nothing changes there. Raises ValueError for a mixer
+        that forms no scores to mask.
         """
         if not all(block.attn.takes_bias for block in self.layers):
             raise ValueError(
@@ -142,8 +148,8 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "B T V"] | Float[Tensor, ""]:
         """Logits of the next token at each position, or with targets their summed loss in nats.
 
-        With a cache `tokens_BT` follow those already in it; `lengths_B` then says how many of each row's tokens
-        are real, where rows are padded on the right.
+        With a cache `tokens_BT` follow those already in it; `lengths_B` then says how many of each row's
+        tokens are real, where rows are padded on the right.
         """
         placement = (
             Placement.whole(tokens_BT, self.first_of_document)
@@ -177,7 +183,7 @@ class Decoder(nn.Module):
         return self.head.nats(x_BTD, self.embed, targets_BT)
 
     def auxiliary_loss(self) -> Tensor | float:
-        """What the routers of the last forward pass in training add to the loss, a mean over tokens."""
+        """What the routers of the last forward pass in training add to the loss: a mean over tokens."""
         return sum((router.loss for router in self.routers if router.loss is not None), start=0.0)
 
     def new_cache(self, max_len: int, precision: str = "full") -> KVCache:
@@ -189,11 +195,11 @@ class Decoder(nn.Module):
     def initialise(self, seed: int) -> None:
         """Every weight of the model, from `seed`.
 
-        Matrices and tables: normal, standard deviation 0.02; those that write to the residual stream (a part's
-        last layer, named `out`) scaled as the block says, by 1/√(2·n_layers) for most. Radford et al. 2019 (GPT-2),
-        §2.3. Biases 0; other vectors keep what their part gave them. Each tensor draws from a generator of its own,
-        seeded by its name, so that two models share the initial weights of every tensor they have in common. `param` has
-        a factor for hidden matrices.
+        Matrices and tables: normal, standard deviation 0.02; those that write to the residual stream (a
+        part's last layer, named `out`) scaled as the block says, by 1/√(2·n_layers) for most. Radford et al.
+        2019 (GPT-2), §2.3. Biases 0; other vectors keep what their part gave them. Each tensor draws from a
+        generator of its own, seeded by its name, so that two models share the initial weights of every tensor
+        they have in common. `param` has a factor for hidden matrices.
         """
         hidden, out_scale = self.hidden_matrices, self.layers[0].out_scale(len(self.layers))
         for name, parameter in self.named_parameters():
@@ -214,7 +220,7 @@ def drawn(shape: torch.Size, name: str) -> Tensor:
 
 
 def head_width(d_model: int, n_heads: int) -> int:
-    """d_model / n_heads. Raises ValueError where it is no whole number."""
+    """d_model / n_heads. Raises ValueError unless it is a whole number."""
     if d_model % n_heads:
         raise ValueError(
             f"n_heads={n_heads} does not divide d_model={d_model}: use one of "
@@ -233,5 +239,6 @@ def check_position(pos: Position, seq_len: int, blocks: list[Block]) -> None:
         )
     if pos.bias is not None and not all(block.attn.takes_bias for block in blocks):
         raise ValueError(
-            "this attention forms no scores that a position could add to: use pos=rope, learned, sinusoidal or none"
+            "this attention forms no scores that a position could add to: "
+            "use pos=rope, learned, sinusoidal or none"
         )

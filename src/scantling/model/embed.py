@@ -15,8 +15,9 @@ from scantling.model.norm import NormFactory
 class Embedding(nn.Module, ABC):
     """Base of every option: tokens_BT -> norm(scale · D^width_exponent · table[tokens]).
 
-    The output head multiplies by `output`, after `narrowed`: logits = narrowed(x)·outputᵀ + output_bias. Gemma has a
-    `width_exponent` of ½, Granite a `scale`. `norm` null is none, a LayerNorm in BLOOM (arXiv:2211.05100, §3.2.2).
+    The output head multiplies by `output`, after `narrowed`: logits = narrowed(x)·outputᵀ +
+    output_bias. Gemma has a `width_exponent` of ½, Granite a `scale`. `norm` null is none, a LayerNorm
+    in BLOOM (arXiv:2211.05100, §3.2.2).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Embedding(nn.Module, ABC):
 
     @property
     def output_bias(self) -> Tensor | None:
+        """What is added to the logits, one number a vocabulary entry; None: nothing."""
         return None
 
 
@@ -99,8 +101,9 @@ class Untied(Embedding):
 
 
 class Factorised(Embedding):
-    """A table of narrow rows, V×R, and a matrix R×D; logits = (x·U)·Wᵀ with U of its own. Lan et al. 2019 (ALBERT),
-    arXiv:1909.11942, §3.1.
+    """A table of narrow rows, V×R, and a matrix R×D; logits = (x·U)·Wᵀ with U of its own.
+
+    Lan et al. 2019 (ALBERT), arXiv:1909.11942, §3.1.
     """
 
     def __init__(

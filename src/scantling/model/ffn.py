@@ -36,8 +36,8 @@ class FeedForward(nn.Module):
 class GatedFeedForward(nn.Module):
     """out(act(gate(x)) · up(x)). Shazeer 2020, arXiv:2002.05202, eq. 6.
 
-    Three matrices instead of two: the hidden width F is 2/3 of d_ff, rounded to a multiple of `multiple_of`, so
-    that parameters match the ungated layer of width d_ff (ibid., §3).
+    Three matrices instead of two: the hidden width F is 2/3 of d_ff, rounded to a multiple of `multiple_of`,
+    so that parameters match the ungated layer of width d_ff (ibid., §3).
     """
 
     def __init__(
@@ -55,6 +55,9 @@ class GatedFeedForward(nn.Module):
 
 
 def gated_width(d_ff: int, multiple_of: int) -> int:
-    """Two thirds of `d_ff` in multiples of `multiple_of`. Raises ValueError unless that is a whole number, at least 1."""
+    """Two thirds of `d_ff`, rounded to a multiple of `multiple_of`.
+
+    Raises ValueError unless `multiple_of` is a whole number, at least 1.
+    """
     check_whole("multiple_of", multiple_of)
     return max(1, round(2 * d_ff / 3 / multiple_of)) * multiple_of

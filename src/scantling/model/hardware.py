@@ -40,7 +40,7 @@ def resolved_precision(precision: str, device: torch.device) -> str:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory, or the host's, could not be had: CUDA's allocator, PyTorch's on the CPU, or C++'s own."""
+    """Whether memory was refused: by CUDA's allocator, by PyTorch's on the CPU, or by C++ itself."""
     said = ("DefaultCPUAllocator", "std::bad_alloc", "CUDA out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
@@ -48,8 +48,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of handing them back to the kernel.
 
-    A training step frees and asks again for the same hundreds of megabytes, and every return costs a page fault
-    per 4 KiB: `benchmarks/throughput.py --plain-malloc` shows how much. Elsewhere than glibc it does nothing.
+    A training step frees and asks again for the same hundreds of megabytes, and every return costs
+    a page fault per 4 KiB: `benchmarks/throughput.py --plain-malloc` shows how much. With another
+    C library it does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
@@ -60,12 +61,14 @@ def keep_freed_memory() -> None:
 
 
 def describe(device: torch.device) -> str:
+    """The device in words, for a run's record: GPU × number, or the CPU's model and PyTorch's threads."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()} × {torch.cuda.device_count()}"
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def cpu_name() -> str:
+    """The model name that Linux gives, else what Python knows of the processor."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -92,8 +95,8 @@ SPEC_SHEET_FLOPS = {
 def peak_flops(device: torch.device, half_precision: bool) -> tuple[float, str]:
     """FLOP/s that a model FLOPs utilisation is stated against, and where the number comes from.
 
-    The data sheet for GPUs that are listed, in half precision; elsewhere a product of cubes measured here, of 8192 on a GPU
-    and of 2048 on a CPU.
+    For listed GPUs in half precision it is the data sheet's; elsewhere a product of square matrices is
+    measured here, of side 8192 on a GPU and 2048 on a CPU.
     """
     n = 2048
     if device.type == "cuda":

@@ -31,7 +31,7 @@ class Head(nn.Module, ABC):
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
         self.z_loss = 0.0
-        """Weight in the gradient of ln²Z, which no loss that is returned holds; `cross_entropy.z_gradient`."""
+        """Weight of ln²Z in the gradient (`cross_entropy.z_gradient`); no returned loss contains it."""
 
     @abstractmethod
     def logits(self, x_BTD: Float[Tensor, "B T D"], embed: Embedding) -> Float[Tensor, "B T V"]:
@@ -59,8 +59,9 @@ class Head(nn.Module, ABC):
 class Full(Head):
     """cap(scale · (x·Wᵀ)), a softmax over the whole vocabulary; cap(z) = c·tanh(z/c) with `softcap` c.
 
-    `softcap`: Gemma 2, arXiv:2408.00118, §2. `scale` null is 1; Cohere's Command R and IBM's Granite have others.
-    The loss of many tokens over a large vocabulary is computed in chunks, and the logits are never whole in memory.
+    `softcap`: Gemma 2, arXiv:2408.00118, §2. `scale` null is 1; Cohere's Command R and IBM's Granite
+    have others. The loss of many tokens over a large vocabulary is computed in chunks, and the logits
+    are never whole in memory.
     """
 
     takes_z_loss = True
@@ -92,6 +93,7 @@ class Full(Head):
         self.scale = factor * (1.0 if self.scale is None else self.scale)
 
     def shaped(self, logits: Tensor) -> Tensor:
+        """Scaled, then capped logits."""
         if self.scale is not None:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -102,12 +104,14 @@ class Full(Head):
 
 
 class Sampled(Full):
-    """In training a softmax over the batch's targets and `n_samples` entries drawn without regard to context; else full.
+    """In training a softmax over the batch's targets and `n_samples` entries drawn without
+    regard to context; else full.
 
-    Entry v is drawn with q(v) = log(1 + 1/(v+1)) / log(V+1), which suits vocabularies ordered by frequency, as trained
-    ones are. The target stands with its own logit; ln(n·q) is taken off those of drawn entries, so that the sum of
-    exponentials is right on average, and a drawn entry that is the target itself is hidden. Loss and gradient are
-    those of the full softmax as n grows. Bengio & Senécal 2003, §3; Jean et al. 2015, arXiv:1412.2007, §3.
+    Entry v is drawn with q(v) = log(1 + 1/(v+1)) / log(V+1), which suits vocabularies ordered by frequency,
+    as trained ones are. The target stands with its own logit; ln(n·q) is taken off those of drawn entries,
+    so that the sum of exponentials is right on average, and a drawn entry that is the target itself is
+    hidden. Loss and gradient are those of the full softmax as n grows. Bengio & Senécal 2003, §3; Jean et
+    al. 2015, arXiv:1412.2007, §3.
     """
 
     takes_z_loss = False
@@ -149,11 +153,11 @@ class Sampled(Full):
 
 
 class Adaptive(Head):
-    """Clusters of ever rarer tokens with ever narrower matrices, each entered through one entry of the first. Grave et al.
-    2017, arXiv:1609.04309, §4; torch's `AdaptiveLogSoftmaxWithLoss`.
+    """Clusters of ever rarer tokens with ever narrower matrices, each entered through one entry of the first.
+    Grave et al. 2017, arXiv:1609.04309, §4; torch's `AdaptiveLogSoftmaxWithLoss`.
 
-    `cutoffs` are shares of the vocabulary, which must be ordered by frequency, as trained ones are. The matrices are
-    the head's own: with embed=tied the table serves the input alone.
+    `cutoffs` are shares of the vocabulary, which must be ordered by frequency, as trained ones are. The
+    matrices are the head's own: with embed=tied the table serves the input alone.
     """
 
     def __init__(self, vocab_size: int, d_model: int, *, cutoffs: Sequence[float], narrower: float):
@@ -161,7 +165,8 @@ class Adaptive(Head):
         check_positive("head.narrower", narrower)
         if d_model < narrower ** len(cutoffs):
             raise ValueError(
-                f"head.narrower={narrower:g} leaves the last of {len(cutoffs)} clusters no width of d_model={d_model}"
+                f"head.narrower={narrower:g} leaves the last of {len(cutoffs)} clusters "
+                f"no width of d_model={d_model}"
             )
         limits = [round(share * vocab_size) for share in cutoffs]
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(d_model, vocab_size, limits, div_value=narrower)

@@ -20,11 +20,11 @@ class CPUKernels:
     """Where a CPU is faster with the formula, and what serves beyond."""
 
     many_numbers: int
-    """For a single query of each row: beyond so many numbers of keys."""
+    """Numbers in the keys beyond which the formula serves a single query of each row."""
     few_keys: int
-    """For several queries: up to so many keys."""
+    """Keys up to which the formula serves several queries."""
     few_queries: int
-    """Up to so many queries for each channel of a head."""
+    """Queries for each channel of a head up to which the formula serves them."""
     beyond: Kernel
 
 
@@ -34,8 +34,8 @@ FLOAT32: dict[Processor, CPUKernels] = {
     "zen5": CPUKernels(many_numbers=2**19, few_keys=64, few_queries=0, beyond="sdpa"),
     "other": CPUKernels(many_numbers=2**19, few_keys=64, few_queries=0, beyond="sdpa"),
 }
-"""A single query of each of many rows is faster as two batched products. So are several queries up to 64 keys,
-but on Zen 4.
+"""A single query of each of many rows is faster as two batched products. So are several queries
+up to 64 keys, but on Zen 4.
 """
 
 BFLOAT16: dict[Processor, CPUKernels] = {
@@ -44,8 +44,8 @@ BFLOAT16: dict[Processor, CPUKernels] = {
     "zen5": CPUKernels(many_numbers=2**16, few_keys=64, few_queries=8, beyond="sdpa in float32"),
     "other": CPUKernels(many_numbers=2**16, few_keys=64, few_queries=8, beyond="sdpa in float32"),
 }
-"""Without AMX the flash kernel is slow in bfloat16. Up to T = 8·E the formula takes no more memory than a cast to
-float32, which serves longer contexts.
+"""Without AMX the flash kernel is slow in bfloat16. Up to T = 8·E the formula takes no more memory than a
+cast to float32, which serves longer contexts.
 """
 
 
@@ -61,7 +61,7 @@ def choose_kernel(
     dropout: float,
     processor: Processor,
 ) -> Kernel:
-    """For queries and keys of these shapes. `plain`: no score is masked, biased or capped, but for causality."""
+    """The kernel for queries and keys of these shapes. `plain`: only causality masks, no bias, no cap."""
     if device == "cuda" and not (plain or cached or dropout):
         return "flex"  # a bias, a pattern or a cap would rule the flash kernel out
     if softcap is not None:
@@ -79,8 +79,8 @@ def forms_scores(
 ) -> bool:
     """Whether the kernel forms all scores, to keep them for the backward pass.
 
-    On a CPU PyTorch's `scaled_dot_product_attention` does, for values of another width than keys, for a bias with a
-    gradient and for dropout.
+    On a CPU PyTorch's `scaled_dot_product_attention` does, for values of another width than keys, for a bias
+    with a gradient and for dropout.
     """
     if kernel in ("sdpa", "sdpa in float32"):
         return device == "cpu" and (not same_widths or learned_bias or dropout > 0)

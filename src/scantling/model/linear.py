@@ -31,13 +31,14 @@ ONEDNN: dict[Processor, Limits] = {
     "zen4": Limits(small=2**16, little=2**24, weight_gradients=True),
     "zen5": Limits(small=0, little=0, weight_gradients=False),
 }
-"""Processors whose float32 products go to oneDNN: MKL keeps to AVX2 on AMD's. Exact float32 in both. AVX-512 is
-256 bits wide inside of Zen 4: there MKL is ahead where little is multiplied, and in the gradients of weights.
+"""Processors whose float32 products go to oneDNN: MKL keeps to AVX2 on AMD's. Exact float32 in
+both. AVX-512 is 256 bits wide inside of Zen 4: there MKL is ahead where little is multiplied, and
+in the gradients of weights.
 """
 
 FEW = 8
-"""Rows of x up to which, without gradients, MKL is given slices of W as a batch: it reads W with one thread and at
-a third of memory's speed as one matrix, with all threads and as fast as memory is as a batch.
+"""Rows of x up to which, without gradients, MKL is given slices of W as a batch: it reads W with one thread
+and at a third of memory's speed as one matrix, with all threads and as fast as memory is as a batch.
 """
 
 
@@ -73,7 +74,7 @@ def linear(
 
 
 def goes_to_onednn() -> bool:
-    """Whether this processor's float32 products do, but for those that `Limits` leave to MKL."""
+    """Whether this processor's float32 products go to oneDNN, except those that `Limits` leaves to MKL."""
     return processors.HERE in ONEDNN
 
 
@@ -87,11 +88,15 @@ def by_slices(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b by oneDNN, through an operator of PyTorch's compiler; it has no gradient of its own."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def packed(weight: Float[Tensor, "F D"]) -> Tensor:
-    """W in oneDNN's own layout, a third faster to read for a few rows of x; good for `linear` alone, without gradients."""
+    """W in oneDNN's own layout, a third faster to read for a few rows of x.
+
+    It serves `linear` alone, without gradients.
+    """
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
@@ -115,6 +120,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def weight_gradient(g_NF: Tensor, x_ND: Tensor) -> Tensor:
+    """The gradient of W, gᵀ·x; by MKL where `Limits` says so."""
     limits = ONEDNN.get(processors.HERE)
     stays = limits is not None and limits.weight_gradients
     return g_NF.T @ x_ND if stays else onednn(g_NF.T, x_ND.T)

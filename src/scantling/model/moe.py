@@ -15,10 +15,11 @@ from scantling.model.linear import Linear, linear
 class Router(nn.Module):
     """Chooses `n_active` of the experts for each token, and their weights.
 
-    p = softmax(x·Wᵀ); the n largest are chosen, and with `renormalised` their p are divided by their sum (Mixtral,
-    arXiv:2401.04088, §2.1). Two losses keep the choice balanced and the logits small, each averaged over tokens:
+    p = softmax(x·Wᵀ); the n largest are chosen, and with `renormalised` their p are divided by their
+    sum (Mixtral, arXiv:2401.04088, §2.1). Two losses keep the choice balanced and the logits small,
+    each averaged over tokens:
 
-        load balance  n_experts · Σ_e f_e · P_e    f_e the share of choices that fell on e, P_e the mean of p_e
+        load balance  n_experts · Σ_e f_e · P_e    f_e the share of choices of e, P_e the mean of p_e
                       (Fedus et al. 2021, arXiv:2101.03961, eq. 4)
         z             mean of (logsumexp of the logits)²    (Zoph et al. 2022, arXiv:2202.08906, eq. 5)
     """
@@ -42,7 +43,7 @@ class Router(nn.Module):
         self.load_balance, self.z = load_balance, z
         self.gate = Linear(d_model, n_experts, bias=False)
         self.loss: Tensor | None = None
-        """While training, both terms with their coefficients, added up over the layers that this router serves."""
+        """In training: both terms with their coefficients, summed over the layers that this router serves."""
 
     def forward(self, x_ND: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N A"], Tensor, Tensor]:
         """Weights and indices of each token's experts, and how many tokens chose each expert."""
@@ -57,17 +58,18 @@ class Router(nn.Module):
         return weights_NA.type_as(x_ND), chosen_NA, load_X
 
     def add_loss(self, logits_NX: Tensor, p_NX: Tensor, load_X: Tensor) -> None:
+        """Add the terms of one layer, [N, X] logits and probabilities and [X] choices, to `loss`."""
         share_X = load_X / (len(p_NX) * self.n_active)
         balance = self.n_experts * (share_X * p_NX.mean(0)).sum()
         loss = self.load_balance * balance + self.z * logits_NX.logsumexp(-1).square().mean()
         self.loss = loss if self.loss is None else self.loss + loss
 
     def forget(self) -> None:
-        """Before a forward pass."""
+        """Drop the loss of the last forward pass, before the next."""
         self.loss = None
 
     def rebalance(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Once a step, after its last backward pass; `over_ranks` adds a tensor up over all processes."""
+        """Once a step, after its last backward pass; `over_ranks` sums a tensor over all processes."""
 
 
 def counts(chosen: Tensor, n_experts: int) -> Tensor:
@@ -77,15 +79,17 @@ def counts(chosen: Tensor, n_experts: int) -> Tensor:
 
 
 class BiasedRouter(Router):
-    """DeepSeek-V3's: s = sigmoid(x·Wᵀ); experts are chosen by s + b, with b an offset that no gradient moves, within the
-    `n_active_groups` groups of experts whose two best are largest; their weights are `scale`·s. arXiv:2412.19437, §2.1.2.
+    """DeepSeek-V3's: s = sigmoid(x·Wᵀ); experts are chosen by s + b, with b an offset that no
+    gradient moves, within the `n_active_groups` groups of experts whose two best are largest; their
+    weights are `scale`·s. arXiv:2412.19437, §2.1.2.
 
-    Once a step b falls by `speed` for experts with more than their share of the step's tokens, and rises for others.
+    Once a step b falls by `speed` for experts with more than their share of the step's
+    tokens, and rises for others.
     """
 
     correction: Tensor
     load_X: Tensor | int
-    """How many tokens chose each expert in this step's micro-batches so far, in all layers that this router serves."""
+    """How many tokens chose each expert in this step's micro-batches so far, in all layers of this router."""
 
     def __init__(
         self,
@@ -133,18 +137,18 @@ class BiasedRouter(Router):
         return (weights_NA * self.scale).type_as(x_ND), chosen_NA, load_X
 
     def rebalance(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Not within a step: with `checkpoint_activations` the backward pass chooses again, and must choose the same."""
+        """Never within a step: with `checkpoint_activations` the backward pass must choose the same again."""
         load_X = over_ranks(torch.as_tensor(self.load_X)).float()
         self.correction += self.speed * (load_X.mean() - load_X).sign()
         self.load_X = 0
 
 
 class MixtureOfExperts(nn.Module):
-    """Σ weight_e · expert_e(x) over the experts that the router chose, plus the shared ones. Shazeer et al. 2017,
-    arXiv:1701.06538, §2; shared experts: DeepSeekMoE, arXiv:2401.06066, §3.2.
+    """Σ weight_e · expert_e(x) over the experts that the router chose, plus the shared ones. Shazeer et al.
+    2017, arXiv:1701.06538, §2; shared experts: DeepSeekMoE, arXiv:2401.06066, §3.2.
 
-    No expert has a capacity: each computes all tokens that chose it, and none is dropped. An expert is a feed-forward
-    of its own, of width `d_ff` as any option of `ffn=` reads it.
+    No expert has a capacity: each computes all tokens that chose it, and none is dropped. An expert is a
+    feed-forward of its own, of width `d_ff` as any option of `ffn=` reads it.
     """
 
     def __init__(
@@ -188,7 +192,10 @@ def dense_first(
     n_dense: int,
     d_ff_dense: int,
 ) -> nn.Module:
-    """Dense feed-forwards of width `d_ff_dense` in the first `n_dense` layers, experts in the rest. DeepSeek-V3, §4.2."""
+    """Dense feed-forwards of width `d_ff_dense` in the first `n_dense` layers, experts in the rest.
+
+    DeepSeek-V3, arXiv:2412.19437, §4.2.
+    """
     check_whole("ffn.n_dense", n_dense, least=0)
     check_whole("ffn.d_ff_dense", d_ff_dense)
     return dense(d_model, d_ff_dense, layer) if layer < n_dense else rest(d_model, d_ff, layer)

@@ -18,8 +18,9 @@ NormFactory = Callable[[int], nn.Module]
 class LayerNorm(nn.Module):
     """y = (x - mean(x)) / sqrt(var(x) + eps) · w + b, over D. Ba et al. 2016, arXiv:1607.06450.
 
-    `weight` and `bias` may be left out: without bias as in nanoGPT and Cohere's Command R, without both as in OLMo 1
-    (arXiv:2402.00838, §2.1). With `unit_offset` the factor is 1 + w, w starting at 0 (Nemotron-4, arXiv:2402.16819).
+    `weight` and `bias` may be left out: without bias as in nanoGPT and Cohere's Command R, without
+    both as in OLMo 1 (arXiv:2402.00838, §2.1). With `unit_offset` the factor is 1 + w, w starting
+    at 0 (Nemotron-4, arXiv:2402.16819).
     """
 
     def __init__(self, d_model: int, *, eps: float, weight: bool, bias: bool, unit_offset: bool):
@@ -40,8 +41,8 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps) · w, over D. Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
 
-    The statistics are taken in float32 whatever the precision of x, as in Llama. With `unit_offset` the factor is
-    1 + w, w starting at 0, as in Gemma (arXiv:2403.08295).
+    The statistics are taken in float32 whatever the precision of x, as in Llama. With `unit_offset` the
+    factor is 1 + w, w starting at 0, as in Gemma (arXiv:2403.08295).
     """
 
     def __init__(self, d_model: int, *, eps: float, unit_offset: bool):
@@ -66,8 +67,8 @@ class RMSNorm(nn.Module):
 class RMSNormOnCPU(torch.autograd.Function):
     """RMSNorm's formula and its gradient in float32, a third to two thirds faster on a CPU than by autograd.
 
-    With r = 1 / sqrt(mean(x²) + eps) and g' = g·w, dx = r·(g' - x·r·mean(g'·x·r)). That is what LayerNorm's backward
-    gives for a mean of 0, but for the term r·mean(g') that it takes off and that is put back here.
+    With r = 1 / sqrt(mean(x²) + eps) and g' = g·w, dx = r·(g' - x·r·mean(g'·x·r)). That is what LayerNorm's
+    backward gives for a mean of 0, but for the term r·mean(g') that it takes off and that is put back here.
     """
 
     @staticmethod

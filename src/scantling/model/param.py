@@ -9,18 +9,19 @@ from scantling.model.checks import check_positive
 
 @dataclass(frozen=True)
 class Parametrisation:
-    """Factors on what a model has by itself. Hidden matrices are those of the linear layers inside of blocks."""
+    """Factors on the standard values. Hidden matrices are those of the linear layers inside blocks."""
 
     hidden_std: float = 1.0
-    """Of the initial standard deviation of hidden matrices."""
+    """Factor on the initial standard deviation of hidden matrices."""
     hidden_rate: float = 1.0
-    """Of the learning rate of hidden matrices; their weight decay, rate times weight, stays."""
+    """Factor on the learning rate of hidden matrices; the product of rate and weight decay stays."""
     logits: float = 1.0
     scores: float = 1.0
-    """Of attention, before its softmax."""
+    """Factor on the scores of attention, before the softmax."""
 
     @property
     def is_standard(self) -> bool:
+        """Whether every factor is 1."""
         return self == Parametrisation()
 
 
@@ -30,12 +31,13 @@ def standard(d_model: int, d_head: int) -> Parametrisation:
 
 
 def mup(d_model: int, d_head: int, *, base_width: int, base_d_head: int) -> Parametrisation:
-    """μP with r = d_model/base_width: hidden matrices start at 1/√r of the deviation and learn at 1/r of the rate, logits are
-    times 1/r, scores q·k go by 1/E instead of 1/√E. Yang et al. 2022 (Tensor Programs V), arXiv:2203.03466, table 8 for
-    Adam, and definition 4.1.
+    """μP with r = d_model/base_width: hidden matrices start at 1/√r of the deviation and learn at 1/r of the
+    rate, logits are times 1/r, scores q·k go by 1/E instead of 1/√E. Yang et al. 2022 (Tensor Programs V),
+    arXiv:2203.03466, table 8 for Adam, and definition 4.1.
 
-    Embeddings, positions, norms and biases keep deviation and rate. At the base nothing changes. Widths are thought to grow
-    together: d_ff and heads × d_head in proportion to d_model. Adam's ε is left as it is, far below gradients' size.
+    Embeddings, positions, norms and biases keep deviation and rate. At the base nothing changes.
+    Widths should grow together: d_ff and heads × d_head in proportion to d_model. Adam's ε stays, far
+    below the size of gradients.
 
     Raises ValueError when a base is not positive.
     """

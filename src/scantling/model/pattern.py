@@ -1,7 +1,7 @@
 """Which earlier positions a query sees: `attn/pattern=`.
 
-A pattern is an elementwise rule over (query position, key position), on top of causality. The same rule makes the
-dense mask, FlexAttention's block mask, the count of FLOPs, and says what a key/value cache may forget.
+A pattern is an elementwise rule over (query position, key position), on top of causality. The same rule makes
+the dense mask, FlexAttention's block mask, the count of FLOPs, and says what a key/value cache may forget.
 
 Every option is called with the layer's index, so that layers can differ.
 """
@@ -32,16 +32,17 @@ class Pattern(ABC):
 
     @property
     def reach(self) -> int | None:
-        """Keys at least this far back are never seen, but for the `n_first` of the text; None: no such limit."""
+        """The distance from which on only the first `n_first` keys are seen; None: there is no such limit."""
         return None
 
     @property
     def n_first(self) -> int:
-        """So many tokens at the start of the text are seen from everywhere."""
+        """How many tokens at the start of the text every query sees."""
         return 0
 
     @property
     def is_full(self) -> bool:
+        """Whether causality alone hides keys, so that a kernel needs no mask of the pattern's."""
         return False
 
     @abstractmethod
@@ -74,8 +75,10 @@ class Full(Pattern):
 
 @dataclass(frozen=True)
 class Sliding(Pattern):
-    """The last `window` positions, the query's own among them. Beltagy et al. 2020 (Longformer), arXiv:2004.05150, §3.1;
-    Mistral 7B, arXiv:2310.06825, §2. A cache rolls: it keeps `window` tokens whatever the length of the text.
+    """The last `window` positions, the query's own among them.
+
+    Beltagy et al. 2020 (Longformer), arXiv:2004.05150, §3.1; Mistral 7B, arXiv:2310.06825, §2. A cache rolls:
+    it keeps `window` tokens whatever the length of the text.
     """
 
     window: int
@@ -95,9 +98,10 @@ class Sliding(Pattern):
 
 @dataclass(frozen=True)
 class Sinks(Sliding):
-    """The first `n_sinks` tokens and the last `window`. Xiao et al. 2023 (StreamingLLM), arXiv:2309.17453, §3.2.
+    """The first `n_sinks` tokens and the last `window`.
 
-    Positions are those in the text, as in training, and not those in the cache.
+    Xiao et al. 2023 (StreamingLLM), arXiv:2309.17453, §3.2. Positions are those in the text, as in training,
+    and not those in the cache.
     """
 
     n_sinks: int
@@ -135,8 +139,9 @@ class Dilated(Pattern):
 
 @dataclass(frozen=True)
 class BlockGlobal(Pattern):
-    """The last `window` positions, and every `every`-th token is global: it sees all and is seen by all. Longformer, §3.1,
-    made causal; its global tokens are those of the task, which a language model has none of.
+    """The last `window` positions, and every `every`-th token is global: it sees all and is
+    seen by all. Longformer, §3.1, made causal; there the global tokens are those of the task,
+    and a language model has none.
     """
 
     window: int
@@ -155,8 +160,9 @@ class BlockGlobal(Pattern):
 
 @dataclass(frozen=True)
 class Random(Pattern):
-    """Blocks of `block` positions: a query sees its own block and the `n_local` - 1 before it, the first `n_global`, and
-    `n_random` others drawn for its block and layer. Zaheer et al. 2020 (BigBird), arXiv:2007.14062, §2, made causal.
+    """Blocks of `block` positions: a query sees its own block and the `n_local` - 1 before it, the first
+    `n_global`, and `n_random` others drawn for its block and layer. Zaheer et al. 2020 (BigBird),
+    arXiv:2007.14062, §2, made causal.
     """
 
     layer: int
@@ -170,7 +176,7 @@ class Random(Pattern):
         own, other = query // self.block, key // self.block
         seen = (own - other < self.n_local) | (other < self.n_global)
         for draw in range(self.n_random):
-            # A multiplicative hash in 31 bits (Knuth, TAOCP 3, §6.4): the same blocks on every device and run.
+            # A multiplicative hash in 31 bits (Knuth, TAOCP 3, §6.4): alike on every device and run.
             number = (own * 40503 + self.layer * 7919 + draw * 104729 + 1) * 48271 % 2147483647
             seen = seen | (other == number % (own + 1))
         return seen
@@ -184,8 +190,9 @@ class Random(Pattern):
 
 
 def local_global(layer: int, *, window: int, every: int) -> Pattern:
-    """Every `every`-th layer sees all positions, the others the last `window`. Gemma 2, arXiv:2408.00118, §2 (every = 2);
-    Gemma 3, arXiv:2503.19786, §2 (6). Raises ValueError unless `every` is a whole number, at least 1.
+    """Every `every`-th layer sees all positions, the others the last `window`. Gemma 2,
+    arXiv:2408.00118, §2 (every = 2); Gemma 3, arXiv:2503.19786, §2 (6). Raises ValueError unless `every`
+    is a whole number, at least 1.
     """
     check_whole("attn.pattern.every", every)
     return Full(layer) if (layer + 1) % every == 0 else Sliding(layer, window=window)

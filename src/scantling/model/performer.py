@@ -27,21 +27,23 @@ class StateCache:
         self.state_BHME: Tensor | None = None
 
     def select(self, rows: Tensor) -> None:
+        """Keep these rows of the state, in this order; a row may be taken twice."""
         if self.state_BHME is not None:
             self.state_BHME = self.state_BHME[rows]
 
     @property
     def nbytes(self) -> int:
+        """Memory of the state; 0 before the first token."""
         return 0 if self.state_BHME is None else self.state_BHME.nbytes
 
 
 class Performer(Mixer):
-    """out(φ(q)·Σ_s φ(k_s)·v_sᵀ / φ(q)·Σ_s φ(k_s)), s ≤ t: time and memory linear in the context. Choromanski et al. 2020
-    (FAVOR+), arXiv:2009.14794, §2.2 and §2.3.
+    """out(φ(q)·Σ_s φ(k_s)·v_sᵀ / φ(q)·Σ_s φ(k_s)), s ≤ t: time and memory linear in the context. Choromanski
+    et al. 2020 (FAVOR+), arXiv:2009.14794, §2.2 and §2.3.
 
-    φ(x) = exp(W·x' - |x'|²/2)/√M with x' = x/E^¼ and M orthogonal random rows W, so that φ(q)·φ(k) is on average
-    exp(q·k/√E). W is drawn once, for the layer, and stored with the model. No scores are formed, so a position
-    that adds to them cannot be used; in float32 throughout.
+    φ(x) = exp(W·x' - |x'|²/2)/√M with x' = x/E^¼ and M orthogonal random rows W, so that φ(q)·φ(k) is on
+    average exp(q·k/√E). W is drawn once, for the layer, and stored with the model. No scores are formed, so a
+    position that adds to them cannot be used; in float32 throughout.
     """
 
     takes_bias: ClassVar[bool] = False
@@ -78,6 +80,7 @@ class Performer(Mixer):
         return self.out(o_BHTE.type_as(v_BTHE).transpose(1, 2).flatten(2))
 
     def features(self, x_BTHE: Float[Tensor, "B T H E"]) -> Float[Tensor, "B H T M"]:
+        """φ(x) of queries or keys, in float32."""
         x_BHTE = x_BTHE.transpose(1, 2).float() * self.d_head**-0.25
         projected = x_BHTE @ self.features_ME.T
         return torch.exp(projected - x_BHTE.square().sum(-1, keepdim=True) / 2) / self.n_features**0.5
@@ -121,7 +124,7 @@ def causal_sums(
 
 
 def orthogonal_features(n_features: int, width: int, seed: int) -> Float[Tensor, "M E"]:
-    """Rows that are orthogonal in blocks of `width`, each as long as a row of standard normal numbers. Ibid., §2.4."""
+    """Rows orthogonal in blocks of `width`, each as long as a row of standard normal numbers. Ibid., §2.4."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

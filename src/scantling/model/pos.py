@@ -1,8 +1,8 @@
 """Where a token stands: `pos=`.
 
 A position is one object with three hooks that do nothing by default. The decoder calls all three, so that an
-option overrides the one it needs: `embed` adds to the token embeddings, `rotate` turns queries and keys, `bias`
-adds to the attention scores.
+option overrides the one it needs: `embed` adds to the token embeddings, `rotate` turns queries and keys,
+`bias` adds to the attention scores.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ ScoreBias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def unrotated(x_BTHE: Tensor) -> Tensor:
+    """The rotation of positions that turn nothing."""
     return x_BTHE
 
 
 class Position(nn.Module):
-    """Nothing is added and nothing turned. No position (NoPE): Kazemnejad et al. 2023, arXiv:2305.19466; the base of every
-    other option.
+    """Nothing is added and nothing turned. No position (NoPE): the base of every other option.
 
-    A causal decoder can still tell order, because later tokens see more keys.
+    Kazemnejad et al. 2023, arXiv:2305.19466. A causal decoder can still tell order, because
+    later tokens see more keys.
     """
 
     max_len: int | None = None
@@ -63,10 +64,11 @@ class Position(nn.Module):
 
 
 class Sinusoidal(Position):
-    """x + P; P[t, 2i] = sin(t / θ^(2i/D)), P[t, 2i+1] = cos(t / θ^(2i/D)). Vaswani et al. 2017, arXiv:1706.03762, §3.5.
+    """x + P; P[t, 2i] = sin(t / θ^(2i/D)), P[t, 2i+1] = cos(t / θ^(2i/D)).
 
-    The paper multiplies token embeddings by √D before it adds P, whose entries are of order 1. Ours start at
-    standard deviation 0.02, so P is scaled by `scale` instead; 1 is the paper's P over unscaled embeddings.
+    Vaswani et al. 2017, arXiv:1706.03762, §3.5. They multiply token embeddings by √D before they add P, whose
+    entries are of order 1. Here embeddings start at standard deviation 0.02, so P is scaled by `scale`
+    instead; 1 is the paper's P over unscaled embeddings.
     """
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, *, theta: float, scale: float):
@@ -85,7 +87,10 @@ class Sinusoidal(Position):
 
 
 class Learned(Position):
-    """x + W[t] with W a parameter of `max_len` rows. Gehring et al. 2017, arXiv:1705.03122; GPT-1, GPT-2, GPT-3."""
+    """x + W[t] with W a parameter of `max_len` rows.
+
+    Gehring et al. 2017, arXiv:1705.03122; GPT-1, GPT-2, GPT-3.
+    """
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, *, max_len: int):
         super().__init__(d_model, n_heads, d_head)
@@ -100,12 +105,13 @@ class Learned(Position):
 
 
 class RoPE(Position):
-    """Pairs (x_i, x_{i+R/2}) of queries and keys turned by the angle t·θ^(-2i/R). Su et al. 2021, arXiv:2104.09864, eq. 34.
+    """Pairs (x_i, x_{i+R/2}) of queries and keys turned by the angle t·θ^(-2i/R).
 
-    R is the first `fraction` of a head's channels; the others stay (GPT-NeoX, arXiv:2204.06745, §2.1.1). Halves are
-    paired as in GPT-NeoX's and Llama's code; `interleaved` pairs neighbours (x_2i, x_{2i+1}) as the paper, GPT-J and
-    DeepSeek do, which is the same function up to a permutation of each head's rows in W_q and W_k. `scaling` changes
-    the frequencies for contexts longer than those of training.
+    Su et al. 2021, arXiv:2104.09864, eq. 34. R is the first `fraction` of a head's channels; the others
+    stay (GPT-NeoX, arXiv:2204.06745, §2.1.1). Halves are paired as in GPT-NeoX's and Llama's code;
+    `interleaved` pairs neighbours (x_2i, x_{2i+1}) as the paper, GPT-J and DeepSeek do, which is the same
+    function up to a permutation of each head's rows in W_q and W_k. `scaling` changes the frequencies for
+    contexts longer than those of training.
     """
 
     def __init__(
@@ -123,7 +129,8 @@ class RoPE(Position):
         width = round(d_head * fraction)
         if width % 2 or not 0 < width <= d_head:
             raise ValueError(
-                f"pos=rope turns pairs of channels: fraction={fraction:g} of d_head={d_head} must be even and more than 0; "
+                f"pos=rope turns pairs of channels: fraction={fraction:g} of d_head={d_head} "
+                "must be even and more than 0; "
                 "with attn=mla it is of attn.d_rotated"
             )
         check_positive("theta", theta)
@@ -131,7 +138,7 @@ class RoPE(Position):
         self.frequencies(torch.device("cpu"))  # raises for settings of the scaling that are out of range
 
     def frequencies(self, device: torch.device) -> tuple[Float[Tensor, " F"], float]:
-        """Of each pair, and the factor on turned queries and keys."""
+        """The frequency of each pair, and the factor on turned queries and keys."""
         return self.scaling(inverse_frequencies(self.width, self.theta, device), self.theta)
 
     def rotate(self, positions_BT: Int[Tensor, "_ T"]) -> Rotation:
@@ -173,7 +180,7 @@ def turned_by(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 class Turn(torch.autograd.Function):
-    """`turned_by`, whose gradient turns back: three calls each way, 2 % less of a small Llama's step on a CPU."""
+    """`turned_by`, whose gradient turns back: three calls each way, 2 % off a small Llama's step on a CPU."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):  # type: ignore[override]
@@ -189,10 +196,11 @@ class Turn(torch.autograd.Function):
 
 
 class EveryNth(Position):
-    """The position `others` in most layers, and `nth` in every `every`-th, both of which may rotate and no more.
+    """The position `others` in most layers, and `nth` in every `every`-th; both may only rotate.
 
-    With `nth` no position: NoPE in chosen layers (SmolLM3; Yang et al. 2025, arXiv:2501.18795). With another base:
-    Gemma 3's global layers (arXiv:2503.19786, §2). Raises ValueError unless `every` is a whole number, at least 1.
+    With `nth` no position: NoPE in chosen layers (SmolLM3; Yang et al. 2025, arXiv:2501.18795). With
+    another base: Gemma 3's global layers (arXiv:2503.19786, §2). Raises ValueError unless `every` is
+    a whole number, at least 1.
     """
 
     def __init__(
@@ -216,10 +224,10 @@ class EveryNth(Position):
 
 
 class ALiBi(Position):
-    """score(t, s) - m_h·(t - s), m_h a geometric sequence over heads. Press et al. 2021, arXiv:2108.12409, §3.
+    """score(t, s) - m_h·(t - s), m_h a geometric sequence over heads.
 
-    For H a power of two m_h = 2^(-8h/H), h = 1 … H. Otherwise the slopes of the next lower power of two, then
-    every second one of the next higher, as in the authors' code.
+    Press et al. 2021, arXiv:2108.12409, §3. For H a power of two m_h = 2^(-8h/H), h = 1 … H. Otherwise the
+    slopes of the next lower power of two, then every second one of the next higher, as in the authors' code.
     """
 
     slopes_H: Tensor
@@ -235,22 +243,24 @@ class ALiBi(Position):
 
 
 class T5Relative(Position):
-    """score(t, s) + W[bucket(t - s), head], one table for all layers. Raffel et al. 2020, arXiv:1910.10683, §2.1.
+    """score(t, s) + W[bucket(t - s), head], one table for all layers.
 
-    Half of the buckets are single distances, the others grow with the logarithm of the distance up to
-    `max_distance`, beyond which all share the last.
+    Raffel et al. 2020, arXiv:1910.10683, §2.1. Half of the buckets are single distances, the others grow with
+    the logarithm of the distance up to `max_distance`, beyond which all share the last.
     """
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, *, n_buckets: int, max_distance: int):
         super().__init__(d_model, n_heads, d_head)
         if n_buckets < 2 or max_distance <= n_buckets // 2:
             raise ValueError(
-                f"pos.n_buckets={n_buckets} must be at least 2, and max_distance={max_distance} more than half of them"
+                f"pos.n_buckets={n_buckets} must be at least 2, "
+                f"and max_distance={max_distance} more than half of them"
             )
         self.weight = nn.Parameter(torch.empty(n_buckets, n_heads))
         self.n_buckets, self.max_distance = n_buckets, max_distance
 
     def bucket(self, distance: Tensor) -> Tensor:
+        """The row of the table for each distance, 0 or more."""
         exact = self.n_buckets // 2
         growth = math.log(self.max_distance / exact)
         far = torch.log(distance.clamp(min=1).float() / exact) / growth * (self.n_buckets - exact)
@@ -268,6 +278,7 @@ def inverse_frequencies(width: int, theta: float, device: torch.device) -> Float
 
 
 def alibi_slopes(n_heads: int) -> list[float]:
+    """m_h of each head, as `ALiBi` says."""
     power = 2 ** math.floor(math.log2(n_heads))
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
     finer = [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)]

@@ -1,7 +1,7 @@
 """RoPE's frequencies for contexts longer than those of training: `pos/scaling=`.
 
-Each is a function of the frequencies θ^(-2i/R), i = 0 … R/2 - 1, and of θ; it gives other frequencies and a factor on
-turned queries and keys. A channel's wavelength is 2π over its frequency.
+Each is a function of the frequencies θ^(-2i/R), i = 0 … R/2 - 1, and of θ; it gives other frequencies and a
+factor on turned queries and keys. A channel's wavelength is 2π over its frequency.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def unscaled(frequencies_F: Float[Tensor, " F"], theta: float) -> tuple[Float[Te
 def linear(
     frequencies_F: Float[Tensor, " F"], theta: float, *, factor: float
 ) -> tuple[Float[Tensor, " F"], float]:
-    """Position interpolation: all frequencies divided by `factor`. Chen et al. 2023, arXiv:2306.15595, eq. 4."""
+    """Position interpolation: all frequencies divided by `factor`.
+
+    Chen et al. 2023, arXiv:2306.15595, eq. 4.
+    """
     check_positive("factor", factor)
     return frequencies_F / factor, 1.0
 
@@ -34,8 +37,8 @@ def linear(
 def ntk(
     frequencies_F: Float[Tensor, " F"], theta: float, *, factor: float
 ) -> tuple[Float[Tensor, " F"], float]:
-    """NTK-aware: the base becomes θ·factor^(R/(R-2)), so that the lowest frequency is divided by `factor` and the highest
-    stays. Peng et al. 2023 (YaRN), arXiv:2309.00071, §3.1, after bloc97.
+    """NTK-aware: the base becomes θ·factor^(R/(R-2)), so that the lowest frequency is divided by `factor` and
+    the highest stays. Peng et al. 2023 (YaRN), arXiv:2309.00071, §3.1, after bloc97.
     """
     check_positive("factor", factor)
     pairs = len(frequencies_F)
@@ -54,8 +57,9 @@ def yarn(
     truncate: bool,
     attention_factor: float | None,
 ) -> tuple[Float[Tensor, " F"], float]:
-    """YaRN: channels that turn more than `beta_fast` times within the original context stay, those that turn less than
-    `beta_slow` times are interpolated, those between are blended. Peng et al. 2023, arXiv:2309.00071, §3.2 and §3.4.
+    """YaRN: channels that turn more than `beta_fast` times within the original context stay, those that turn
+    less than `beta_slow` times are interpolated, those between are blended. Peng et al. 2023,
+    arXiv:2309.00071, §3.2 and §3.4.
 
     Turned queries and keys grow by `attention_factor`; null is 0.1·ln(factor) + 1.
     """
@@ -94,14 +98,16 @@ def llama3(
     low_frequency_factor: float,
     high_frequency_factor: float,
 ) -> tuple[Float[Tensor, " F"], float]:
-    """Llama 3.1: wavelengths above original/low are interpolated, those below original/high stay, those between are
-    blended linearly in their number of turns. arXiv:2407.21783, §3.4.2, and Meta's reference code.
+    """Llama 3.1: wavelengths above original/low are interpolated, those below original/high
+    stay, those between are blended linearly in their number of turns. arXiv:2407.21783, §3.4.2,
+    and Meta's reference code.
     """
     check_positive("factor", factor)
     check_whole("original_seq_len", original_seq_len)
     if low_frequency_factor > high_frequency_factor:
         raise ValueError(
-            f"low_frequency_factor={low_frequency_factor} is above high_frequency_factor={high_frequency_factor}"
+            f"low_frequency_factor={low_frequency_factor} "
+            f"is above high_frequency_factor={high_frequency_factor}"
         )
     turns = original_seq_len * frequencies_F / (2 * math.pi)
     kept = (turns - low_frequency_factor) / (high_frequency_factor - low_frequency_factor)

@@ -21,9 +21,10 @@ RECOMPILATIONS = 256
 
 
 class Scores:
-    """softmax(cap(scale·QKᵀ) + bias)·V over the keys that causality and the pattern show, cap(s) = c·tanh(s/c).
+    """softmax(cap(scale·QKᵀ) + bias)·V over the keys that causality and the pattern show.
 
-    One object a forward pass, shared by its layers. `choose_kernel` says what computes it.
+    cap(s) = c·tanh(s/c). Each forward pass has one object, which its layers share.
+    `choose_kernel` says what computes it.
     """
 
     def __init__(self, *, bias: ScoreBias | None, n_heads: int, placement: Placement):
@@ -105,7 +106,10 @@ class Scores:
             return torch.bmm(weights, v).reshape(B, H, T, -1)
 
     def mask(self, keys: Keys | None, pattern: Pattern) -> Tensor:
-        """[B or 1, H or 1, T, S]: what may be seen, or with a bias what is added. Layers of one pattern share it."""
+        """What may be seen, or with a bias what is added, [B or 1, H or 1, T, S].
+
+        Layers of one pattern share it.
+        """
         if pattern not in self.masks:
             query = self.placement.positions_BT[:, None, :, None]
             key = (self.placement.positions_BT if keys is None else keys.positions())[:, None, None, :]
@@ -129,6 +133,10 @@ class Scores:
         softcap: float | None,
         kernel=flex_attention,
     ) -> Tensor:
+        """FlexAttention over whole sequences: the pattern makes a block mask, cap and bias change scores.
+
+        `kernel`: FlexAttention itself, or compiled.
+        """
         if pattern not in self.block_masks:
             of = self.placement.documents_BT
             self.block_masks[pattern] = create_block_mask(
@@ -168,7 +176,7 @@ def sdpa(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """PyTorch's `scaled_dot_product_attention`, in the precision of its inputs under autocast too."""
+    """PyTorch's `scaled_dot_product_attention`, in the precision of its inputs also under autocast."""
     groups = q_BHTE.shape[1] // k_BKSE.shape[1]
     if groups > 1 and q_BHTE.is_cuda and (mask is not None or q_BHTE.dtype == torch.float32):
         # Of a GPU's kernels only flash shares heads of keys, and it takes neither masks nor float32.
@@ -187,16 +195,20 @@ def sdpa(
 
 
 def outside_of_autocast(device: str) -> AbstractContextManager[object]:
-    """Autocast's own context costs 15 µs a layer, which decoding would notice."""
+    """A context without autocast; none where autocast is off, as entering one takes 15 µs a layer."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def as_type(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of numbers in the type that the kernel adds it to; one of booleans as it is."""
     return mask if mask.dtype == torch.bool else mask.type_as(like)
 
 
 @cache
 def compiled_flex_attention():
-    """Flex attention is fast only when compiled. Past the limit of compilations it would form all scores, unsaid."""
+    """FlexAttention, compiled once: only so it is fast.
+
+    Past torch's limit of compilations it would silently form all scores, hence a higher limit.
+    """
     torch._dynamo.config.recompile_limit = RECOMPILATIONS
     return torch.compile(flex_attention, dynamic=False)

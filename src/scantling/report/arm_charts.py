@@ -1,5 +1,4 @@
-"""Charts of a page about arms: differences with their intervals, gains in compute, loss by length of
-context."""
+"""Charts of a page about arms: differences with intervals, gains in compute, loss by length of context."""
 
 from __future__ import annotations
 
@@ -21,24 +20,25 @@ from scantling.report.spec import Axis, Chart, Series
 from scantling.runs.table import UNITS
 
 NAMED = 10
-"""Gains that a note names."""
+"""Gains without an end that a note names."""
 
 
 def rows_by_arm(ablation: Ablation) -> dict[str, list[dict[str, Any]]]:
-    """Of the arms' table, without the baseline; those of the first arms, which have the lowest losses at the
-    largest scale."""
+    """Rows of each arm but the baseline; of many arms those with the lowest losses at the largest scale."""
     others = [arm for arm in ablation.order if arm != ablation.baseline]
     return {arm: rows_where(ablation.arms, arm=arm).to_dict("records") for arm in others[:MOST_ARMS]}
 
 
 def column(table: Sequence[dict[str, Any]], name: str) -> list[Any]:
-    """Of rows that are dictionaries."""
+    """One column of rows that are dictionaries."""
     return [row[name] for row in table]
 
 
 def forest_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart:
-    """Every arm's difference from the baseline with its paired t interval, at every scale: of several each
-    has a colour."""
+    """Every arm's difference from the baseline with its paired t interval, at every scale.
+
+    Of several scales each has a colour.
+    """
     scales = list(dict.fromkeys(ablation.arms["scale"]))
     shown = rows_by_arm(ablation)
     labels = {
@@ -89,8 +89,10 @@ def forest_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart:
 
 
 def scale_chart(ablation: Ablation, compute: Mapping[str, float], colours: Mapping[str, int]) -> Chart | None:
-    """Differences against compute, where arms were compared at several scales; `compute`: FLOPs of the
-    baseline by scale."""
+    """Differences against compute, where arms were compared at several scales.
+
+    `compute`: FLOPs of the baseline by scale.
+    """
     if len(compute) < 2:
         return None
     found = [
@@ -113,8 +115,10 @@ def scale_chart(ablation: Ablation, compute: Mapping[str, float], colours: Mappi
 
 
 def gain_chart(ablation: Ablation, colours: Mapping[str, int]) -> Chart | None:
-    """Compute-equivalent gains against compute, where a law is at hand; those without an end are named in its
-    note."""
+    """Compute-equivalent gains against compute, where there is a law.
+
+    Gains whose interval has no end are named in its note.
+    """
     known: dict[str, list[tuple[float, Gain]]] = {}
     for each in ablation.gains:
         if has_ends(each.gain):
@@ -142,7 +146,7 @@ def has_ends(gain: Gain | Unreachable) -> TypeGuard[Gain]:
 
 
 def not_drawn(gains: Sequence[ArmGain]) -> str:
-    """Gains without an end, of many the first."""
+    """Gains whose interval has no end, in words; of many the first."""
     texts = []
     for each in gains:
         unreachable = isinstance(each.gain, Unreachable)
@@ -154,8 +158,10 @@ def not_drawn(gains: Sequence[ArmGain]) -> str:
 def lengths_chart(
     records: Sequence[dict[str, Any]], arms: Mapping[str, str], colours: Mapping[str, int]
 ) -> Chart:
-    """Loss by length of context, of what `evaluate.py lengths=[…] to=DIR` left; a ring marks the length of
-    training. `arms`: of the study's runs, by their directory's name."""
+    """Loss by length of context, as `evaluate.py lengths=[…] to=DIR` left it.
+
+    A ring marks the length of training. `arms`: the arm of each of the study's runs, by the run's name.
+    """
     frame = pd.DataFrame(records)
     frame["arm"] = [arms.get(record["directory"], arm_of(record["run"])) for record in records]
     colours = with_others(colours, frame["arm"])

@@ -17,7 +17,7 @@ from scantling.runs.table import UNITS
 VERDICTS = ("better", "worse", "undecided")
 
 NAMED = 3
-"""Arms of a kind that the answer names."""
+"""Arms better, worse or undecided that the answer names."""
 
 COLUMNS = {
     "scale": "scale",
@@ -53,7 +53,7 @@ FORMS = {
 
 
 def headline(ablation: Ablation) -> str:
-    """In one sentence, what is decided."""
+    """What is decided, in one sentence."""
     arms = ablation.arms
     noise = rows_where(arms, scale=ablation.largest, arm=ablation.baseline)["noise"].iloc[0]
     verdicts = [verdict for verdict in arms["verdict"] if isinstance(verdict, str)]
@@ -66,8 +66,10 @@ def headline(ablation: Ablation) -> str:
 
 
 def answer(ablation: Ablation) -> str:
-    """In one sentence, at the largest scale: which arms are better and worse than the baseline, by how much,
-    and of which that cannot be said."""
+    """Which arms are better or worse than the baseline at the largest scale, by how much, or undecided.
+
+    It is one sentence.
+    """
     scale, baseline = ablation.largest, ablation.baseline
     here = [
         row for row in rows_where(ablation.arms, scale=scale).to_dict("records") if row["arm"] != baseline
@@ -93,7 +95,10 @@ def answer(ablation: Ablation) -> str:
 
 
 def arms_with_differences(arms: list[dict[str, Any]], sign: int) -> str:
-    """With their intervals, of many the first; `sign`: of the differences where words say it."""
+    """Arms with their differences and intervals; of many the first.
+
+    `sign`: 1 or -1 where the words before say in which direction; 0: the differences keep their sign.
+    """
     texts = []
     for row in arms:
         low, high, difference = row["low"], row["high"], row["difference"]
@@ -126,7 +131,7 @@ def gain_words(gain: Gain | Unreachable) -> str:
 
 
 def tables(ablation: Ablation) -> dict[str, pd.DataFrame]:
-    """By title, those that there are."""
+    """The tables that there are, by title."""
     found = {f"Arms against {ablation.baseline}, {ablation.level:.0%} intervals": arms_table(ablation)}
     if ablation.gains:
         gains = [
@@ -138,7 +143,7 @@ def tables(ablation: Ablation) -> dict[str, pd.DataFrame]:
 
 
 def arms_table(ablation: Ablation) -> pd.DataFrame:
-    """As people read it: intervals in one column, and no column of scale where there is one only."""
+    """The table as people read it: intervals in one column, and no column of scale where all have one."""
     lines = []
     for line in ablation.arms.to_dict("records"):
         for name, low, high in (

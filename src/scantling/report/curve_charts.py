@@ -13,10 +13,10 @@ from scantling.analysis.arms import MOST_ARMS, rows_where
 from scantling.report.spec import Axis, Chart, Series, Style
 
 POINTS = 6000
-"""Of all curves of a chart together, so that a page stays small whatever the number of runs."""
+"""Points of all curves of a chart together, so that a page stays small whatever the number of runs."""
 
 MOST_POINTS = 240
-"""Of one curve."""
+"""Points of one curve."""
 
 LINES = 48
 """Runs up to which each has a line of its own beside its arm's band."""
@@ -34,7 +34,7 @@ Y = {
     "val/loss": "nats per token",
     TRAINED: "training, nats per token",
 }
-"""Titles of what is drawn against them."""
+"""Titles of the axes that curves are drawn against."""
 
 
 def curves_chart(
@@ -46,9 +46,10 @@ def curves_chart(
     colours: Mapping[str, int] = MappingProxyType({}),
     baseline: str | None = None,
 ) -> Chart | None:
-    """Validation and training loss of `runs` against tokens, FLOPs and time: of each arm and scale the mean
-    over seeds with a band of ± two standard errors, and the runs themselves where they are few. Runs that are
-    not finished are no part of a mean with others that are.
+    """Validation and training loss of `runs` against tokens, FLOPs and time.
+
+    Each arm and scale has its mean over seeds with a band of ± two standard errors; the runs themselves are
+    shown where they are few. Runs that are not finished are left out of a mean with finished ones.
 
     `metric`: the one shown first. `by_size`: colours by parameters, from small to large; else `colours`, by
     arm. `baseline`: an arm that is shown however many there are. None where nothing was recorded.
@@ -110,14 +111,14 @@ class Group:
 
 
 def groups_with_curves(runs: pd.DataFrame, of_run: Mapping[Hashable, pd.DataFrame]) -> list[Group]:
-    """Those of which at least one run has recorded something."""
+    """Groups of which at least one run has recorded something."""
     keys = dict.fromkeys(zip(runs["arm"], runs["scale"], strict=True))
     groups = [Group(str(arm), str(scale), rows_where(runs, arm=arm, scale=scale)) for arm, scale in keys]
     return [group for group in groups if any(name in of_run for name in group.runs["run"])]
 
 
 def lowest_groups(groups: Sequence[Group], baseline: str | None) -> list[Group]:
-    """As many as a chart can show: of more those of the baseline, and those with the lowest losses."""
+    """As many groups as a chart can show: those of the baseline, and those with the lowest losses."""
     if len(groups) <= MOST_ARMS:
         return list(groups)
     by_loss = sorted(groups, key=lambda g: float(np.nan_to_num(g.runs["loss"].mean(), nan=np.inf)))
@@ -125,13 +126,13 @@ def lowest_groups(groups: Sequence[Group], baseline: str | None) -> list[Group]:
 
 
 def note_of_hidden(n_groups: int, baseline: str | None) -> str:
-    """Which of so many curves are shown."""
+    """A note on which of `n_groups` curves are shown."""
     also = "" if baseline is None else f" and those of {baseline}"
     return f"{MOST_ARMS} of {n_groups} curves are shown, those with the lowest losses{also}."
 
 
 def shade_of_size(runs: pd.DataFrame, sizes: np.ndarray) -> float | None:
-    """From 0, the smallest of all `sizes`, to 1, by logarithms; None where all are one size."""
+    """A shade from 0, the smallest of all `sizes`, to 1, by logarithms; None where all are one size."""
     logs = np.log(sizes)
     if np.ptp(logs[np.isfinite(logs)]) == 0:
         return None
@@ -169,8 +170,7 @@ def with_others(colours: Mapping[str, int], arms: Iterable[str]) -> dict[str, in
 
 
 def focus(curves: Sequence[Series], key: str) -> tuple[float, float] | None:
-    """The part of an axis from the lowest value to where most curves are after their first tenth; before it
-    losses are higher by far."""
+    """The range of an axis that leaves out the first tenth of most curves, where losses are far higher."""
     values = [np.asarray(curve.values[key], dtype=float) for curve in curves if key in curve.values]
     finite = [v[np.isfinite(v)] for v in values]
     later = [v[len(v) // 10 :] for v in finite if len(v)]
@@ -189,8 +189,7 @@ def mean_curve(
     points: int,
     style: Style = "line",
 ) -> list[Series]:
-    """One series for what is validated and one for what is trained; steps that not all tables have are left
-    out."""
+    """A series for validation and one for training; steps that not all tables have are left out."""
     found = []
     for columns in (list(VALIDATED), [TRAINED]):
         if not all(set(columns) <= set(table) for table in tables):
@@ -214,14 +213,14 @@ def mean_curve(
 
 
 def thinned(indices: np.ndarray, points: int) -> np.ndarray:
-    """Evenly spaced ones, the first and the last among them: every point shown was recorded."""
+    """Evenly spaced indices, the first and the last among them; every point shown was recorded."""
     if len(indices) <= points:
         return indices
     return indices[np.unique(np.linspace(0, len(indices) - 1, points).round().astype(int))]
 
 
 def others_chart(curves: pd.DataFrame) -> Chart | None:
-    """Of one run, whatever else its rows hold."""
+    """Whatever else the rows of one run hold."""
     known = {"run", "step", TRAINED, *VALIDATED, *(axis.key for axis in X)}
     names = [
         name

@@ -28,12 +28,11 @@ from scantling.runs.table import UNITS
 TRAIN, VALIDATION = "#9aa5b1", "#c2410c"
 
 LEGEND = 20
-"""Arms that a legend names."""
+"""Arms up to which a legend names each."""
 
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training loss and validation bits per byte against tokens, by `metrics`, the rows of a
-    `metrics.jsonl`."""
+    """Training loss and validation bits per byte against tokens; `metrics`: the rows of a `metrics.jsonl`."""
     validated = [row for row in metrics if "val/bpb" in row]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     per_byte = validated[-1]["val/bpb"] / validated[-1]["val/loss"]
@@ -81,9 +80,12 @@ def draw_law(
     cutoff: float | None,
     caution: str | None,
 ) -> None:
-    """Left: loss against compute, the runs and the law of compute-optimal training under C = kND with its
-    band, far beyond the largest. Right: observed over predicted loss. Runs above `cutoff`, which the held-out
-    gate predicted, are ringed."""
+    """A fitted law in two panels.
+
+    Left: loss against compute, the runs and the law of compute-optimal training under C = kND with its
+    band, far beyond the largest. Right: observed over predicted loss. Runs above `cutoff`, which the
+    held-out gate predicted, are ringed.
+    """
     figure, (law, left) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
     if fit.alpha > 0 and fit.beta > 0:
         draw_frontier(law, fit, drawn_budgets(compute, 60), k)
@@ -140,8 +142,11 @@ def draw_frontier(axes: Axes, fit: Fit, budgets: Array, k: float) -> None:
 
 
 def draw_grid(fit: Fit, compute: Array, path: Path, *, title: str) -> None:
-    """Left: loss against size, a colour a budget, with the parabola of approach 2 and a ring where it is
-    lowest. Right, where sizes repeat: loss against tokens, a colour a size, with the fitted law."""
+    """The runs of a grid of budgets in two panels.
+
+    Left: loss against size, a colour a budget, with the parabola of approach 2 and a ring where it is lowest.
+    Right, where sizes repeat: loss against tokens, a colour a size, with the fitted law.
+    """
     n, d = fit.sizes["N"], fit.sizes["D"]
     of_sizes = repeated(n)
     panels = 2 if of_sizes else 1
@@ -174,13 +179,15 @@ def draw_grid(fit: Fit, compute: Array, path: Path, *, title: str) -> None:
 
 
 def shades(n: int) -> Array:
-    """From dark to light."""
+    """Colours from dark to light."""
     return plt.get_cmap("viridis")(np.linspace(0, 0.85, n))
 
 
 def label_apart(axes: Axes, written: Callable[[float, float], str] | EngFormatter) -> None:
-    """So few labels of a logarithmic x axis that none lies upon another: 1, 2 and 5 of each decade, of many
-    decades powers of ten, within one decade round numbers."""
+    """Label a logarithmic x axis so sparsely that no two labels overlap.
+
+    These are 1, 2 and 5 of each decade; powers of ten for many decades; round numbers within one decade.
+    """
     low, high = axes.get_xlim()
     decades = np.log10(high / low)
     few = MaxNLocator(4) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
@@ -190,27 +197,29 @@ def label_apart(axes: Axes, written: Callable[[float, float], str] | EngFormatte
 
 
 def flops(number: float, _: float) -> str:
-    """2e18."""
+    """FLOPs as a label of an axis: 2e18."""
     return f"{number:.3g}".replace("e+", "e")
 
 
 def open_frame(axes: Axes) -> None:
-    """Two sides, and a faint grid."""
+    """Leave two sides of the frame, and draw a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG, and as SVG beside it."""
+    """Write the figure as PNG, and as SVG beside it."""
     figure.savefig(path, dpi=150)
     figure.savefig(path.with_suffix(".svg"))
     plt.close(figure)
 
 
 def draw_design(cells: list[dict[str, Any]], law: dict[str, float], path: Path, *, title: str) -> None:
-    """A planned IsoFLOP study. Left: the loss that `law` forecasts for each run against its size, a curve a
-    budget, its optimum ringed. Right: parameters against compute, and the optima. Runs have parameters,
-    budget, tokens."""
+    """A planned IsoFLOP study in two panels.
+
+    Left: the loss that `law` forecasts for each run against its size, a curve a budget, its optimum ringed.
+    Right: parameters against compute, and the optima. `cells`: the runs, with parameters, budget and tokens.
+    """
     figure, (curves, plane) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     budgets = sorted({cell["budget"] for cell in cells})
     optima = []
@@ -249,9 +258,12 @@ def draw_arms(
     baseline: str,
     colours: Mapping[str, str],
 ) -> None:
-    """Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard
+    """Arms compared, in two panels.
+
+    Left: validation of each arm at the largest scale, its mean over seeds with a band of ± two standard
     errors. Right: every arm's difference from the baseline with its paired t interval. `arms`: sorted by
-    difference, the baseline first."""
+    difference, the baseline first.
+    """
     table = arms.to_dict("records")
     largest = table[-1]["scale"]
     here = [row for row in table if row["scale"] == largest][: MOST_ARMS + 1]
@@ -298,9 +310,11 @@ def draw_arms(
 
 
 def draw_gains(gains: pd.DataFrame, path: Path, *, baseline: str, colours: Mapping[str, str]) -> None:
-    """Compute-equivalent gain of every arm against compute, with its interval: one end of that may lie beyond
-    the axis. `gains`: a row an arm and scale with FLOPs, gain, low, high and beyond, compute over that of the
-    baseline's largest run; rows whose gain is not known are left out."""
+    """Compute-equivalent gain of every arm against compute, with its interval, which may end beyond the axis.
+
+    `gains`: a row for each arm and scale with FLOPs, gain, low, high and beyond, compute over that of the
+    baseline's largest run; rows whose gain is not known are left out.
+    """
     known = gains.iloc[np.flatnonzero(np.isfinite(gains["gain"]))]
     arms = list(dict.fromkeys(known["arm"]))[:MOST_ARMS]
     known = known.iloc[np.flatnonzero(known["arm"].isin(arms))]

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: plotly.js, the styles and the data stand in it."""
+"""A report as one HTML file that needs nothing else: it contains plotly.js, the styles and the data."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ from scantling.report.spec import (
 )
 
 STATES = ("better", "worse", "undecided", "finished", "unfinished", "failed")
-"""Cells that have a colour."""
+"""Words whose cells have a colour."""
 
 LONG_CELL = 44
 """Characters above which a cell wraps."""
 
 
 def page(report: Report, *, command: str, reload_seconds: float | None = None) -> str:
-    """`command`: what wrote it. `reload_seconds`: the page asks for itself again so often."""
+    """The report as HTML.
+
+    `command`: what wrote it. `reload_seconds`: how often the page reloads itself; None: never.
+    """
     plotly = files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
     style, script = (files("scantling.report").joinpath(name).read_text() for name in ("page.css", "page.js"))
     palette = "".join(f"--c{i}: light-dark({light}, {dark}); " for i, (light, dark) in enumerate(PALETTE))
@@ -78,7 +81,7 @@ def page(report: Report, *, command: str, reload_seconds: float | None = None) -
 
 
 def in_html(block: Block) -> str:
-    """What stands on the page."""
+    """A block as it stands on the page."""
     if isinstance(block, Paragraph):
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Code):
@@ -101,12 +104,12 @@ def in_html(block: Block) -> str:
 
 
 def printable(text: str) -> str:
-    """Control characters of a young model's text as a sign that can be seen."""
+    """A young model's text with a visible sign for each control character."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def table(block: Table) -> str:
-    """With its title above, or as one that opens when asked to."""
+    """A table with its title above, or one that opens when asked to."""
     frame = block.frame
     rows = list(frame.itertuples(index=False, name=None))
     words = [is_words(column) for column in zip(*rows, strict=True)] or [True] * len(frame.columns)
@@ -131,7 +134,7 @@ def is_words(column: Sequence[Any]) -> bool:
 
 
 def cell(value: object, word: bool) -> str:
-    """`word`: it reads from the left."""
+    """A cell of a table; `word`: it reads from the left."""
     if isinstance(value, Link):
         return f'<td class="word"><a href="{escape(value.target)}">{escape(value.text)}</a></td>'
     text = cell_text(value)
@@ -144,7 +147,7 @@ def cell(value: object, word: bool) -> str:
 
 
 def chart(block: Chart) -> str:
-    """What page.js makes a plot of."""
+    """The card from which page.js makes a plot."""
     spec = {
         "x": [axis(a) for a in block.x],
         "y": [axis(a) for a in block.y],
@@ -160,7 +163,10 @@ def chart(block: Chart) -> str:
 
 
 def maps(block: Maps) -> str:
-    """Of each map the rows one behind the other, each up to its diagonal, in units of 1 / `UNITS`."""
+    """The card of attention maps.
+
+    The rows of each map follow one another, each up to its diagonal, in units of 1 / `UNITS`.
+    """
     below = np.tril_indices(len(block.words))
     weights = np.rint(block.weights[..., *below] * UNITS).astype(int)
     spec = {
@@ -179,14 +185,14 @@ def maps(block: Maps) -> str:
 
 
 UNITS = 10_000
-"""Of an attention weight of one."""
+"""Units that make an attention weight of one."""
 
 TICK = 9
 """Characters of a word at an axis."""
 
 
 def card(kind: str, title: str, inside: str, note: str, spec: dict[str, Any]) -> str:
-    """What page.js draws from `spec`."""
+    """The element that page.js draws from `spec`."""
     data = json.dumps(spec, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     data = data.replace("<", "\\u003c")  # no text ends the script that it stands in
     below = f'<p class="note">{escape(note)}</p>' if note else ""
@@ -197,7 +203,7 @@ def card(kind: str, title: str, inside: str, note: str, spec: dict[str, Any]) ->
 
 
 def axis(a: Axis) -> dict[str, Any]:
-    """`label`: of its button; plotly reads tags in the other words."""
+    """An axis as page.js reads it; `label` is that of its button, plotly reads tags in its other words."""
     label = "" if a.words else a.title.partition(",")[0]
     words = {
         "title": untagged(a.title),
@@ -208,7 +214,7 @@ def axis(a: Axis) -> dict[str, Any]:
 
 
 def series(s: Series) -> dict[str, Any]:
-    """As page.js reads it."""
+    """A series as page.js reads it."""
     hover = s.hover or s.group
     return {
         "group": s.group,
@@ -223,7 +229,7 @@ def series(s: Series) -> dict[str, Any]:
 
 
 def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
-    """With six digits, which no screen shows more of; None for what is not finite."""
+    """Values with six digits, as no screen shows more; None for what is not finite."""
     return [
         untagged(v)
         if isinstance(v, str)
@@ -237,7 +243,7 @@ def numbers(values: Sequence[Any] | np.ndarray) -> list[Any]:
 
 
 def untagged(text: str) -> str:
-    """For plotly, which reads tags in texts, and of entities those of < > & alone."""
+    """A text for plotly, which reads tags in texts, and of entities only those of < > &."""
     return escape(text, quote=False)
 
 

@@ -1,5 +1,4 @@
-"""Charts of a page about a law: valleys of equal FLOPs, the frontier, residuals, what was held out,
-exponents."""
+"""Charts of a page about a law: valleys of equal FLOPs, frontier, residuals, held-out runs, exponents."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from scantling.report.numbers import counted, some
 from scantling.report.spec import Axis, Chart, Series
 
 MOST_RUNS = 2000
-"""Points of a chart; of more runs so many are drawn evenly."""
+"""Points of a chart; of more runs this many are drawn, evenly spaced."""
 
 SIZES = (
     Axis("C", "training FLOPs", log=True),
@@ -34,7 +33,7 @@ LOSS = Axis("loss", "nats per token", log=True)
 
 
 def law_charts(law: ScalingLaw) -> list[Chart]:
-    """Those that the runs allow."""
+    """The charts that the runs allow."""
     return [
         chart
         for chart in (
@@ -51,13 +50,13 @@ def law_charts(law: ScalingLaw) -> list[Chart]:
 
 
 def by_logarithm(values: Array) -> Array:
-    """From 0, the smallest, to 1."""
+    """Positive values scaled by their logarithms from 0, the smallest, to 1."""
     logs = np.log(values)
     return (logs - logs.min()) / max(float(np.ptp(logs)), 1e-12)
 
 
 def scale_of(n: Array) -> tuple[str, str, str]:
-    """Of colours `by_logarithm` of parameters."""
+    """The scale of colours `by_logarithm` of parameters: what it shows, and its two ends."""
     return "parameters", counted(float(n.min())), counted(float(n.max()))
 
 
@@ -135,8 +134,7 @@ def sizes_chart(law: ScalingLaw) -> Chart | None:
 
 
 def frontier_chart(law: ScalingLaw) -> Chart:
-    """Loss against compute: the runs, and the loss of compute-optimal training with its band, beyond the
-    largest run."""
+    """Loss against compute: the runs, and compute-optimal training with its band, beyond the largest run."""
     runs, fit = law.observations.runs, law.fit
     kept = thinned(np.arange(len(runs)), MOST_RUNS)
     c, n, d, loss = (runs[name].to_numpy()[kept] for name in ("C", "N", "D", "loss"))
@@ -179,8 +177,7 @@ def frontier_chart(law: ScalingLaw) -> Chart:
 
 
 def optimum_chart(law: ScalingLaw) -> Chart | None:
-    """The best size against compute: by the fitted law, by each budget's parabola, and all sizes that were
-    run."""
+    """The best size against compute, by the law and by each budget's parabola, beside all sizes run."""
     runs, fit = law.observations.runs, law.fit
     if fit.alpha <= 0 or fit.beta <= 0:
         return None
@@ -279,7 +276,7 @@ def held_out_chart(law: ScalingLaw) -> Chart | None:
 
 
 def exponents_chart(law: ScalingLaw) -> Chart | None:
-    """a of N_opt ∝ C^a: by approach, by what counts as a parameter, without each budget."""
+    """The exponent a of N_opt ∝ C^a: by approach, by what counts as a parameter, without each budget."""
     tables = {
         "by approach": (exponents_table(law), "approach", "low", "high", "approach "),
         "by count of parameters": (law.conventions, "convention", "a_low", "a_high", "N = "),

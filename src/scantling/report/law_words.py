@@ -19,7 +19,7 @@ APPROACHES = {
     "akima": "2, akima of each budget",
     "envelope": "1, envelope of training curves",
 }
-"""Of Hoffmann et al. 2022, by number and name."""
+"""The approaches of Hoffmann et al. 2022, by number and name."""
 
 
 def headline(law: ScalingLaw) -> str:
@@ -32,8 +32,10 @@ def headline(law: ScalingLaw) -> str:
 
 
 def answer(law: ScalingLaw) -> str:
-    """In one sentence, how to divide the largest budget asked for, where none is the runs' largest, or why
-    that cannot be said."""
+    """How to divide the largest budget asked for, or else the runs' largest; or why that cannot be said.
+
+    It is one sentence.
+    """
     fit = law.fit
     if law.optimum is None:
         return (
@@ -61,15 +63,14 @@ def gate_verdict(gate: Gate) -> str:
 
 
 def cautions(law: ScalingLaw) -> list[str]:
-    """Warnings and rows left out, and before them a gate that failed: what stands on every page beside the
-    numbers."""
+    """What stands on every page beside the numbers: a failed gate, warnings, rows left out."""
     failed = [gate_verdict(law.gate)] if law.gate is not None and not law.gate.passed else []
     left_out = [] if law.observations.left_out is None else [law.observations.left_out]
     return [*failed, *map(sentence, (*law.fit.warnings, *left_out))]
 
 
 def tables(law: ScalingLaw) -> dict[str, pd.DataFrame]:
-    """By title, those that there are."""
+    """The tables that there are, by title."""
     level = f"{law.fit.level:.0%}"
     optimum = f"Compute-optimal training, C = {law.observations.k:.3g}ND, {level} intervals"
     found = {

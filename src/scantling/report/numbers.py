@@ -30,13 +30,12 @@ def counted(number: float) -> str:
 
 
 def digits(number: float, n: int) -> str:
-    """So many that count, zeros among them: 13.0 beside 13.2."""
+    """The number with `n` significant digits, zeros among them: 13.0 beside 13.2."""
     return f"{number:#.{n}g}".rstrip(".")
 
 
 def cell_text(value: object) -> str:
-    """Of a table: numbers with five digits, large ones in powers of ten, whole ones as they are; words as
-    they are."""
+    """A cell's text: numbers have five digits, large ones powers of ten; whole numbers and words stay."""
     if not isinstance(value, float):
         return str(value)
     if math.isnan(value):
@@ -47,22 +46,22 @@ def cell_text(value: object) -> str:
 
 
 def number_or_blank(value: float | None, form: str) -> str:
-    """In the form of a format specification, as `.4f`; nothing where there is no number."""
+    """A number in the form of a format specification, as `.4f`; nothing where there is none."""
     return "" if value is None or value != value else f"{value:{form}}"
 
 
 def interval(low: float, high: float, form: str) -> str:
-    """Its ends, each in `form`: +0.0167 to +0.0224."""
+    """An interval by its ends, each in `form`: +0.0167 to +0.0224."""
     return f"{low:{form}} to {high:{form}}"
 
 
 def some(n: int, noun: str, *, of_many: str = "s") -> str:
-    """'1 run', '2 runs'."""
+    """A count and its noun: '1 run', '2 runs'."""
     return f"{n} {noun}{'' if n == 1 else of_many}"
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit of which it is one: 1.5 hours."""
+    """A time in the largest unit of which it is at least one: 1.5 hours."""
     for size, name in PERIODS:
         if seconds >= size:
             return f"{seconds / size:,.1f} {name}"
@@ -70,14 +69,14 @@ def duration(seconds: float) -> str:
 
 
 def hours(seconds: float) -> str:
-    """As costs are counted: in hours from two on, however many."""
+    """A time as costs are counted: in hours from two on, however many."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def clock(seconds: float) -> str:
-    """1:02:03"""
+    """A time as on a clock, 1:02:03."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

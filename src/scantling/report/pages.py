@@ -1,5 +1,7 @@
-"""The reports that runs alone make: of one, of any side by side, of a study that has no answer yet; and
-sections of others."""
+"""Reports that need only runs: one run, several side by side, a study without an answer yet.
+
+Their sections serve other pages too.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +34,19 @@ from scantling.report.view_charts import Views, view_section
 from scantling.runs.table import rates_tried
 
 FOLDED = 20
-"""Rows above which a table of runs is shown when asked for."""
+"""Rows above which a table of runs is folded."""
 
 LISTED = 1500
-"""Rows of that table: a page stays below 6 MB."""
+"""Rows of the table of runs at most, so that a page stays below 6 MB."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Runs and what was recorded beside them. `directory`: where the page will stand; `sweep`, `question`:
-    their yaml of `sweeps/` and its first comment; `command`: what writes the page."""
+    """Runs and what was recorded beside them.
+
+    `directory`: where the page will stand; `sweep`, `question`: their yaml of `sweeps/` and its first
+    comment; `command`: what writes the page.
+    """
 
     name: str
     runs: pd.DataFrame
@@ -54,7 +59,7 @@ class Recorded:
 
 
 def partial_page(recorded: Recorded, cautions: list[str], why: str) -> Report:
-    """What there is of a study that gives no answer, and `why`."""
+    """What a study without an answer has to show; `why`: it gives none."""
     counts = recorded.runs["status"].value_counts()
     sections = [
         *training(recorded.runs, recorded.curves, "loss"),
@@ -133,7 +138,7 @@ def runs_page(recorded: Recorded) -> Report:
 
 
 def in_order(runs: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
-    """Sorted by arm, those of `arms` first and in their order."""
+    """Runs sorted by arm, those of `arms` first and in their order."""
     place = {arm: i for i, arm in enumerate(arms)}
     return runs.assign(place=runs["arm"].map(lambda arm: place.get(arm, len(arms)))).sort_values(
         ["place", "arm", "seed"], kind="stable"
@@ -141,13 +146,13 @@ def in_order(runs: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
 
 
 def training(runs: pd.DataFrame, curves: pd.DataFrame, metric: str, **settings) -> list[Section]:
-    """`settings`: those of `curves_chart`."""
+    """The section of curves; `settings`: those of `curves_chart`."""
     chart = curves_chart(curves, runs, metric=metric, **settings)
     return [] if chart is None else [Section("Loss over training", (chart,))]
 
 
 def tuning(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
-    """What `tune=lr` tried."""
+    """The section of the learning rates that `tune=lr` tried."""
     if recorded.study is None or all(pd.isna(note) for note in recorded.runs["tuned"].tolist()):
         return []
     tried = rates_tried(recorded.runs)
@@ -171,12 +176,12 @@ def tuning(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
 
 
 def tried_of(rates: pd.DataFrame) -> dict[str, list[float]]:
-    """Learning rates and the bits per byte of each."""
+    """Learning rates, and the bits per byte of each."""
     return {key: rates[key].tolist() for key in ("lr", "bpb")}
 
 
 def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
-    """Settings that differ and samples of `examples`, all runs, provenance."""
+    """Sections of settings that differ and samples, both of `examples`; of all runs; of provenance."""
     settings = differing_settings(examples)
     samples = last_samples(examples)
     table = runs_table(recorded.runs.iloc[:LISTED], recorded.directory)
@@ -195,7 +200,7 @@ def records(examples: pd.DataFrame, recorded: Recorded) -> list[Section]:
 
 
 def provenance_of(recorded: Recorded) -> Section:
-    """With what and by which commands the runs and the page were made."""
+    """The section on how and by which commands the runs and the page were made."""
     commands = [recorded.command]
     if recorded.study is not None or len(recorded.runs) == 1:
         commands.insert(0, train_command(recorded.runs, recorded.sweep))

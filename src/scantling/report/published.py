@@ -1,5 +1,4 @@
-"""A report on Weights & Biases: the same blocks, with panels over the study's runs in place of the charts of
-curves."""
+"""A report on Weights & Biases: the same blocks, with panels over the study's runs for charts of curves."""
 
 from __future__ import annotations
 
@@ -26,11 +25,10 @@ SYNCED = ".synced"
 
 
 def sync(study: Path) -> tuple[int, list[str]]:
-    """Send the offline files of a study's finished runs that were not sent yet; how many there were, and the
-    runs that wait: what is sent while its run goes on counts as sent for ever. What a rollback took back is
-    not sent.
+    """Send the offline files of a study's finished runs that were not sent yet.
 
-    Raises ValueError where `wandb sync` fails.
+    Returns how many there were, and the runs that wait: what is sent while its run goes on counts as sent for
+    ever. What a rollback took back is not sent. Raises ValueError where `wandb sync` fails.
     """
     unsent: dict[str, list[Path]] = {}
     for folder in sorted((study / "wandb").glob("offline-run-*")):
@@ -53,8 +51,10 @@ def sync(study: Path) -> tuple[int, list[str]]:
 
 
 def grouping(study: StudyRuns) -> list[str]:
-    """What its panels group by: the settings in which arms and scales differ, or the arms' name in place of
-    what they change, as paths in the configuration that W&B has of each run."""
+    """What the panels group by, as paths in the configuration that W&B has of each run.
+
+    These are the settings in which arms and scales differ, or the arms' name in place of what they change.
+    """
     settings = [settings_of(text) for text in study.runs["overrides"]]
     varied = varied_keys(settings)
     if all("arm" in setting for setting in settings):
@@ -64,11 +64,10 @@ def grouping(study: StudyRuns) -> list[str]:
 
 
 def own_entity() -> str:
-    """The account's, as the server has it: asked before anything is sent, for `wandb sync` does not give up
-    on a silent one.
+    """The account's entity, as the server has it.
 
-    Raises ValueError where the server does not answer: asked here first, as W&B's own service may then never
-    end.
+    It is asked for before anything is sent, as `wandb sync` and W&B's own service may wait for ever for a
+    silent server. Raises ValueError where the server does not answer.
     """
     import wandb
 
@@ -92,10 +91,10 @@ def refusal(error: Exception | str) -> str:
 
 
 def publish(report: Report, *, entity: str, project: str, group: str, by: Sequence[str], draft: bool) -> str:
-    """Save the report in the project; its address. `group`: of the runs that its panels show, W&B's name for
-    a study; `by`: their `grouping`.
+    """Save the report in the project; returns its address.
 
-    Raises ValueError where the server does not take it.
+    `group`: W&B's name for the study whose runs its panels show; `by`: their `grouping`. Raises ValueError
+    where the server does not take it.
     """
     try:
         made = as_wandb(report, entity=entity, project=project, group=group, by=by)
@@ -106,7 +105,7 @@ def publish(report: Report, *, entity: str, project: str, group: str, by: Sequen
 
 
 def as_wandb(report: Report, *, entity: str, project: str, group: str, by: Sequence[str]) -> Any:
-    """`wandb_workspaces`' own object, not saved."""
+    """The report as an object of `wandb_workspaces`, not saved."""
     import wandb_workspaces.reports.v2.interface as wr
 
     blocks: list[Any] = [wr.P(text=report.question)] if report.question else []
@@ -127,8 +126,11 @@ def as_wandb(report: Report, *, entity: str, project: str, group: str, by: Seque
 
 
 def block_of(block: Block, entity: str, project: str, group: str, by: Sequence[str]) -> list[Any]:
-    """Charts of numbers that W&B has not, and figures, which it takes by their address only, are left to the
-    page; their tables stand."""
+    """W&B's blocks for one of the report's.
+
+    Charts of numbers that W&B has not, and figures, which it takes only by their address, are left to
+    the page; their tables stand.
+    """
     import wandb_workspaces.reports.v2.interface as wr
 
     if isinstance(block, Paragraph):

@@ -1,5 +1,4 @@
-"""What the records of runs say beside their losses: settings that differ, samples, where and with what they
-ran."""
+"""What runs recorded beside their losses: settings that differ, samples, where and with what they ran."""
 
 from __future__ import annotations
 
@@ -27,11 +26,10 @@ from scantling.runs.overrides import arms_changes, settings_of
 from scantling.runs.table import Loader
 
 SHOWN = ("trainer", "guard")
-"""Settings that change a loss by rounding, or by a step left out: where runs differ in them, a reader should
-see it."""
+"""Settings whose difference a reader should see: they change a loss by rounding, or by a step left out."""
 
 NO_SETTING = {"seed", *NOT_TRAINED} - {*SHOWN}
-"""Of a configuration, what is no setting that runs of an arm have in common."""
+"""Nodes of a configuration that are not settings which runs of an arm have in common."""
 
 SAMPLES = 12
 """Runs whose samples stand side by side."""
@@ -47,7 +45,7 @@ MACHINE = {
     "commit": "commits",
     "scantling": "versions of Scantling",
 }
-"""Columns in which the runs of a study should be alike, each with what several of them are."""
+"""Columns in which the runs of a study should be alike, each with the noun for several values."""
 
 
 def of_each_arm(runs: pd.DataFrame) -> pd.DataFrame:
@@ -56,8 +54,10 @@ def of_each_arm(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting that is not alike in all of `runs`, a column a run under its arm, or its name; what
-    follows from another setting, as the decoder's from the model's, is left out."""
+    """A row for each setting that is not alike in all of `runs`, a column for each run under its arm or name.
+
+    What follows from another setting, as the decoder's from the model's, is left out.
+    """
     configurations = {}
     label = "arm" if runs["arm"].is_unique else "run"
     for run in runs.iloc[:COMPARED].to_dict("records"):
@@ -77,14 +77,14 @@ def differing_settings(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_setting(key: str) -> bool:
-    """Which class an option builds is said by its choice."""
+    """Whether a leaf is a setting, and not the class that an option builds: that is told by its choice."""
     return key.partition(".")[0] not in NO_SETTING and not key.endswith(
         ("_target_", "_partial_", "choices.sweeps")
     )
 
 
 def setting_text(value: Any) -> str:
-    """As it is typed."""
+    """A value as it is typed."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -107,7 +107,7 @@ def last_samples(runs: pd.DataFrame) -> Samples | None:
 
 
 def samples_over_training(run: dict[str, Any]) -> Samples | None:
-    """Its first sample, its last, and some between."""
+    """The first sample of a run, its last, and some between."""
     found = read_rows(RunDirectory(run["path"]).samples)
     every = max(-(-len(found) // SAMPLES), 1)
     kept = [*found[:-1:every], *found[-1:]]
@@ -139,7 +139,7 @@ def runs_table(runs: pd.DataFrame, directory: Path) -> pd.DataFrame:
 
 
 def provenance(runs: pd.DataFrame) -> pd.DataFrame:
-    """With what and where the runs were made; of several values each with its number of runs."""
+    """How and where the runs were made; of several values each with its number of runs."""
     names = {
         "commit": "commit",
         "scantling": "Scantling",
@@ -196,7 +196,7 @@ def shortened(value: str) -> str:
 
 
 def failures(runs: pd.DataFrame) -> list[str]:
-    """Why runs failed, a line each, of many the first ten."""
+    """Why runs failed, a line each; of many the first ten."""
     failed = rows_where(runs, status="failed")
     lines = []
     for run in failed.iloc[:10].to_dict("records"):
@@ -214,8 +214,10 @@ TYPED = 8
 
 
 def train_command(runs: pd.DataFrame, sweep: dict[str, Any] | None) -> str:
-    """What makes these runs again, from their overrides: a grid, or where none does each run's own command.
-    `sweep`: their yaml of `sweeps/`, whose own arms and parameters need not be typed."""
+    """What makes these runs again, from their overrides: a grid, or else each run's own command.
+
+    `sweep`: their yaml of `sweeps/`, whose own arms and parameters need not be typed.
+    """
     settings = [settings_of(text) for text in runs["overrides"]]
     noted = {*NOTED, *(key for note, key in NOTES.items() if any(note in setting for setting in settings))}
     grid_settings = [{key: setting[key] for key in setting if key not in noted} for setting in settings]

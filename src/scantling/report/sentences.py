@@ -11,7 +11,7 @@ from scantling.report.numbers import interval, some
 
 @singledispatch
 def sentence(finding: f.Finding) -> str:
-    """Without a full stop, for a list."""
+    """A finding in words, without a full stop, for a list."""
     raise TypeError(f"{type(finding).__name__} has no sentence")
 
 

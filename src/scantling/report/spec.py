@@ -1,5 +1,7 @@
-"""What a report says, whatever shows it: an answer, what to distrust, sections. It is written as one HTML
-page, as Markdown with its figures, and as CSV."""
+"""The content of a report, whatever shows it: an answer, reasons for doubt, sections.
+
+It is written as one HTML page, as Markdown with its figures, and as CSV.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from scantling.report.numbers import cell_text
 from scantling.runs.directory import replace_text
 
 MARKDOWN_ROWS = 60
-"""Longer tables stand in the page and in CSV alone."""
+"""Rows of the longest table in Markdown; longer ones stand only in the page and in CSV."""
 
 TABLES = "tables"
-"""Where every table of the page stands as CSV."""
+"""The folder of the CSV files, one for each table of the page."""
 
 Values = Sequence[float] | Sequence[str]
 Style = Literal["line", "dashed", "thin", "points", "rings", "words"]
@@ -41,7 +43,7 @@ PALETTE = (
     ("#111827", "#f3f4f6"),
     ("#8a5a44", "#d3a88f"),
 )
-"""Colours of arms on a light page, and in print, and on a dark one. Of more arms the first again."""
+"""Colours of arms on a light page and in print, and on a dark one; more arms begin again with the first."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Table:
-    """`frame` as people read it: strings, numbers, links. `folded`: the page shows it when asked to."""
+    """A table as people read it: strings, numbers, links. `folded`: the page shows it when asked to."""
 
     title: str
     frame: pd.DataFrame
@@ -77,7 +79,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """For print: `draw(path)` leaves `path`, a PNG, and an SVG beside it."""
+    """A figure for print: `draw(path)` writes a PNG to `path`, and an SVG beside it."""
 
     title: str
     name: str
@@ -93,9 +95,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class Axis:
-    """`key`: of the values of a series that it shows. `words`: it has names instead of numbers, the first at
-    the top. `log`: whether its scale is at first, None: it cannot be. `si`: ticks as 10k, 2M. `range`: what
-    it shows at first, None: all. `order`: of words, from the top, where series do not give it."""
+    """An axis of a chart.
+
+    `key`: of the values of a series that it shows. `words`: it has names instead of numbers, the first at the
+    top. `log`: whether its scale is at first, None: it cannot be. `si`: ticks as 10k, 2M. `range`: what it
+    shows at first, None: all. `order`: of words, from the top, where series do not give it.
+    """
 
     key: str
     title: str
@@ -110,9 +115,9 @@ class Axis:
 class Series:
     """Points or a line, by axis. `low` and `high` are a band around a line, bars at points.
 
-    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or None or NaN
-    for grey; points may have one each. `group`: what is shown and hidden together, and has one entry in the
-    legend.
+    `colour`: an integer of the palette, a number from 0 to 1 of a scale from small to large, or
+    None or NaN for grey; points may have one each. `group`: what is shown and hidden together, and
+    has one entry in the legend.
     """
 
     group: str
@@ -127,10 +132,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """`x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `frames`: what a
+    """A chart of several series.
+
+    `x` and `y`: axes to choose from, the first is shown first. `legend`: of groups. `frames`: what a
     slider goes through, the last is shown first. `recorded`: the keys of its axes are columns of
-    `metrics.jsonl`, which loggers have too. `scale`: what the colours of points are by, and what stands for
-    the smallest and the largest."""
+    `metrics.jsonl`, which loggers have too. `scale`: what the colours of points are by, and what stands
+    for the smallest and the largest.
+    """
 
     title: str
     series: tuple[Series, ...]
@@ -146,8 +154,10 @@ class Chart:
 
 @dataclass(frozen=True)
 class Maps:
-    """Squares of a grid, a row a layer, a column a head, of which one at a time is shown large: `weights`
-    [layer, head, query, key] between the tokens `words`, nothing above the diagonal."""
+    """Attention maps in a grid, a row a layer, a column a head; one at a time is shown large.
+
+    `weights` [layer, head, query, key] between the tokens `words`; nothing above the diagonal.
+    """
 
     title: str
     words: tuple[str, ...]
@@ -170,8 +180,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """`question`: what was asked, `answer`: what is known now, with its interval. `cautions`: what to
-    distrust. `data`: tables for other programs, by the name of their CSV file."""
+    """A report, whatever shows it.
+
+    `question`: what was asked, `answer`: what is known now, with its interval. `cautions`: what to distrust.
+    `data`: tables for other programs, by the name of their CSV file.
+    """
 
     title: str
     kind: str
@@ -192,13 +205,15 @@ BESIDE = (
 
 
 def holds_answer(directory: Path) -> bool:
-    """Whether the page in `directory` has one: its numbers stand beside it."""
+    """Whether the page in `directory` has an answer: its numbers then stand beside it."""
     return (directory / PAGE).exists() and any((directory / name).exists() for name in BESIDE)
 
 
 def write(report: Report, directory: Path, *, page: str) -> list[Path]:
-    """`page`, the report as HTML, with the files beside it; they replace those of an earlier report, all of
-    `BESIDE`."""
+    """Write `page`, the report as HTML, and the files beside it.
+
+    They replace those of an earlier report, all of `BESIDE`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / PAGE, directory / "report.md"]
     if written[0].exists():
@@ -226,17 +241,17 @@ def write(report: Report, directory: Path, *, page: str) -> list[Path]:
 
 
 def slug(title: str) -> str:
-    """As the name of a file: `Arms against gelu, 95% intervals` is `arms-against-gelu-95-intervals`."""
+    """A title as a file's name: `Arms against gelu, 95% intervals` is `arms-against-gelu-95-intervals`."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def blocks(report: Report) -> list[Block]:
-    """Of all sections."""
+    """The blocks of all sections."""
     return [block for section in report.sections for block in section.blocks]
 
 
 def markdown(report: Report) -> str:
-    """Paragraph, tables and figures; charts, maps and samples are of the page."""
+    """Paragraphs, tables and figures; charts, maps and samples are only on the page."""
     lines = [f"# {report.title}", "", *([report.question, ""] if report.question else [])]
     lines += [f"**{report.answer}**", "", *(f"- {caution}" for caution in report.cautions), ""]
     for section in report.sections:
@@ -246,7 +261,7 @@ def markdown(report: Report) -> str:
 
 
 def in_markdown(block: Block, *, links: bool = True) -> list[str]:
-    """Without `links`, which lead to files beside the report, the words of each."""
+    """A block's lines; without `links`, which lead to files beside the report, only their words."""
     if isinstance(block, Paragraph):
         return [block.text, ""]
     if isinstance(block, Code):
@@ -262,7 +277,7 @@ def in_markdown(block: Block, *, links: bool = True) -> list[str]:
 
 
 def in_cell(value: object, *, links: bool) -> str:
-    """Of a table in Markdown."""
+    """A cell of a table in Markdown."""
     if isinstance(value, Link):
         text = f"[{value.text}]({value.target})" if links else value.text
     else:

@@ -1,5 +1,7 @@
-"""The reports of a study that has an answer, arms or a law, and of anyone's table of runs. What they need
-takes seconds to import, and pages of runs alone do without it."""
+"""The reports of a study that has an answer, arms or a law, and of anyone's table of runs.
+
+What they need takes seconds to import; pages that need only runs do without it.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ def arms_page(found: Ablation, study: StudyRuns, recorded: Recorded) -> Report:
 
 
 def law_page(law: ScalingLaw, *, name: str, study: StudyRuns | None, recorded: Recorded | None) -> Report:
-    """The law of a table of runs; `study`, `recorded`: where they are a study of ours."""
+    """The law of a table of runs; `study`, `recorded`: where they are a study of this project."""
     headline = law_words.headline(law)
     blocks: list[Block] = [*law_charts(law)]
     blocks += [Table(title, table) for title, table in law_words.tables(law).items()]
@@ -118,7 +120,7 @@ def law_page(law: ScalingLaw, *, name: str, study: StudyRuns | None, recorded: R
 
 
 def lengths(recorded: Recorded, colours: Mapping[str, int]) -> list[Section]:
-    """Of what `evaluate.py lengths=[…] to=DIR` left beside the page or in the study."""
+    """The section of what `evaluate.py lengths=[…] to=DIR` left beside the page or in the study."""
     for place in (recorded.directory, recorded.study):
         if place is not None and (place / LENGTHS[0]).exists():
             arms = dict(zip(recorded.runs["run"], recorded.runs["arm"], strict=True))

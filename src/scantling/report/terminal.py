@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 PRINTED_WIDTH = 160
-"""Of lines that go to a file or a pipe: the widest table, of arms compared, has room in it."""
+"""Width of lines that go to a file or a pipe: the widest table, of arms compared, fits in it."""
 
 GAP = 2
 """Spaces between columns."""
@@ -54,17 +54,17 @@ def bar(share: float, width: int = 16) -> str:
 
 
 def longest(texts: Sequence[str]) -> int:
-    """Of these, in characters of a terminal."""
+    """Width of the longest text, in characters of a terminal."""
     return max(map(cell_len, texts), default=0)
 
 
 def line_width(widths: Mapping[str, int]) -> int:
-    """Of all columns together."""
+    """Width of all columns together."""
     return sum(width + GAP for width in widths.values()) - GAP
 
 
 def fitting_columns(widths: Mapping[str, int], minor: Sequence[str], room: int) -> dict[str, int]:
-    """Those of these widths that there is room for: `minor` ones go, in this order, until the others fit."""
+    """The columns that there is room for: `minor` ones go, in this order, until the others fit."""
     kept = dict(widths)
     for name in minor:
         if line_width(kept) <= room:
@@ -82,9 +82,12 @@ def fitted_table(
     names: Collection[str],
     whole: Collection[str],
 ) -> Table:
-    """In so many characters: titles of columns are stacked, then columns of `minor` left out, before a number
-    is cut. `names`: columns that are broken where nothing else makes room; `whole`: columns of words whose
-    cells stay on one line, as numbers do."""
+    """A table of at most `width` characters.
+
+    Titles of columns are stacked, then columns of `minor` left out, before a number is cut. `names`:
+    columns that are broken where nothing else makes room; `whole`: columns of words whose cells stay
+    on one line, as numbers do.
+    """
 
     def is_whole(name: str) -> bool:
         return name in whole or (name not in names and not any(" " in cell for cell in columns[name]))

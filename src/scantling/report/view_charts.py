@@ -1,5 +1,4 @@
-"""What the checkpoints of a run show, as blocks of its page: neighbours of tokens, a map of embeddings, maps
-of attention."""
+"""What a run's checkpoints show, as blocks of its page: neighbours of tokens, embeddings, attention."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Of `words`, at each of `steps`: the tokens of the most similar embeddings, with the cosine of the angle
-    between."""
+    """The tokens of the most similar embeddings to each of `words`, at each of `steps`, with their cosine."""
 
     steps: tuple[int, ...]
     words: tuple[str, ...]
@@ -32,14 +30,16 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """`places` [step, word, 2] on two axes through the embeddings of the last step; `shares` [step, 2] of the
-    variance."""
+    """Places [step, word, 2] of `words` on two axes through the embeddings of the last step.
+
+    `shares` [step, 2]: the share of the variance along each axis.
+    """
 
     steps: tuple[int, ...]
     words: tuple[str, ...]
     kinds: tuple[str, ...]
     named: tuple[bool, ...]
-    """Words that stand at their places; of others the reader has to ask."""
+    """Words that are written at their places; others are shown when asked for."""
     places: np.ndarray
     shares: np.ndarray
 
@@ -58,7 +58,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Views:
-    """`notes`: which checkpoints there are, and why something is missing."""
+    """What there is to show; `notes`: which checkpoints there are, and why something is missing."""
 
     notes: tuple[str, ...]
     neighbours: Neighbours | None = None
@@ -67,7 +67,7 @@ class Views:
 
 
 def view_section(views: Views) -> Section:
-    """All that its checkpoints show."""
+    """The section of all that checkpoints show."""
     blocks: list[Block] = [Paragraph(note) for note in views.notes]
     if views.neighbours is not None:
         blocks.append(neighbours_table(views.neighbours))
@@ -151,7 +151,7 @@ def attention_maps(found: Attention) -> Maps:
 
 
 def attention_table(found: Attention) -> Table:
-    """Means over the tokens that have one before them."""
+    """Means over the tokens that have a token before them."""
     weights = found.weights[:, :, 1:].astype(np.float64)
     queries = np.arange(1, len(found.words))
     entropy = -np.where(weights > 0, weights * np.log(np.where(weights > 0, weights, 1.0)), 0.0).sum(-1)

@@ -5,14 +5,15 @@
     tokenizer.json
     metrics.jsonl    one object per logged step
     samples.jsonl    a continuation of the prompt at every validation
-    checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256; last.ckpt and best.ckpt name two of them
+    checkpoints/     step-N.ckpt, the newest few, each with step-N.ckpt.sha256;
+                     last.ckpt and best.ckpt name two of them
     curves.png
     profile/         with profile=true: a trace, and where the time of a step goes
     guards.jsonl     every step that went wrong: the reason, what was done, its samples
     summary.json     final numbers, written last: its presence means finished
 
-A sweep's launcher adds log.txt, what the run printed; lease-N.json while it runs; slurm.json, its job there; failed.json,
-why it failed.
+A sweep's launcher adds log.txt, what the run printed; lease-N.json while it runs; slurm.json, its job there;
+failed.json, why it failed.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ class RunDirectory:
         self.best = self.checkpoints / "best.ckpt"
 
     def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after `step` optimiser steps is kept, whether it is there or not."""
         return self.checkpoints / f"step-{step:08}.ckpt"
 
     @staticmethod
     def step_of(checkpoint: Path) -> int:
-        """The optimiser steps that a `step-N.ckpt` has behind it."""
+        """How many optimiser steps a `step-N.ckpt` has behind it."""
         return int(checkpoint.stem.removeprefix("step-"))
 
     def step_checkpoints(self) -> list[Path]:
@@ -58,12 +60,15 @@ class RunDirectory:
 
     @property
     def name(self) -> str:
+        """The run's id, which is the directory's name."""
         return self.path.name
 
     @property
     def wandb_id(self) -> str:
-        """W&B's, of which a project has one and for which it takes no step twice: the same run may stand in several studies, and
-        after a rollback another begins.
+        """The run's id on Weights & Biases.
+
+        An id is unique there within a project, and takes no step twice. So the same run in several studies
+        has several, and a rollback begins another.
         """
         rollbacks = sum(row["action"] == "rollback" for row in self.guarded())
         course = f"{self.path.absolute().parent.name}/{rollbacks}"
@@ -71,18 +76,22 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
+        """Whether `summary.json`, which is written last, is there."""
         return (self.path / "summary.json").exists()
 
     @property
     def environment(self) -> dict[str, Any]:
+        """The content of `env.json`. Raises FileNotFoundError before training has begun."""
         return json.loads((self.path / "env.json").read_text())
 
     @property
     def summary(self) -> dict[str, Any]:
+        """The content of `summary.json`. Raises FileNotFoundError for a run that is not finished."""
         return json.loads((self.path / "summary.json").read_text())
 
     @property
     def last_sample(self) -> str:
+        """The text of the latest sample."""
         return json.loads(self.samples.read_text().splitlines()[-1])["text"]
 
     def begin(self, config: str, environment: dict[str, Any]) -> None:
@@ -101,10 +110,11 @@ class RunDirectory:
         return read_rows(self.guards)
 
     def guard(self, record: Row) -> None:
-        """Append to the steps that went wrong."""
+        """Append `record` to the steps that went wrong."""
         replace_rows(self.guards, [*self.guarded(), record])
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`, by which the run is finished."""
         replace_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     @property
@@ -117,7 +127,10 @@ class RunDirectory:
         return read_rows(self.path / "metrics.jsonl")
 
     def metrics_from(self, step: int) -> MetricsFile:
-        """`metrics.jsonl`, open to append rows after `step`; rows beyond it, and samples, were not checkpointed and go."""
+        """`metrics.jsonl`, open to append rows after `step`.
+
+        Rows and samples beyond `step` are removed: they lie after the last checkpoint.
+        """
         for path in (self.samples, self.path / "metrics.jsonl"):
             replace_rows(path, [row for row in read_rows(path) if row["step"] <= step])
         if (
@@ -135,17 +148,18 @@ class MetricsFile:
         self.file = path.open("ab", buffering=0)
 
     def write(self, row: Row) -> None:
-        """Raises OSError when the disk is full."""
+        """Append one row. Raises OSError when the disk is full."""
         line = (json.dumps(row) + "\n").encode()
         if self.file.write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file.name))
 
     def close(self) -> None:
+        """Close the file; every row is written by then."""
         self.file.close()
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Of a file with an object in each line; a last line cut short is left out."""
+    """The rows of a file with an object in each line; a last line cut short is left out."""
     rows: list[Row] = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -156,18 +170,19 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def of_whole_training(last: Row) -> Row:
-    """The last row, with a speed and MFU that are not of the steps since the row before."""
+    """The last row, with the speed and MFU of the whole training in place of those since the row before."""
     speed = last["tokens"] / max(last["seconds"], 1e-3)
     mfu = last["mfu"] * speed / max(last["tokens_per_second"], 0.1)
     return {**last, "tokens_per_second": round(speed, 1), "mfu": round(mfu, 4)}
 
 
 def replace_rows(path: Path, rows: list[Row]) -> None:
+    """Write the rows to `path`, an object in each line, in place of what it held."""
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """`path` holds the old text or the new, never a part."""
+    """Write `text` to `path`, which at any time holds the old text or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)

@@ -8,16 +8,19 @@ from scantling.config.settings import NOT_AN_ARM, NOTES
 
 
 def settings_of(overrides: str) -> dict[str, str]:
+    """Key and value of each line of what was typed."""
     return {key: value for key, _, value in (line.partition("=") for line in overrides.splitlines())}
 
 
 def joined(setting: dict[str, str], keys: Sequence[str]) -> str:
+    """The settings of these keys as they were typed, in one line; keys that are not set are left out."""
     return " ".join(f"{key}={setting[key]}" for key in keys if key in setting)
 
 
 def varied_keys(settings: Sequence[dict[str, str]], without: Collection[str] = NOT_AN_ARM) -> list[str]:
-    """Settings that are not alike in all runs, in the order in which they were typed; without these groups,
-    and without what the launcher found for each arm.
+    """Settings that are not alike in all runs, in the order in which they were typed.
+
+    The groups of `without` are left out, and what the launcher found for each arm.
     """
     keys = dict.fromkeys(key for setting in settings for key in setting)
     found = {key for note, key in NOTES.items() if any(note in setting for setting in settings)}
@@ -39,8 +42,9 @@ def varied_within(groups: Sequence[Hashable], settings: Sequence[dict[str, str]]
 
 
 def names_by_difference(overrides: Iterable[str]) -> list[str]:
-    """A name for each run that has none: the settings in which they differ, but for seeds. Where and how they
-    ran is among them, as runs side by side are often compared for that.
+    """A name for each run that has none: the settings in which they differ, but for seeds.
+
+    Where and how they ran is among them, as runs side by side are often compared for that.
     """
     settings = [settings_of(text) for text in overrides]
     varied = varied_keys(settings, without=("seed", *NOTES))
@@ -48,9 +52,7 @@ def names_by_difference(overrides: Iterable[str]) -> list[str]:
 
 
 def arms_changes(settings: Sequence[dict[str, str]]) -> set[str]:
-    """What named arms change: the sweeper puts it after the arm's name, and runs of one arm have it in
-    common.
-    """
+    """Keys that named arms change: they follow the arm's name, and are alike in all runs of an arm."""
     found = set()
     for setting in settings:
         keys = list(setting)

@@ -12,9 +12,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int) -> None:
-    """From here on this process is killed when `parent`, the id of the one that started it, ends; on Linux alone.
+    """Have this process killed when `parent`, the id of the one that started it, ends; on Linux alone.
 
-    One whose parent has ended before is no longer its child, and ends at once.
+    A process whose parent has already ended is no longer its child, and ends at once.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

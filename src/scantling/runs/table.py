@@ -1,5 +1,4 @@
-"""The runs of a study as tables: one row a run, and their curves. Reads `runs/<study>/`; what a run is stands
-there.
+"""The runs of a study as tables: one row a run, and their curves; all is read from `runs/<study>/`.
 
 `load_runs` gives these columns, `None` or NaN where a run does not say:
 
@@ -41,16 +40,16 @@ from scantling.runs.directory import RunDirectory, read_rows
 from scantling.runs.overrides import names_by_difference
 
 FORMAT = 3
-"""Of the Parquet files; another one is read anew."""
+"""Version of the Parquet files; a file of another one is made anew."""
 
 FILES = ("summary.json", "metrics.jsonl", "config.yaml", "env.json", "failed.json")
 """What a run's rows depend on."""
 
 UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
-"""Of the losses that runs are compared by."""
+"""Units of the losses that runs are compared by."""
 
 NOT_RUNS = ("wandb", "checkpoints", "tuning")
-"""Directories that stand among runs by right."""
+"""Directories among the runs that are not runs."""
 
 APART = ("embedding", "position", "head")
 """Groups of parameters that `params_without_embeddings` leaves out."""
@@ -61,7 +60,7 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def load_runs(study: Path | str) -> pd.DataFrame:
     """A row for every run below `study`, sorted by name.
 
-    `attrs["left_out"]` names the directories that are no whole run, each with the reason. Raises ValueError
+    `attrs["left_out"]` names the directories that are not whole runs, each with the reason. Raises ValueError
     where `study` is not a directory.
     """
     frame, left_out = cached(Path(study), "runs.parquet", lambda directory: [run_row(directory)])
@@ -74,17 +73,17 @@ def load_runs(study: Path | str) -> pd.DataFrame:
 
 
 def load_curves(study: Path | str) -> pd.DataFrame:
-    """A row for every recorded step of every run; `attrs["left_out"]` as of `load_runs`."""
+    """A row for every recorded step of every run; `attrs["left_out"]` as in `load_runs`."""
     frame, left_out = cached(Path(study), "curves.parquet", curve_rows)
     frame.attrs["left_out"] = left_out
     return frame
 
 
 def load_tuning(study: Path | str) -> pd.DataFrame:
-    """A row for every learning rate that `tune=lr` tried: arm, lr, bpb (NaN where training diverged), chosen,
-    edge.
+    """A row for every learning rate that `tune=lr` tried: arm, lr, bpb, chosen, edge.
 
-    `edge`: of the chosen, whether it is the lowest or highest tried, so that a better one may lie beyond.
+    `bpb` is NaN where training diverged. `edge`: whether the chosen rate is the lowest or highest tried, so
+    that a better one may lie beyond.
     """
     return rates_tried(load_runs(study))
 
@@ -107,7 +106,7 @@ def rates_tried(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_row(directory: RunDirectory) -> dict[str, Any]:
-    """Raises ValueError or KeyError for what is not a run, or not yet."""
+    """A run's row. Raises ValueError or KeyError for a directory that is not a run, or not yet."""
     config = yaml.load(directory.config.read_text(), Loader)
     if not isinstance(config, dict) or "choices" not in config:
         raise ValueError("config.yaml is not that of a run")
@@ -160,7 +159,7 @@ def run_row(directory: RunDirectory) -> dict[str, Any]:
 
 
 def last_validated(directory: RunDirectory) -> dict[str, Any]:
-    """The numbers that a run which is not finished has come to."""
+    """The numbers of the last validation of a run which is not finished."""
     rows = directory.metrics()
     validated = [row for row in rows if "val/loss" in row]
     return {**(validated[-1] if validated else {}), **(rows[-1] if rows else {})}
@@ -180,8 +179,9 @@ def curve_rows(directory: RunDirectory) -> list[dict[str, Any]]:
 def cached(
     study: Path, name: str, rows_of: Callable[[RunDirectory], list[dict[str, Any]]]
 ) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Rows of all directories, those that stand as they did from the file, and what was left out, with the
-    reason.
+    """Rows of all directories, and the reason for each directory that was left out.
+
+    Directories that have not changed since have their rows from the Parquet file.
     """
     if not study.is_dir():
         raise ValueError(f"{study} is not a directory of a study")
@@ -220,7 +220,7 @@ def is_candidate(entry: os.DirEntry) -> bool:
 
 
 def stamp(path: str) -> str:
-    """Changes whenever one of the files does."""
+    """A text that changes whenever one of `FILES` does."""
     found = []
     for file in FILES:
         try:
@@ -232,7 +232,7 @@ def stamp(path: str) -> str:
 
 
 def read_cache(path: Path) -> pd.DataFrame:
-    """Empty where there is none, or one of another format."""
+    """The cached rows; empty where there is no file, or one of another format."""
     try:
         frame = pd.read_parquet(path)
     except (OSError, ValueError):
@@ -241,7 +241,7 @@ def read_cache(path: Path) -> pd.DataFrame:
 
 
 def write_cache(frame: pd.DataFrame, path: Path) -> None:
-    """Whole or not at all, for others may read it now."""
+    """Write the file whole or not at all, as others may read it now."""
     frame.attrs["format"] = FORMAT
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     frame.to_parquet(partial, index=False)

@@ -10,8 +10,10 @@ from typing import Any
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Each with its `type`, and under that name its content; of a file cut short, those before the cut, of a foreign one
-    none."""
+    """Each record with its `type`, and under that name its content.
+
+    Of a file cut short they are those before the cut; a file of another kind has none.
+    """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     printed = subprocess.run(command, capture_output=True, text=True).stdout
     return [json.loads(line) for line in printed.splitlines()]

@@ -1,8 +1,9 @@
 """Runs of this project that Weights & Biases holds, brought back into the store.
 
-Offline they come from the `.wandb` files beside the runs, online from a project on the server. What W&B holds is the
-configuration, the environment and the rows of `metrics.jsonl`, and from these a run's directory is written: enough for
-tables, curves, laws and comparisons. Checkpoints, samples and the tokenizer are not there.
+Offline they come from the `.wandb` files beside the runs, online from a project on the server. What
+W&B holds is the configuration, the environment and the rows of `metrics.jsonl`, and from these a
+run's directory is written: enough for tables, curves, laws and comparisons. Checkpoints, samples and
+the tokenizer are not there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scantling.runs.directory import Row, RunDirectory, of_whole_training
 from scantling.runs.wandb_file import records
 
 WANTED = ("choices", "environment", "seed", "model")
-"""Of a configuration, without which a run is none of this project."""
+"""What a configuration must have to be that of a run of this project."""
 
 BESIDE = ("environment", "parameters")
 """What the logger adds to the configuration that config.yaml holds."""
@@ -42,8 +43,8 @@ class Mirrored:
 def mirrored_runs(source: str) -> list[Callable[[], Mirrored]]:
     """What reads each run, one after another, and raises ValueError where it cannot be read.
 
-    `source`: a `.wandb` file, a directory with such files somewhere below it, or ENTITY/PROJECT on the server. Raises
-    ValueError for anything else.
+    `source`: a `.wandb` file, a directory with such files somewhere below it, or ENTITY/PROJECT on the
+    server. Raises ValueError for anything else.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -59,8 +60,8 @@ def mirrored_runs(source: str) -> list[Callable[[], Mirrored]]:
 def import_run(run: Mirrored, runs: Path) -> str:
     """Write the run's directory below `runs`; one line that says what was done.
 
-    A directory that training made is left alone; one that an import made is renewed. Raises ValueError for what is no
-    run of this project.
+    A directory that training made is left alone; one that an import made is renewed. Raises ValueError
+    for runs of other projects.
     """
     lacking = [key for key in WANTED if key not in run.config]
     if lacking:
@@ -88,7 +89,7 @@ def import_run(run: Mirrored, runs: Path) -> str:
 
 
 def summary(run: Mirrored) -> dict[str, Any]:
-    """As training writes it, less what W&B was not told."""
+    """The content of `summary.json` as training writes it, less what W&B was not told."""
     validated = [row for row in run.rows if "val/loss" in row]
     best = min(validated, key=lambda row: row["val/loss"], default={})
     return {
@@ -100,12 +101,12 @@ def summary(run: Mirrored) -> dict[str, Any]:
 
 
 def parameters(run: Mirrored) -> dict[str, int]:
-    """By group; none where W&B was not told."""
+    """Parameters by group; none where W&B was not told."""
     return run.config.get("parameters", {})
 
 
 def as_row(item: dict[str, Any]) -> Row:
-    """Less W&B's own columns and what is no number."""
+    """A row of `metrics.jsonl`: the numbers of an item, without W&B's own columns."""
     return {
         key: value
         for key, value in item.items()
@@ -114,7 +115,7 @@ def as_row(item: dict[str, Any]) -> Row:
 
 
 def by_step(rows: list[Row]) -> list[Row]:
-    """One a step, the latest, in order."""
+    """One row a step, the latest, in order."""
     return [row for _, row in sorted({row["step"]: row for row in rows if "step" in row}.items())]
 
 
@@ -122,7 +123,10 @@ def by_step(rows: list[Row]) -> list[Row]:
 
 
 def segments_of(path: Path) -> list[list[Path]]:
-    """The files of each run, oldest first: a run that was resumed offline has several. Raises ValueError for none."""
+    """The files of each run, oldest first: a run that was resumed offline has several.
+
+    Raises ValueError where there are none.
+    """
     files = [path] if path.is_file() else sorted(path.rglob("run-*.wandb"))
     if not files:
         raise ValueError(f"{path} has no .wandb files in it")
@@ -133,6 +137,10 @@ def segments_of(path: Path) -> list[list[Path]]:
 
 
 def offline_run(files: list[Path]) -> Mirrored:
+    """The run that these files hold, in the order in which they were written.
+
+    It is finished where the last file ends with exit code 0.
+    """
     name, study, config, rows, finished = files[0].stem.removeprefix("run-"), "", {}, [], False
     for file in files:
         finished = False
@@ -153,6 +161,7 @@ def offline_run(files: list[Path]) -> Mirrored:
 
 
 def online_run(run: Any, project: str) -> Mirrored:
+    """A run of the server's `project`. Raises ValueError for what W&B refuses or cannot give."""
     source = f"{project}/{run.id}"
     with w_and_b_asked(source):
         rows = [as_row(item) for item in run.scan_history()]
@@ -163,7 +172,7 @@ def online_run(run: Any, project: str) -> Mirrored:
 
 @contextlib.contextmanager
 def w_and_b_asked(source: str) -> Iterator[None]:
-    """What W&B refuses or cannot give is a ValueError."""
+    """Turn what W&B refuses or cannot give into a ValueError."""
     import wandb
 
     try:

@@ -38,11 +38,11 @@ class Devices:
     gpus: tuple[str, ...]
     n_jobs: int | None
     jobs: int
-    """Of the whole sweep."""
+    """Jobs of the whole sweep."""
     held: list[Share] = field(default_factory=list)
 
     def at_once(self, devices: int, on_gpu: bool) -> int:
-        """Jobs of so many processes that run side by side."""
+        """How many jobs of so many processes run side by side."""
         most = max(1, (len(self.gpus) if on_gpu else self.cores) // devices)
         return min(self.n_jobs or min(most, self.jobs), most)
 

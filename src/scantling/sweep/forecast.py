@@ -17,7 +17,7 @@ from scantling.sweep.devices import Devices
 def forecast_table(jobs: Sequence[tuple[str, dict[str, Any]]], devices: Devices) -> RenderableType:
     """A row for each (label, look) of a job, and their sums.
 
-    FLOPs by the `exact` convention; what is finished takes no more time.
+    FLOPs are by the `exact` convention; what is finished takes no more time.
     """
     looks = [look for _, look in jobs]
     table = Table(box=None, header_style="dim", pad_edge=False)

@@ -76,8 +76,8 @@ def cells_of(config: DictConfig, grid: Grid, law: dict[str, float], flops: float
 def counter(config: DictConfig) -> Callable[[Shape], tuple[int, float, int]]:
     """A function that gives a shape's sizes.
 
-    They are all parameters, training FLOPs a token (`exact`), and parameters with the head but without
-    embeddings.
+    They are all parameters, training FLOPs a token (`exact`), and parameters without
+    embeddings but with the head.
     """
 
     @cache

@@ -16,8 +16,11 @@ FAILED = ("failed", "failed elsewhere")
 
 @dataclass
 class Job:
-    """`devices` are the processes it takes on each of its `nodes`, on GPUs or CPUs; `steps` those that its
-    budget is forecast to pay for."""
+    """A job of a sweep.
+
+    `devices` are the processes it takes on each of its `nodes`, on GPUs or CPUs; `steps` those that its
+    budget is forecast to pay for.
+    """
 
     number: int
     overrides: list[str]
@@ -51,12 +54,12 @@ class Job:
         return self.directory.path / "failed.json"
 
     def note_failure(self, reason: str, code: int | None) -> None:
-        """The job has failed for good; a file says so to other launchers."""
+        """Note that the job has failed for good, in a file that says so to other launchers."""
         self.state, self.reason = "failed", reason
         replace_text(self.failure, json.dumps({"reason": reason, "code": code}) + "\n")
 
     def failed_since(self, moment: float) -> str | None:
-        """The reason, where another launcher has noted one since and does not try again."""
+        """The reason, where another launcher has noted one since `moment` and does not try again."""
         try:
             if self.failure.stat().st_mtime >= moment:
                 return json.loads(self.failure.read_text())["reason"]
@@ -69,9 +72,7 @@ class Job:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0
 
     def failure_reason(self) -> str:
-        """Why it failed, in a line: what an entry, or the first process that failed, says, else the log's
-        last.
-        """
+        """Why it failed: what the entry or the first failed process says, else the last line of the log."""
         lines = self.log_lines()
         return self.own_reason() or (lines[-1] if lines else "it left no word")
 
@@ -87,7 +88,7 @@ class Job:
 
 
 def label_jobs(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """For each job's overrides, those in which the jobs differ; a named arm stands for what it changes."""
+    """For each job the overrides in which jobs differ; a named arm stands for what it changes."""
     settings = [{o.partition("=")[0]: o.partition("=")[2] for o in overrides} for overrides in jobs]
     values: dict[str, dict[str | None, set[str | None]]] = {}
     for key in dict.fromkeys(k for s in settings for k in s):

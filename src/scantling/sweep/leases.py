@@ -1,4 +1,4 @@
-"""Leases: of several launchers over one folder, which one runs a job.
+"""Leases: they settle which of several launchers over one folder runs a job.
 
 A lease is `lease-N.json` in the run's directory, made with O_EXCL; its age is its last heartbeat. A stale one
 is not removed but outnumbered: of those who take a job over only one can make `lease-N+1.json`, and a holder
@@ -23,8 +23,9 @@ class Lease:
 
     @classmethod
     def take(cls, folder: Path, seconds: float) -> Lease | None:
-        """The right to run the job of a folder; None where another holds it, that is, has renewed it within
-        so many `seconds` and is not known to be dead.
+        """The right to run the job of a folder; None where another holds it.
+
+        It holds it if it renewed the lease within so many `seconds` and is not known to be dead.
         """
         folder.mkdir(parents=True, exist_ok=True)
         before = lease_files(folder)
@@ -123,13 +124,13 @@ def folder_time(folder: Path) -> float:
 
 
 def host_name() -> str:
-    """A name of this machine, and inside of a container of the container."""
+    """A name of this machine, or inside a container of the container."""
     space = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {os.readlink(space) if space.exists() else ''}".strip()
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started, which with its number names it for good; None where it is no more."""
+    """When a process started, which with its number identifies it for good; None where it has ended."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)

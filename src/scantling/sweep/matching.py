@@ -23,7 +23,7 @@ TOLERANCE = 0.01
 
 
 class Matching:
-    """The first job of each size is the reference of those that follow."""
+    """Widths that match jobs: the first job of each size is the reference of those that follow."""
 
     def __init__(self) -> None:
         self.references: dict[tuple[str, ...], float] = {}
@@ -52,7 +52,7 @@ def nearest_width(config: DictConfig, target: float) -> tuple[int, str]:
     if before != target:
         low, high = 1, 64 * config.model.d_model
         tried = {d_ff: size_with(config, d_ff) for d_ff in (low, high)}
-        # Sizes are a straight line in d_ff but for rounding: the next guess lies on it, each second one amid.
+        # Sizes are a straight line in d_ff but for rounding: guesses lie on it, and every second one halves.
         while high - low > 1 and tried[low] < target < tried[high]:
             share = (target - tried[low]) / (tried[high] - tried[low]) if len(tried) % 2 == 0 else 0.5
             guess = min(max(low + round(share * (high - low)), low + 1), high - 1)
@@ -63,13 +63,16 @@ def nearest_width(config: DictConfig, target: float) -> tuple[int, str]:
     off = value / target - 1
     if abs(off) > TOLERANCE:
         raise ValueError(
-            f"match={config.match}: no model.d_ff brings this arm within 1 % of the first one's {target:,.0f}; "
+            f"match={config.match}: no model.d_ff brings "
+            f"this arm within 1 % of the first one's {target:,.0f}; "
             f"{best} is nearest, {off:+.1%} off"
         )
-    note = f"{{by:{config.match},reference:{target:.0f},here:{value:.0f},off:{off:.6f},d_ff_before:{config.model.d_ff}}}"
+    sizes = f"reference:{target:.0f},here:{value:.0f},off:{off:.6f}"
+    note = f"{{by:{config.match},{sizes},d_ff_before:{config.model.d_ff}}}"
     return best, note
 
 
 def size_with(config: DictConfig, d_ff: int) -> float:
+    """The quantity that `match=` names, of the job's model with this `d_ff`."""
     sized = with_settings(config, {"model.d_ff": d_ff})
     return QUANTITIES[config.match](build_decoder(sized, sized.model.vocab_size, "meta"))

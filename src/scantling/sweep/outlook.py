@@ -1,4 +1,4 @@
-"""Every job of a sweep looked at before the first starts: whether it can be built, where it lives, what it takes."""
+"""Every job of a sweep before the first starts: whether it can be built, where it lives, what it takes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ASSUMED_MFU = 0.1
 
 @dataclass
 class Outlook:
-    """Of one job. Tokens and FLOPs are of the whole run, FLOPs by the `exact` convention."""
+    """What a job will take. Tokens and FLOPs are those of the whole run, FLOPs by the `exact` convention."""
 
     overrides: list[str]
     directory: str
@@ -70,9 +70,10 @@ def look_ahead(
     *,
     elsewhere: bool,
 ) -> list[dict[str, Any]]:
-    """An `Outlook` of each job, as a dictionary; `elsewhere` it runs on other machines, so that this one may have no GPU.
+    """An `Outlook` of each job, as a dictionary.
 
-    Raises Mistake, which names the job, for what cannot be composed or built, for arms that cannot be matched, and for
+    `elsewhere`: jobs run on other machines, so that this one may have no GPU. Raises Mistake, which
+    names the job, for what cannot be composed or built, for arms that cannot be matched, and for
     two jobs that are one run.
     """
     matching, speeds = Matching(), Speeds(Devices(cores, (), n_jobs, jobs=len(jobs)))
@@ -93,7 +94,8 @@ def look_ahead(
         first = places.setdefault(outlook.directory, i)
         if first != i:
             raise Mistake(
-                f"jobs {first + 1} ({labels[first]}) and {i + 1} ({labels[i]}) of {len(jobs)} are the same run: "
+                f"jobs {first + 1} ({labels[first]}) and {i + 1} ({labels[i]}) "
+                f"of {len(jobs)} are the same run: "
                 "give each setting and seed once"
             )
         found.append(outlook)
@@ -102,7 +104,7 @@ def look_ahead(
 
 @dataclass(frozen=True)
 class Arm:
-    """Jobs that differ in their seed alone: what they share of an outlook, and the configuration of one of them."""
+    """Jobs that differ only in their seed: the outlook that they share, and the configuration of one."""
 
     shared: Outlook
     config: DictConfig
@@ -110,7 +112,7 @@ class Arm:
     """Overrides beyond those typed, which match the arm to others."""
 
     def outlook_of(self, overrides: Sequence[str]) -> Outlook:
-        """Of the job with these overrides, which is one of the arm's."""
+        """The outlook of the arm's job with these overrides."""
         config = self.config
         for override in overrides:
             if match := SEED.fullmatch(override):
@@ -132,7 +134,8 @@ def build_arm(
     config, more = with_choices(whole, whole.hydra), []
     if config.resume != "auto":
         raise ValueError(
-            f"resume={config.resume} is for single runs: a sweep goes on by itself, and anew with another study=NAME"
+            f"resume={config.resume} is for single runs: a sweep goes on by itself, "
+            "and anew with another study=NAME"
         )
     if config.match is not None:
         d_ff, note = matching.width_of(config, overrides)
@@ -140,7 +143,8 @@ def build_arm(
     check_values(config, "train")
     if config.tune is not None and config.optim.lr != config.lr:
         raise ValueError(
-            f"tune=lr finds nothing out: optim.lr={config.optim.lr} does not follow lr; optim.lr=\\${{lr}} makes it"
+            f"tune=lr finds nothing out: optim.lr={config.optim.lr} "
+            f"does not follow lr; optim.lr=\\${{lr}} makes it"
         )
     here = on_this_machine(config) if elsewhere else config
     device, precision, decoder = assembly.check_config(here)
@@ -180,13 +184,17 @@ def on_this_machine(config: DictConfig) -> DictConfig:
 
 
 class Speeds:
-    """FLOP/s of a job: the peak of its devices, times the median share of it that the study's finished runs reached."""
+    """FLOP/s of a job: the peak of its devices, times the share of it that runs reach.
+
+    The share is the median over the study's finished runs; `ASSUMED_MFU` where there are none.
+    """
 
     def __init__(self, devices: Devices) -> None:
         self.devices = devices
         self.peaks: dict[tuple[str, bool, int], float] = {}
 
     def of(self, processes: int, device: torch.device, precision: str, study: Path) -> float:
+        """FLOP/s of a job of `processes` processes; a device is measured once for each number of threads."""
         half, on_gpu = precision != "fp32", device.type == "cuda"
         threads = self.devices.threads(processes, on_gpu)
         if (device.type, half, threads) not in self.peaks:

@@ -27,7 +27,7 @@ class Process:
         self.code: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code, the signal's number with a minus where one killed it; None while it runs."""
+        """The exit code, the signal's number with a minus where one killed it; None while it runs."""
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -35,7 +35,7 @@ class Process:
         return self.code
 
     def ask_to_stop(self) -> None:
-        """A run answers with a checkpoint, and so do the ranks that it started."""
+        """Send SIGTERM: a run answers with a checkpoint, and so do the ranks that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
 
@@ -51,8 +51,7 @@ def fork_job(task: Callable[[], int], log: Path, environment: dict[str, str]) ->
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    # A signal to the child waits until it has handlers of its own: this process's would take it and do
-    # nothing there.
+    # Hold signals back until the child has its own handlers: this process's would do nothing there.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN_OVER)
     child = os.fork()
     if child:
@@ -76,9 +75,7 @@ def fork_job(task: Callable[[], int], log: Path, environment: dict[str, str]) ->
 
 
 def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[str, str]) -> None:
-    """Give this fresh child a group, signals, output and environment of its own; it dies with its
-    launcher.
-    """
+    """Give this fresh child its own group, signals, output and environment; it dies with its launcher."""
     os.setpgid(0, 0)
     for which in TAKEN_OVER:
         signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
@@ -91,9 +88,7 @@ def become_a_job(parent: int, mask: Iterable[int], log: Path, environment: dict[
 
 
 def redirect_output(log: Path) -> None:
-    """Send standard output and error of this process and its children to the end of a file; input
-    is empty.
-    """
+    """Append the standard output and error of this process and its children to a file; input is empty."""
     source = os.open(os.devnull, os.O_RDONLY)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for ours, standard in ((source, 0), (target, 1), (target, 2)):

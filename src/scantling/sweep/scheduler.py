@@ -29,11 +29,11 @@ class Limits:
     """How long jobs may take, and how often they may be tried."""
 
     retries: int
-    """After a job was killed, or told to stop, by somebody else."""
+    """How often a job is tried again that somebody else killed, or told to stop."""
     timeout_seconds: float | None
     lease_seconds: float
     stop_seconds: float
-    """Between asking a job to stop and killing it."""
+    """Seconds between asking a job to stop and killing it."""
 
 
 @dataclass
@@ -52,7 +52,10 @@ class RunningJob:
 
 
 class Scheduler:
-    """`start(job, share)` gives a process; its exit code and the run's own record say how the job ended."""
+    """Runs jobs to their ends.
+
+    `start(job, share)` gives a process; its exit code and the run's own record say how the job ended.
+    """
 
     def __init__(
         self,

@@ -27,20 +27,20 @@ OVER = (
 )
 """SLURM's words for a job that will not run again."""
 FORGOTTEN = "no more"
-"""Of a job some minutes after its end, and at once of one cancelled before it began."""
+"""The state of a job some minutes after its end, and at once of one cancelled before it began."""
 
 # A run that was told to stop says 130 once its checkpoint is written. `scancel` ends this shell too.
 GO_ON = ["code=$?", '[ $code -eq 130 ] && scontrol requeue "$SLURM_JOB_ID"', "exit $code"]
 
 LEASE_SECONDS = 60
-"""Within which a job is handed in."""
+"""Time within which a job is handed in."""
 
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
     """Hold Ctrl-C back to the end.
 
-    Of a job that SLURM has taken the number must be noted, or it would be handed in again.
+    The number of a job that SLURM has taken must be noted, or the job would be handed in again.
     """
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda which, _: asked.append(which))
@@ -123,7 +123,7 @@ class SlurmQueue:
                 lease.release()
 
     def claim(self, job: Job, states: dict[str, str]) -> Lease | None:
-        """The right to hand it in; None where another launcher has it, or SLURM has."""
+        """The right to hand a job in; None where another launcher has it, or SLURM has."""
         lease = Lease.take(job.directory.path, LEASE_SECONDS)
         if lease is None:
             self.change(job, "elsewhere")
@@ -139,7 +139,7 @@ class SlurmQueue:
         return None
 
     def submit(self, jobs: Sequence[Job]) -> list[str]:
-        """SLURM's numbers of the jobs."""
+        """Hand jobs in; returns SLURM's number of each."""
         import submitit
         from submitit.core.utils import FailedJobError
 

@@ -15,12 +15,12 @@ from scantling.config.mistakes import Mistake
 from scantling.runs.directory import RunDirectory
 
 FOLDER = "tuning"
-"""Of the search's runs, inside the study's."""
+"""Folder of the search's runs, inside the study's."""
 
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """`conf/tune/lr.yaml`. Raises Mistake for numbers that make no search."""
+    """`conf/tune/lr.yaml`. Raises Mistake for numbers that do not make a search."""
 
     factors: list[float]
     extend: int
@@ -38,8 +38,10 @@ class TuningSettings:
 
 @dataclass
 class Search:
-    """The search of one arm: which rates are still to be tried, and which is best. `overrides` are the arm's
-    without a seed, matched where arms are; `lr` its own rate, `budget` what of `budget.` it sets.
+    """The search of one arm: which rates are still to be tried, and which is best.
+
+    `overrides` are the arm's without a seed, matched where arms are; `lr` its own rate, `budget`
+    what of `budget.` it sets.
     """
 
     label: str
@@ -48,14 +50,12 @@ class Search:
     budget: dict[str, float]
     settings: TuningSettings
     tried: dict[float, float | None] = field(default_factory=dict)
-    """Bits per byte by rate: infinite where the loss was not finite, None where the run failed for another
-    reason.
+    """Bits per byte by rate: infinite where the loss was not finite, None where the run
+    failed for another reason.
     """
 
     def wanted(self) -> list[float]:
-        """The rates to try: the grid, then one at a time beyond an outermost best; none once the search has
-        ended.
-        """
+        """The rates to try: the grid, then one at a time beyond an outermost best; none once it has ended."""
         if not self.tried:
             return [round_rate(self.lr * factor) for factor in self.settings.factors]
         rates = sorted(self.tried)
@@ -66,7 +66,7 @@ class Search:
         return [round_rate(rates[-1] ** 2 / rates[-2])]
 
     def command(self, rate: float, study: str) -> list[str]:
-        """The overrides of a try."""
+        """The overrides with which a rate is tried."""
         shares = {key: amount * self.settings.budget for key, amount in self.budget.items()}
         shorter = [f"budget.{key}={int(n) if key == 'steps' else n:g}" for key, n in shares.items()]
         return [
@@ -111,9 +111,9 @@ class Search:
 def plan_searches(
     looks: Sequence[dict[str, Any]], named: Sequence[str], settings: TuningSettings
 ) -> list[Search]:
-    """One for each job, the same for those that differ in their seed alone.
+    """A search for each job, the same for jobs that differ only in their seed.
 
-    Raises Mistake where jobs differ in the learning rate alone.
+    Raises Mistake where jobs differ only in the learning rate.
     """
     found: dict[tuple[str, ...], Search] = {}
     rates: dict[tuple[str, ...], float] = {}
@@ -134,7 +134,7 @@ def round_rate(rate: float) -> float:
 
 
 def stop_reason(directory: RunDirectory) -> str | None:
-    """Why the guard stopped the run, if it did: that is an answer, and no reason to try again."""
+    """Why the guard stopped the run, if it did: that is an answer, and not a reason to try again."""
     return next((row["reason"] for row in directory.guarded() if row["action"] == "stop"), None)
 
 

@@ -55,7 +55,7 @@ class Run:
     guard: GuardSettings
     first_step: int
     checkpoint: Path | None
-    """What the run goes on from; None: it starts."""
+    """The checkpoint that the run goes on from; None: it starts."""
     damaged: list[str]
     """A line for each newer checkpoint that cannot serve."""
 
@@ -97,11 +97,15 @@ def check_config(config: DictConfig) -> tuple[torch.device, str, Decoder]:
 
 
 def optimizer_of_one_matrix(config: DictConfig) -> torch.optim.Optimizer:
-    """Of the chosen kind, to ask what it is."""
+    """An optimiser of the chosen kind, to ask what it is."""
     return instantiate(config.optim, _convert_="all")([("weight", torch.nn.Parameter(torch.zeros(2, 2)))])
 
 
 def assemble(config: DictConfig, directory: RunDirectory) -> Run:
+    """Prepare the text, plan the run and check that its parts fit each other; the model has no memory yet.
+
+    Raises ValueError for what cannot be trained so.
+    """
     device, precision, _ = check_config(config)
     corpus = prepare_corpus(instantiate(config.data), instantiate(config.tokenizer), Path(config.paths.cache))
     decoder = build_decoder(config, corpus.tokenizer.vocab_size, "meta")
@@ -148,6 +152,10 @@ def assemble(config: DictConfig, directory: RunDirectory) -> Run:
 
 
 def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precision: str) -> Plan:
+    """The run's counts: its budget as steps, its batch as micro-batches of each device, its peak memory.
+
+    Raises ValueError for settings that are out of range or do not divide.
+    """
     counts = parameter_counts(decoder)
     budget: dict[str, Any] = dict(config.budget)
     flops_per_token = convention(budget.pop("convention", "exact"))(decoder, decoder.seq_len)
@@ -180,7 +188,7 @@ def plan_of(config: DictConfig, decoder: Decoder, device: torch.device, precisio
 def forecast_of(
     config: DictConfig, decoder: Decoder, device: torch.device, precision: str, world_size: int
 ) -> Forecast:
-    """Of one of the run's devices at its peak."""
+    """The forecast of the peak memory of one of the run's devices."""
     return memory_forecast(
         config,
         decoder,
@@ -191,7 +199,7 @@ def forecast_of(
 
 
 def training_batches(run: Run, rank: int) -> TrainBatches:
-    """Raises ValueError when the text is shorter than the context."""
+    """The batches of the process `rank`. Raises ValueError when the text is shorter than the context."""
     return TrainBatches(
         tokens=run.corpus.train.tokens,
         seq_len=run.plan.seq_len,
@@ -227,7 +235,7 @@ def places_left_out(run: Run) -> set[int]:
 
 
 def what_would_fit(run: Run) -> str:
-    """Out of memory: what was forecast, and the cheapest settings that are forecast to take at most half."""
+    """What to say out of memory: the forecast, and the cheapest settings forecast to take at most half."""
     trainer, plan = run.config.trainer, run.plan
     decoder = build_decoder(run.config, run.corpus.tokenizer.vocab_size, "meta")
     forecast = forecast_of(run.config, decoder, run.device, run.precision, plan.world_size)

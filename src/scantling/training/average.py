@@ -16,12 +16,12 @@ from scantling.training.strategies import Zero, gather_to_first, shard_like
 
 
 class WeightAverage(StepCallback):
-    """After step t: w̄ ← d·w̄ + (1-d)·w, d = min(`decay`, (1+t)/(10+t)), from w̄ = w. Polyak & Juditsky 1992;
-    exponential, with the start of TensorFlow's `ExponentialMovingAverage`, so that a short run does not
-    remember its initial weights.
+    """After step t: w̄ ← d·w̄ + (1-d)·w, d = min(`decay`, (1+t)/(10+t)), from w̄ = w.
 
-    Validation and samples see w̄, training never does. A checkpoint keeps both, w̄ in `callbacks`. Each
-    process averages the weights that it keeps; buffers are not averaged.
+    Polyak & Juditsky 1992; exponential, with the start of TensorFlow's `ExponentialMovingAverage`, so
+    that a short run does not remember its initial weights. Validation and samples see w̄, training
+    never does. A checkpoint keeps both, w̄ in `callbacks`. Each process averages the weights that it
+    keeps; buffers are not averaged.
     """
 
     def __init__(self, decay: float) -> None:
@@ -68,7 +68,7 @@ class WeightAverage(StepCallback):
 
 
 def local_shares(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's shares."""
+    """This process's shares of the tensors."""
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
 

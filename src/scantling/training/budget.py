@@ -1,5 +1,6 @@
-"""How long to train, `budget=`: any of four currencies becomes a number of optimiser steps. How long between
-validations, `val_every=`.
+"""How long to train, `budget=`, and how long between validations, `val_every=`.
+
+Any of four currencies becomes a number of optimiser steps.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ def steps_for(
 ) -> int:
     """Whole optimiser steps that the one given amount pays for, rounded down.
 
-    `flops` counts forward and backward under the budget's convention, whose `flops_per_token` is passed
-    beside it; `tokens_per_param` is D/N over all parameters (Hoffmann et al. 2022, arXiv:2203.15556, table 3:
-    about 20).
+    `flops` counts forward and backward under the budget's convention, whose `flops_per_token` is
+    passed beside it; `tokens_per_param` is D/N over all parameters (Hoffmann et al. 2022,
+    arXiv:2203.15556, table 3: about 20).
 
     Raises ValueError when the amount is not positive and finite, or pays for less than one step.
     """
@@ -55,7 +56,8 @@ def steps_for(
 
 
 def steps_between_validations(val_every: float, steps: int) -> int:
-    """Of a run of `steps`: a float up to 1.0 is a share of it, a whole number counts steps.
+    """The steps between validations in a run of `steps`: up to 1.0 a float is a share, a
+    whole number counts steps.
 
     Raises ValueError for what is neither.
     """

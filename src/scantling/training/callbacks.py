@@ -87,8 +87,10 @@ class StepCallbacks(Callback):
 
 
 def recount_micro_batches(checkpoint: dict[str, Any], micro_batches: int) -> None:
-    """Make Lightning's counts of micro-batches those of `micro_batches` a step: it counts steps and
-    validations by them, and a run that goes on with more processes has fewer of them a step.
+    """Make Lightning's counts of micro-batches those of `micro_batches` a step.
+
+    Lightning counts steps and validations by micro-batches, and a run that goes on with more
+    processes has fewer of them a step.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
@@ -182,6 +184,7 @@ class Metrics(StepCallback):
         self.write(trainer)
 
     def write(self, trainer: L.Trainer) -> None:
+        """Write `row` to the file, in the first process, and to the loggers."""
         if self.file is not None:
             self.file.write(self.row)
             for logger in trainer.loggers:
@@ -195,11 +198,11 @@ class Metrics(StepCallback):
 
 
 class CleanStop(StepCallback):
-    """Ctrl-C, SIGTERM or SIGUSR1 ends the run after the step under way, with a checkpoint; a second Ctrl-C
-    ends it at once.
+    """Ctrl-C, SIGTERM or SIGUSR1 ends the run after the step under way, with a checkpoint.
 
-    Schedulers announce a preemption with SIGTERM or SIGUSR1. A checkpoint is due every `every_minutes` too. A
-    validated step gets its checkpoint after the validation, or a resumed run would leave that out.
+    A second Ctrl-C ends it at once. Schedulers announce a preemption with SIGTERM or SIGUSR1. A checkpoint
+    is due every `every_minutes` too. A validated step gets its checkpoint after the validation, or a
+    resumed run would leave that out.
     """
 
     def __init__(self, checkpoints: Checkpoints, metrics: Metrics, *, every_minutes: float | None) -> None:
@@ -209,7 +212,7 @@ class CleanStop(StepCallback):
         self.handlers_before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        # Later than `setup`, after which Lightning sets handlers that talk to other processes at any moment.
+        # Not in `setup`, after which Lightning sets handlers that talk to other processes at any moment.
         self.anyone = AnyRank(trainer.world_size)
         which = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self.handlers_before = {s: signal.signal(s, self.ask_to_stop) for s in which}
@@ -220,6 +223,7 @@ class CleanStop(StepCallback):
             signal.signal(which, handler)
 
     def ask_to_stop(self, which: int, *_: Any) -> None:
+        """The handler of the signals; raises KeyboardInterrupt at the second Ctrl-C."""
         if self.is_asked and which == signal.SIGINT:
             raise KeyboardInterrupt
         self.is_asked = True
@@ -238,7 +242,7 @@ class CleanStop(StepCallback):
             self.go_on_or_stop(trainer.global_step)
 
     def go_on_or_stop(self, step: int) -> None:
-        """After a checkpoint."""
+        """Raise Interrupted if the run was asked to stop; called after a checkpoint."""
         self.saved_at = time.monotonic()
         if self.anyone(self.is_asked):
             self.checkpoints.files.wait()
@@ -296,6 +300,7 @@ class ProgressBar(StepCallback):
             self.draw(step)
 
     def draw(self, step: int) -> None:
+        """Redraw the bar with the numbers of the latest row, once there is one."""
         if row := self.metrics.row:
             self.drawn_at = time.perf_counter()
             numbers = f"loss {row['train/loss']:.3f}{self.validation}  {row['tokens_per_second']:,.0f} tok/s"

@@ -40,11 +40,11 @@ class CheckpointFiles(TorchCheckpointIO):
         self.then(write_whole, Path(path), snapshot(checkpoint, {}))
 
     def then(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Do this in the background too, after all that was asked for before."""
+        """Call `work` in the background too, after all that was asked for before."""
         self.under_way.append(self.thread.submit(work, *arguments))
 
     def wait(self) -> None:
-        """Until all is on disk. Raises OSError where it could not be written."""
+        """Wait until all is on disk. Raises OSError where it could not be written."""
         under_way, self.under_way = self.under_way, []
         for each in under_way:
             each.result()
@@ -54,10 +54,10 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 class Checkpoints(Callback):
-    """A checkpoint at every validation and at `save`; the newest `keep` stay, and that of lowest validation
-    loss.
+    """A checkpoint at every validation and at `save`; kept are the newest `keep`, and the best one.
 
-    Beside Lightning's own state they hold that of the random number generators of every rank.
+    The best has the lowest validation loss. Beside Lightning's own state they hold that of the random
+    number generators of every rank.
     """
 
     def __init__(self, directory: RunDirectory, files: CheckpointFiles, *, keep: int) -> None:
@@ -110,6 +110,7 @@ class Checkpoints(Callback):
         self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint of the step that just ended, and name it in the background once it is whole."""
         trainer.save_checkpoint(self.directory.checkpoint(trainer.global_step))
         if trainer.is_global_zero:
             self.files.then(self.name_checkpoint, trainer.global_step, trainer.global_step == self.best_step)
@@ -154,7 +155,7 @@ def seed_of(run: int, rank: int, step: int) -> int:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of Python, NumPy and torch, in types that load without running code."""
+    """The state of the generators of Python, NumPy and torch, in types that load without running code."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
@@ -166,6 +167,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators of Python, NumPy and torch to a state that `random_state` gave."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
@@ -189,6 +191,7 @@ class HashedFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write `data` and hash it; after an error it is only hashed. Returns its length."""
         self.sha256.update(data)
         if self.error is None:
             try:
@@ -198,15 +201,16 @@ class HashedFile:
         return len(data)
 
     def flush(self) -> None:
-        pass
+        """Nothing: `write_whole` flushes the file itself. torch's writer calls it."""
 
     def raise_error(self) -> None:
+        """Raise the first OSError that writing met."""
         if self.error is not None:
             raise self.error
 
 
 def write_whole(path: Path, state: dict[str, Any]) -> None:
-    """`path` and its checksum, which is in place first: a file that bears its name is complete.
+    """Write `path` and, before that has its name, its checksum: a file that bears the name is complete.
 
     Raises OSError, with nothing left of the attempt.
     """
@@ -227,7 +231,7 @@ def write_whole(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_checksum(path: Path, digest: str) -> None:
-    """`sha256sum --check` in the same folder reads it too."""
+    """Write the checksum in a form that `sha256sum --check` in the same folder reads too."""
     checksum = checksum_of(path)
     partial = partial_of(checksum)
     with partial.open("w") as file:
@@ -238,7 +242,7 @@ def write_checksum(path: Path, digest: str) -> None:
 
 
 def synchronise_directory(directory: Path) -> None:
-    """A rename is on disk when its directory is."""
+    """Write a directory to disk: a rename is there only when its directory is."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -276,9 +280,7 @@ def newest_whole_checkpoint(directory: RunDirectory) -> tuple[Path | None, list[
 
 
 def tidy_checkpoints(directory: RunDirectory, step: int) -> None:
-    """Rename checkpoints after `step`, which are damaged, to `.damaged`; remove what a kill has left half
-    done.
-    """
+    """Rename checkpoints after `step`, which are damaged, to `.damaged`; remove what a kill left behind."""
     damaged = [path for path in directory.step_checkpoints() if directory.step_of(path) > step]
     if step == 0:
         for path in (directory.last, directory.best):  # of the damaged ones
@@ -293,7 +295,7 @@ def tidy_checkpoints(directory: RunDirectory, step: int) -> None:
 
 
 def put_in_place(source: Path, target: Path) -> None:
-    """`target` becomes `source`'s content at once: a hard link where the file system has them, else a copy."""
+    """Give `target` the content of `source` at once, by a hard link; where there are none, by a copy."""
     if target.exists() and target.samefile(source):
         return
     partial = partial_of(target)
@@ -309,8 +311,10 @@ def put_in_place(source: Path, target: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
+    """The name under which a file is written before it is whole."""
     return path.with_name(path.name + ".partial")
 
 
 def checksum_of(path: Path) -> Path:
+    """The file beside `path` that holds its SHA-256."""
     return path.with_name(path.name + ".sha256")

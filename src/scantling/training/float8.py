@@ -34,7 +34,7 @@ def check_float8(precision: str, device: torch.device, decoder: Decoder) -> None
 
 
 def linear_layers(decoder: Decoder) -> list[nn.Linear]:
-    """Of the blocks; without experts, whose numbers of tokens are any, and routers."""
+    """Linear layers of the blocks, without routers and experts, whose numbers of tokens are any."""
     parts = list(decoder.blocks.modules())
     experts = {part for module in parts if isinstance(module, MixtureOfExperts) for part in module.modules()}
     return [part for part in parts if isinstance(part, nn.Linear) and part not in experts]

@@ -29,9 +29,10 @@ class BadStep(Exception):
 
 
 def robust_z(x: float, values: Sequence[float]) -> float:
-    """0.6745·(x - median)/MAD, MAD the median distance of `values` from their median. For normal numbers it
-    is the standard score, and single outliers among them do not move it. Iglewicz & Hoaglin 1993, How to
-    Detect and Handle Outliers, §3.3.
+    """0.6745·(x - median)/MAD, MAD the median distance of `values` from their median.
+
+    For normal numbers it is the standard score, and single outliers among them do not move it. Iglewicz &
+    Hoaglin 1993, How to Detect and Handle Outliers, §3.3.
     """
     middle = median(values)
     spread = median(abs(value - middle) for value in values)
@@ -105,7 +106,7 @@ class Guard(Callback):
         self.pending: list[tuple[int, Tensor, Tensor]] = []
 
     def note_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Of the step that just ended; nothing is read yet."""
+        """Note the step that just ended; nothing is read from the device yet."""
         if self.settings.action != "skip":
             self.pending.append((step, loss, grad_norm))
 
@@ -133,7 +134,7 @@ class Guard(Callback):
         return True
 
     def fault(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step; the loss of a good one joins those that the next ones are judged by."""
+        """What is wrong with a step; None: nothing, and later losses are judged by its loss too."""
         if not math.isfinite(loss):
             return f"train/loss is {loss}"
         if not math.isfinite(grad_norm) and not self.gradients_may_overflow:

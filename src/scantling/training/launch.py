@@ -11,8 +11,9 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 
 
 def devices_per_node(devices: int | str, device: torch.device) -> int:
-    """`auto` is every GPU, or one process on the CPU. Raises ValueError for fewer than 1, or more than there
-    are.
+    """The number of processes on each machine; `auto` is every GPU, or one process on the CPU.
+
+    Raises ValueError for fewer than 1, or more than there are GPUs.
     """
     found = torch.cuda.device_count() if device.type == "cuda" else 1
     if devices == "auto":
@@ -25,7 +26,7 @@ def devices_per_node(devices: int | str, device: torch.device) -> int:
 
 
 def check_launch(devices: int, nodes: int) -> None:
-    """Raise ValueError where torchrun or SLURM, or nobody, started the processes that these settings ask for."""
+    """Raise ValueError unless whoever started the processes, torchrun, SLURM or nobody, fits the settings."""
     wanted = f"trainer.devices={devices} × trainer.nodes={nodes}"
     if TorchElasticEnvironment.detect():
         launcher, started, on_node = "torchrun", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
@@ -50,12 +51,13 @@ def check_launch(devices: int, nodes: int) -> None:
 
 
 def under_srun() -> bool:
-    """Whether Lightning would say that SLURM started this, and without its warning where SLURM is only there."""
+    """Whether Lightning would say that SLURM started this process, asked without its warning."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def cluster_environment() -> list[ClusterEnvironment]:
-    """SLURM's, without Lightning's requeuing, which writes checkpoints of another kind: `CleanStop` has its
-    signals.
+    """SLURM's environment, without Lightning's requeuing, whose checkpoints are of another kind.
+
+    `CleanStop` has its signals.
     """
     return [SLURMEnvironment(auto_requeue=False)] if under_srun() else []

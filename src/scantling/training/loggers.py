@@ -14,7 +14,6 @@ from lightning.pytorch.loggers import WandbLogger
 from scantling.runs.directory import Row
 from scantling.runs.wandb_file import records
 
-
 PATIENCE = 300
 """Seconds that W&B's own process has to start, where no server is waited for: on a busy machine 30 are too few."""
 
@@ -36,9 +35,7 @@ class Wandb(WandbLogger):
         self.mirrored: set[int] = set()
         """Steps that earlier segments hold."""
         self.is_lost = False
-        """Whether W&B's own process has gone: a scheduler's SIGTERM ends it while the run writes its
-        checkpoint.
-        """
+        """Whether W&B's own process has gone: a SIGTERM ends it while the run still writes its checkpoint."""
         super().__init__(
             project=project,
             tags=tags,
@@ -106,6 +103,7 @@ class Wandb(WandbLogger):
                 self.lose(error)
 
     def lose(self, error: OSError) -> None:
+        """Warn once that W&B has ended; from then on nothing is sent to it."""
         self.is_lost = True
         print(
             f"warning: W&B ended ({error}): metrics.jsonl goes on, and a resumed run mirrors what is missing",
@@ -113,6 +111,7 @@ class Wandb(WandbLogger):
         )
 
     def log_sample(self, text: str, step: int) -> None:
+        """Log a text, escaped, as preformatted HTML."""
         import wandb
 
         escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

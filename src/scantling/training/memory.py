@@ -1,4 +1,4 @@
-"""Peak memory of a device while it trains: what each engine holds of weights, gradients and optimiser, and the activations."""
+"""Peak memory of a device while it trains: weights, gradients, optimiser and activations, by engine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Engine:
-    """What one of N devices holds a share of, not the whole."""
+    """What one of N devices holds only a share of."""
 
     optimizer: bool = False
     gradients: bool = False
     weights: bool = False
     copies: int = 0
-    """Of its share of the weights, beside them."""
+    """Copies of its share of the weights, beside them."""
     buckets: int = 0
     """Bytes that gradients and weights are sent in."""
     offloads: bool = False
@@ -52,8 +52,8 @@ ENGINES = {
     "zero3": ZERO3,
     "zero3_offload": replace(ZERO3, offloads=True),
 }
-"""By `trainer.engine`, the fastest first. Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1, less its float16:
-weights are float32 here.
+"""By `trainer.engine`, the fastest first. Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1, less its
+float16: weights are float32 here.
 """
 
 
@@ -71,7 +71,7 @@ class Memory:
     states: int
     """Weights and the optimiser's numbers whole, as in a checkpoint; no part of the sum."""
     overlap: int
-    """Of gradients, activations and logits, what is not there at the peak."""
+    """What of gradients, activations and logits is not there at the peak."""
 
     @property
     def total(self) -> int:
@@ -82,17 +82,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """Of one layer: what the choice of its kernel follows from, and what that kernel keeps."""
+    """What the choice of a layer's kernel follows from, and what that kernel keeps."""
 
     heads: HeadSizes
     plain: bool
-    """Whether no score is masked, biased or capped, but for causality."""
+    """Whether only causality hides scores, and neither bias nor cap changes them."""
     learned_bias: bool
     softcap: float | None
     dropout: float
 
     @classmethod
     def of(cls, decoder: Decoder, mixer: PatternedAttention) -> AttentionSizes:
+        """The sizes of one mixer of the decoder in training."""
         biased = decoder.pos.bias is not None
         unmasked = mixer.pattern.is_full and decoder.first_of_document is None
         return cls(
@@ -106,9 +107,9 @@ class AttentionSizes:
     def kept(self, sequences: int, seq_len: int, half_precision: bool, on_gpu: bool) -> int:
         """Bytes, beside queries, keys, values and output, which stand among the layer's `products`.
 
-        A kernel that forms no scores keeps a number for each query, the logarithm of its sum of exponentials. One that
-        forms them keeps the weights; with dropout its mask and what that leaves too, with a cap the tangent. PyTorch's
-        own formula takes bfloat16 to float32.
+        A kernel that forms no scores keeps a number for each query, the logarithm of its sum of exponentials.
+        One that forms them keeps the weights; with dropout its mask and what that leaves too, with a cap the
+        tangent. PyTorch's own formula takes bfloat16 to float32.
         """
         device = "cuda" if on_gpu else "cpu"
         n_heads, n_kv_heads, width, value_width = self.heads
@@ -148,15 +149,15 @@ class AttentionSizes:
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """Of a model, in numbers: what its memory follows from."""
+    """A model in the numbers that its memory follows from."""
 
     parameters: int
     optimizer: int
-    """Kept beside the parameters."""
+    """The optimiser's numbers, kept beside the parameters."""
     blocks: tuple[int, ...]
     """Parameters of each."""
     matrices: int
-    """In blocks and head."""
+    """Parameters of the matrices in blocks and head."""
     head: int
     vocab_size: int
     d_model: int
@@ -169,8 +170,10 @@ class DecoderSizes:
 
     @classmethod
     def of(cls, decoder: Decoder, optimizer: Callable[..., torch.optim.Optimizer]) -> DecoderSizes:
-        """After Korthikanti et al. 2022, arXiv:2205.05198, §4. A layer keeps the input and output of every linear layer,
-        of the experts those chosen, and two tensors of width D for each norm, at least four for the residual sums.
+        """The sizes of a decoder, counted after Korthikanti et al. 2022, arXiv:2205.05198, §4.
+
+        A layer keeps the input and output of every linear layer, of the experts those chosen, and two tensors
+        of width D for each norm, at least four for the residual sums.
         """
         head = decoder.head.flops(decoder.embed) // 2
         out = decoder.layers[0].attn.out
@@ -203,7 +206,10 @@ class DecoderSizes:
 
 
 def optimizer_numbers(decoder: Decoder, optimizer: Callable[..., torch.optim.Optimizer]) -> int:
-    """Seen in one step on parameters of the same names all of whose axes are 1 long; of like ones one stands for all."""
+    """Numbers that the optimiser keeps, seen in one step on small parameters of the same names.
+
+    All their axes have length 1; of parameters that are alike one stands for all.
+    """
     kinds: dict[str, int] = defaultdict(int)
     small = {}
     for name, p in decoder.named_parameters():
@@ -233,14 +239,14 @@ def training_memory(
     averages: bool,
     on_gpu: bool,
 ) -> Memory:
-    """Float32 weights and gradients, the optimiser's numbers, and what the backward pass needs of the forward pass.
+    """The peak: float32 weights and gradients, the optimiser's numbers, and what the backward pass needs.
 
-    With checkpoints every block keeps its input, and one all the rest. The logits stand three times in float32, their
-    gradient among them, as if every head took the whole vocabulary; where they come in chunks, those of one chunk do,
-    and the head's gradient waits beside the others. In half precision autocast keeps a copy of each matrix until the
-    backward pass is over. Gradients come while activations go, where not all of them stand from the
-    start. An average of the weights is as large as they are. Of
-    attention stands what the kernel keeps that is taken.
+    With checkpoints every block keeps its input, and one all the rest. The logits stand three times in
+    float32, their gradient among them, as if every head took the whole vocabulary; where they come in chunks,
+    those of one chunk do, and the head's gradient waits beside the others. In half precision autocast keeps a
+    copy of each matrix until the backward pass is over. Gradients come while activations go, where not all of
+    them stand from the start. An average of the weights is as large as they are. Attention counts what its
+    chosen kernel keeps.
     """
     n, tokens, width = sizes.parameters, sequences * seq_len, 2 if half_precision else FLOAT32
     kept = [
@@ -288,8 +294,10 @@ class Choice:
 
 
 def choices_of_memory(per_device: int) -> Iterator[Choice]:
-    """The cheapest first: engines that keep to the device, then the same with activations computed twice, at last those
-    that offload; each with fewer and fewer sequences at once, which costs next to nothing. `per_device` sequences at most.
+    """Choices, the cheapest first, each with fewer and fewer sequences at once, `per_device` at most.
+
+    Engines that keep to the device come first, then the same with activations computed twice, at last those
+    that offload. Fewer sequences cost next to nothing.
     """
     for offloads, checkpointed in itertools.product((False, True), repeat=2):
         for name, engine in ENGINES.items():
@@ -299,7 +307,7 @@ def choices_of_memory(per_device: int) -> Iterator[Choice]:
 
 
 def number_of_bytes(text: str) -> int:
-    """`80GB` is 80·10⁹. Raises ValueError for what is no size."""
+    """A size in bytes: `80GB` is 80·10⁹. Raises ValueError for what is not a size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B", text)
     if match is None:
         raise ValueError(f"memory={text} is no size: write 80GB or 500MB")

@@ -17,7 +17,7 @@ Forecast = Callable[[Choice], Memory]
 def memory_forecast(
     config: DictConfig, decoder: Decoder, *, devices: int, half_precision: bool, on_gpu: bool
 ) -> Forecast:
-    """That of one of `devices` devices, under the settings of `config` but for those of the choice."""
+    """The forecast for one of `devices` devices, under the settings of `config` beside the choice's."""
     sizes = DecoderSizes.of(decoder, instantiate(config.optim, _convert_="all"))
     return lambda choice: training_memory(
         sizes,
@@ -34,5 +34,5 @@ def memory_forecast(
 
 
 def cheapest_within(limit: float, choices: Iterable[Choice], forecast: Forecast) -> Choice | None:
-    """The first of `choices`, which come cheapest first, whose peak is at most `limit` bytes; None: none is."""
+    """The first choice whose peak is at most `limit` bytes; None: there is none. The cheapest come first."""
     return next((choice for choice in choices if forecast(choice).total <= limit), None)

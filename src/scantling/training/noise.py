@@ -16,8 +16,9 @@ from scantling.training.strategies import FullySharded, Zero
 
 
 def estimates(small: Tensor, big: Tensor, b_small: float, b_big: float) -> tuple[Tensor, Tensor]:
-    """Unbiased |G|² and tr Σ from the squared norms of the mean gradients of two batches, for E|G_B|² is
-    |G|² + tr(Σ)/B. McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, eq. A.2.
+    """Unbiased |G|² and tr Σ from the squared norms of the mean gradients of two batches.
+
+    E|G_B|² is |G|² + tr(Σ)/B. McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, eq. A.2.
     """
     squared = (b_big * big - b_small * small) / (b_big - b_small)
     trace = (small - big) / (1 / b_small - 1 / b_big)
@@ -25,10 +26,10 @@ def estimates(small: Tensor, big: Tensor, b_small: float, b_big: float) -> tuple
 
 
 class NoiseScale(StepCallback):
-    """B_simple = tr(Σ)/|G|² in tokens (ibid., eq. 2.9), from each process's first micro-batch and the whole
-    step.
+    """B_simple = tr(Σ)/|G|² in tokens, from each process's first micro-batch and the whole step.
 
-    Both estimates are averaged over steps, for the ratio of two single ones says nothing (ibid., A.1).
+    Ibid., eq. 2.9. Both estimates are averaged over steps, as the ratio of two single ones
+    says nothing (ibid., A.1).
     """
 
     DECAY = 0.99
@@ -37,7 +38,7 @@ class NoiseScale(StepCallback):
         """`micro_batches` of each process in a step, and the tokens of the steps before one."""
         self.micro_batches, self.processes, self.tokens_before = micro_batches, processes, tokens_before
         self.averages = torch.zeros(2)
-        """Of |G|² and tr Σ, both short of the same factor."""
+        """Averages of |G|² and tr Σ, both short of the same factor."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.micro_batches == 1:  # the gradients are those of the first
@@ -58,7 +59,7 @@ class NoiseScale(StepCallback):
         self.averages = torch.lerp(found, self.averages.to(found.device), self.DECAY)
 
     def columns(self) -> dict[str, float]:
-        """For a row of metrics; nothing while the averages are still so noisy that one is negative."""
+        """Columns of a row of metrics; none while the averages are so noisy that one is negative."""
         squared, trace = self.averages.tolist()
         return {"noise_scale": trace / squared} if squared > 0 and trace > 0 else {}
 

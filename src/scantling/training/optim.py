@@ -34,12 +34,11 @@ def check_betas(betas: Sequence[float]) -> None:
 
 
 def follow_width(optimizer: torch.optim.Optimizer, factors: Mapping[torch.nn.Parameter, float]) -> None:
-    """Multiply each parameter's rate by its factor, and divide its weight decay by it, so that rate × decay
-    stays, as in the reference code of Yang et al. 2022, arXiv:2203.03466. Groups are split; those of factor 1
-    come first.
+    """Multiply each parameter's rate by its factor, and divide its weight decay by it.
 
-    Raises ValueError for an optimiser whose steps are not, like Adam's, as long as the rate whatever the
-    gradient.
+    So rate × decay stays, as in the reference code of Yang et al. 2022, arXiv:2203.03466. Groups are
+    split; those of factor 1 come first. Raises ValueError for optimisers whose steps depend on the
+    gradient's size, unlike Adam's.
     """
     if set(factors.values()) == {1.0}:
         return
@@ -134,13 +133,11 @@ def muon(
 
 
 class Muon(torch.optim.Optimizer):
-    """w ← (1-lr·λ)·w - 0.2·√max(rows, columns)·lr·orthogonalised(g + μ·m), m ← μ·m + g. Jordan et al. 2024,
-    Muon.
+    """w ← (1-lr·λ)·w - 0.2·√max(rows, columns)·lr·orthogonalised(g + μ·m), m ← μ·m + g. Jordan et al. 2024.
 
-    The scale of the update is Liu et al. 2025, arXiv:2502.16982, eq. 4, so that AdamW's learning rate serves
-    both.
-
-    Groups with a `momentum` take Muon, the others AdamW. Matrices of one shape are orthogonalised together.
+    The scale of the update is Liu et al. 2025, arXiv:2502.16982, eq. 4, so that AdamW's
+    learning rate serves both. Groups with a `momentum` take Muon, the others AdamW. Matrices of
+    one shape are orthogonalised together.
     """
 
     def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -159,6 +156,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def step_muon(self, group: dict) -> None:
+        """Muon's step, for a group of matrices."""
         by_shape = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
@@ -174,6 +172,7 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.type_as(p), alpha=step)
 
     def step_adamw(self, group: dict) -> None:
+        """AdamW's step by torch's fused kernel, for a group of other parameters."""
         parameters = [p for p in group["params"] if p.grad is not None]
         states = [self.state[p] for p in parameters]
         for p, state in zip(parameters, states, strict=True):
@@ -201,7 +200,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def momentum_of(state: dict, p: Tensor) -> Tensor:
-    """Zero before the first step."""
+    """The momentum of `p`, zero before the first step."""
     if not state:
         state["momentum"] = torch.zeros_like(p)
     return state["momentum"]

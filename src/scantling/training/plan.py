@@ -28,7 +28,7 @@ class Plan:
     world_size: int
     flops_per_token: float
     memory: Memory
-    """Of one device, at its peak."""
+    """Memory of one device at its peak."""
 
     @classmethod
     def of(
@@ -42,6 +42,7 @@ class Plan:
         world_size: int,
         memory: Memory,
     ) -> Plan:
+        """The plan of a decoder for these counts."""
         return cls(
             counts=counts,
             steps=steps,
@@ -55,6 +56,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
+        """N, all parameters."""
         return sum(self.counts.values())
 
     @property
@@ -63,19 +65,21 @@ class Plan:
         return self.sizes.full // (self.micro_batch_size * self.world_size)
 
     def tokens_before(self, step: int) -> int:
-        """In the first `step` steps."""
+        """Tokens of the first `step` steps."""
         return self.sizes.before(step) * self.seq_len
 
     @property
     def tokens(self) -> int:
+        """D, the tokens of all steps."""
         return self.tokens_before(self.steps)
 
     @property
     def flops(self) -> float:
+        """C, training FLOPs of all steps."""
         return self.tokens * self.flops_per_token
 
     def table(self, about: dict[str, str], corpus_tokens: int) -> Group:
-        """For the terminal; `about` are lines that describe model, data and device."""
+        """The plan for the terminal; `about` are lines that describe model, data and device."""
         lines = Table.grid(padding=(0, 2))
         for name, text in about.items():
             lines.add_row(f"[bold]{name}[/bold]", text)

@@ -48,8 +48,7 @@ def check_profile(steps: int) -> None:
 
 
 class Profile(StepCallback):
-    """Profiles `PROFILED_STEPS` steps: `trace.json.gz` for chrome://tracing or Perfetto, and a table, also
-    printed.
+    """Profiles `PROFILED_STEPS` steps: a trace for chrome://tracing or Perfetto, and a table, also printed.
 
     Stands last among the callbacks. Every process does the same work; the first one records it.
     """
@@ -81,6 +80,7 @@ class Profile(StepCallback):
             self.write(trainer.strategy.root_device.type)
 
     def write(self, device: str) -> None:
+        """Write `trace.json.gz` and `table.txt`, and print the table."""
         self.directory.mkdir(exist_ok=True)
         self.profile.export_chrome_trace(str(self.directory / "trace.json.gz"))
         table = profile_table(self.profile.events(), device)
@@ -140,7 +140,7 @@ def label_parts(task: Any, callbacks: StepCallbacks, undo: ExitStack) -> None:
 
 
 def restore_method(owner: Any, method: str, own: Any) -> None:
-    """`own` is what the object itself had by that name; None: its class has it."""
+    """Undo a label; `own`: what the object itself had by that name, None: its class has the method."""
     if own is None:
         delattr(owner, method)
     else:

@@ -1,4 +1,4 @@
-"""The processes of one run: all end when one dies, what it died of is printed, and a flag of one reaches all."""
+"""The processes of one run: all end when one dies, its reason is printed, and a flag of one reaches all."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from scantling.runs.parent_process import end_with_parent
 from scantling.training.loggers import Wandb
 
 FIRST_PROCESS = "SCANTLING_FIRST_PROCESS"
-"""In the environment of those that it starts."""
+"""Set in the environment of the processes that the first one starts."""
 NEVER = timedelta(days=20)
-"""Gloo counts milliseconds in 31 bits."""
+"""As long as gloo can wait: it counts milliseconds in 31 bits."""
 SECONDS_TO_END = 20.0
-"""That a process has for its last words once it has failed, or has lost another."""
+"""Time that a process has for its last words once it has failed, or has lost another."""
 SECONDS_TO_NOTICE = 0.5
-"""Within which the death of another process is known here when it is the reason of an error."""
+"""Time within which a process notices that another's death is the reason of an error."""
 
 
 class EndTogether(Callback):
-    """Each process listens to the next, in a ring over gloo: when the connection breaks, that one is dead,
-    and the listener ends too, even while it waits for a GPU which itself waits for the dead.
+    """Each process listens to the next, in a ring over gloo, and ends when that one has died.
 
-    `is_agreed` knows exceptions that all processes raise after the same step, `is_explained` those that are
-    explained later; any other is printed here and ends the process.
+    Its death breaks the connection. The listener ends even while it waits for a GPU which itself waits for
+    the dead. `is_agreed` knows exceptions that all processes raise after the same step, `is_explained` those
+    that are explained later; any other is printed here and ends the process.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class EndTogether(Callback):
             self.listener.start()
 
     def listen(self) -> None:
+        """Wait, in a thread, for the next process: a broken connection means its death, and ends this one."""
         following = (self.trainer.global_rank + 1) % self.trainer.world_size
         try:
             dist.recv(torch.zeros(1), src=following, group=self.ring)
@@ -71,7 +72,10 @@ class EndTogether(Callback):
             self.end_process("another process of this run died")
 
     def leave_ring(self) -> None:
-        """Where all processes end: tell the one before that this one goes, and wait until the next one does."""
+        """Tell the process before that this one goes, and wait until the next does so.
+
+        Here all processes end.
+        """
         if self.listener is not None:
             before = (self.trainer.global_rank - 1) % self.trainer.world_size
             with contextlib.suppress(RuntimeError):
@@ -100,6 +104,7 @@ class EndTogether(Callback):
         self.end_process(traceback.format_exception_only(exception)[-1].strip())
 
     def end_process(self, reason: str) -> None:
+        """Print who ends and why, close W&B, and exit with code 1 at once."""
         self.console.show_cursor()  # a bar hides it
         who = f"process {self.trainer.global_rank} of {self.trainer.world_size}"
         print(f"error: {who}: {reason}", file=sys.stderr, flush=True)
@@ -122,7 +127,7 @@ def is_first_process() -> bool:
 
 
 def end_with_first_process() -> None:
-    """A process that Lightning started from the first ends when that does, on Linux."""
+    """End this process, which Lightning started from the first, when the first ends; on Linux."""
     parent = os.getppid()
     if os.environ.get(FIRST_PROCESS) == str(parent):
         end_with_parent(parent)

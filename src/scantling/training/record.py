@@ -36,7 +36,10 @@ from scantling.training.strategies import WholeCheckpoints
 
 @rank_zero_only
 def set_up_directory(run: Run) -> None:
-    """Set the run's directory up, so that it explains itself; raises where it cannot be written or is too small."""
+    """Set the run's directory up, so that it explains itself.
+
+    Raises ValueError where it cannot be written, or has no room.
+    """
     run.directory.begin(OmegaConf.to_yaml(resolved_config(run.config)), environment(run))
     there = len(run.directory.step_checkpoints())
     wanted = run.config.checkpoint.keep + 2  # the best, the next
@@ -45,6 +48,7 @@ def set_up_directory(run: Run) -> None:
 
 
 def environment(run: Run) -> dict[str, Any]:
+    """What `env.json` holds: versions, device, plan and text of the run."""
     return {
         "scantling": __version__,
         "commit": git_commit(),
@@ -67,7 +71,7 @@ def environment(run: Run) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Of this project's checkout, marked when files differ from it; None outside one."""
+    """The commit of this project's checkout, marked when files differ from it; None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -98,7 +102,7 @@ def open_loggers(run: Run, console: Console, was_begun: bool) -> list[Logger]:
 
 
 def tags_of_arm(arm: str | None, typed: Sequence[str]) -> list[str]:
-    """Its name; of one without a name the parts that were typed for it, as `attn=gqa`."""
+    """Tags of an arm: its name, else the parts that were typed for it, as `attn=gqa`."""
     if arm is not None:
         return [arm]
     return [text for text in typed if re.split(r"[/.=]", text)[0] in PARTS]
@@ -106,7 +110,10 @@ def tags_of_arm(arm: str | None, typed: Sequence[str]) -> list[str]:
 
 @rank_zero_only
 def write_summary(run: Run, peak: float, peak_source: str, *, best_step: int) -> None:
-    """And the curves. `best_step` is that of the best checkpoint; where no loss was a number, the last row is best."""
+    """Write `summary.json` and draw the curves.
+
+    `best_step` is that of the best checkpoint; where no loss was a number, the last row is best.
+    """
     rows = run.directory.metrics()
     draw_curves(rows, run.directory.curves, title=run.directory.name)
     best = next((row for row in rows if row["step"] == best_step), rows[-1])
@@ -124,8 +131,9 @@ def write_summary(run: Run, peak: float, peak_source: str, *, best_step: int) ->
 
 
 def draw_sample(run: Run, decoder: Decoder, strategy: Strategy | None) -> str | None:
-    """A sample, in the first process. Where each has a part of the weights all must call this: the first gathers
-    them into a model of its own.
+    """A sample, in the first process; None in the others.
+
+    Where each has a part of the weights all must call this: the first gathers them into a model of its own.
     """
     if isinstance(strategy, WholeCheckpoints) and strategy.shards_weights:
         state = strategy.lightning_module_state_dict()
@@ -151,7 +159,8 @@ def last_screen(run: Run) -> str:
     summary, path = run.directory.summary, run.directory.path
     return (
         f"\n[bold]{summary['val/bpb']:.4f} bits/byte[/bold]  (loss {summary['val/loss']:.4f} nats/token, "
-        f"perplexity {summary['val/perplexity']:.2f}) after {summary['tokens']:,} tokens, {summary['flops']:.3g} FLOPs, "
+        f"perplexity {summary['val/perplexity']:.2f}) "
+        f"after {summary['tokens']:,} tokens, {summary['flops']:.3g} FLOPs, "
         f"{summary['seconds']:.0f} s of training\n\n"
         f"[dim]a sample of at most {run.config.sample.n_tokens} tokens:[/dim]\n"
         f"{escape(run.directory.last_sample)}\n\n"

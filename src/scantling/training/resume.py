@@ -43,7 +43,7 @@ def locate_run(config: DictConfig) -> tuple[DictConfig, RunDirectory]:
 
 
 def compose_again(stored: Sequence[str], typed: Sequence[str]) -> DictConfig:
-    """The configuration of a run's overrides, and of those of this command line in their place."""
+    """The configuration of a run's overrides, replaced by those of this command line where both are given."""
     anew = {override.partition("=")[0] for override in typed}
     kept = [override for override in stored if override.partition("=")[0] not in anew]
     return compose_config("train", [*kept, *typed])
@@ -57,9 +57,10 @@ def own_identity(config: DictConfig, here: DictConfig) -> dict[str, Any]:
 
 
 def already_finished(directory: RunDirectory) -> str:
+    """What to say of a finished run: its result, and how to train another."""
     summary = directory.summary
     return (
         f"This run is finished: {summary['val/bpb']:.4f} bits/byte after {summary['tokens']:,} tokens, in "
-        f"{directory.path}\nChange a setting (seed=1, say) for another run; trainer, logger, log_every, guard "
-        "and sample make none. resume=never repeats it beside this one."
+        f"{directory.path}\nChange a setting (seed=1, say) for another run; "
+        "trainer, logger, log_every, guard and sample make none. resume=never repeats it beside this one."
     )

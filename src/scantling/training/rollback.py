@@ -18,7 +18,7 @@ from scantling.training.ranks import is_first_process
 
 
 def count_guarded(run: Run, step: int) -> int:
-    """How often training was rolled back, or a step up to `step` skipped."""
+    """How often training was rolled back, or skipped a step up to `step`."""
     rows = run.directory.guarded()
     return sum(
         row["action"] == "rollback" or (row["action"] == "skip" and row["step"] <= step) for row in rows
@@ -26,7 +26,7 @@ def count_guarded(run: Run, step: int) -> int:
 
 
 def samples_of(run: Run, first: int, last: int) -> list[int]:
-    """The half-open range of samples of these steps, counted from 1."""
+    """The half-open range of samples of the steps `first` to `last`, counted from 1."""
     places = places_left_out(run)
     begin, end = (place_in_order(step - 1, places) for step in (max(1, first), last))
     return [run.plan.sizes.before(begin), run.plan.sizes.before(end + 1)]
@@ -34,7 +34,9 @@ def samples_of(run: Run, first: int, last: int) -> list[int]:
 
 @rank_zero_only
 def record_bad_step(run: Run, bad: BadStep, action: str) -> None:
-    """In `guards.jsonl`, with the step's samples; for a rollback, with all that are left out from here on."""
+    """Append to `guards.jsonl` the step with its samples; for a rollback, with all that
+    are left out from here on.
+    """
     first = bad.step - run.guard.batches + 1 if action == "rollback" else bad.step
     samples = samples_of(run, first, bad.step)
     run.directory.guard({"step": bad.step, "reason": str(bad), "action": action, "samples": samples})
@@ -56,7 +58,7 @@ def stop_run(run: Run, bad: BadStep) -> NoReturn:
 
 
 def roll_back(run: Run, bad: BadStep) -> None:
-    """Back to the newest checkpoint before the batches that are to be left out, or to the start."""
+    """Go back to the newest checkpoint before the batches that are to be left out, or to the start."""
     if is_first_process():
         # First these, then the record: whenever the process dies, what is left fits together.
         remove_after(run.directory, bad.step - run.guard.batches)

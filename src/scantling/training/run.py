@@ -1,5 +1,6 @@
-"""Training of a run, from its first step or its newest checkpoint to the last: `fit`. Below it its parts are
-built.
+"""Training of a run, from its first step or its newest checkpoint to the last: `fit`.
+
+The functions below it build its parts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from scantling.training.trainer import build_trainer, quiet_lightning
 
 
 def fit(run: Run, console: Console) -> None:
-    """Train to the end of the plan, back from steps that the guard does not let pass; then write the summary."""
+    """Train to the end of the plan and write the summary; bad steps are taken back as the guard says."""
     while True:
         try:
             return fit_from_checkpoint(run, console)
@@ -77,8 +78,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
     noise_scale = build_noise_scale(run)
     metrics = build_metrics(run, guard, noise_scale, peak)
     checkpoints = Checkpoints(run.directory, CheckpointFiles(), keep=run.config.checkpoint.keep)
-    # In this order after a step and a validation: what reads them, what looks at the weights, what keeps
-    # them.
+    # After a step and a validation, in order: what reads numbers, looks at the weights, keeps them.
     callbacks = StepCallbacks(
         [
             *([] if noise_scale is None else [noise_scale]),
@@ -101,7 +101,7 @@ def fit_from_checkpoint(run: Run, console: Console) -> None:
 
 
 def train(run: Run, trainer: L.Trainer, task: LanguageModelTask, console: Console) -> None:
-    """Raises BadStep. An interrupted run ends the process with code 130."""
+    """Train with the trainer. Raises BadStep. An interrupted run ends the process with code 130."""
     batches = training_batches(run, rank=trainer.global_rank)
     held_out = validation_batches(
         run.corpus.val.tokens,
@@ -120,8 +120,7 @@ def train(run: Run, trainer: L.Trainer, task: LanguageModelTask, console: Consol
         )
     except Interrupted as stop:
         console.print(f"\n{stop}; the same command goes on from there")
-        # A launcher kills all processes when one of them fails: only the first, which has most to do, says
-        # so.
+        # A launcher kills all processes when one fails: only the first, which has most to do, says so.
         sys.exit(130 if is_first_process() else 0)
     finally:
         gc.unfreeze()
@@ -129,7 +128,7 @@ def train(run: Run, trainer: L.Trainer, task: LanguageModelTask, console: Consol
 
 @contextmanager
 def closing(metrics: Metrics, loggers: Sequence[Logger]) -> Iterator[None]:
-    """However training ends, the file of metrics is closed, and W&B is told whether it succeeded."""
+    """Close the file of metrics however training ends, and tell W&B whether it succeeded."""
     succeeded = False
     try:
         yield
@@ -146,7 +145,7 @@ def closing(metrics: Metrics, loggers: Sequence[Logger]) -> Iterator[None]:
 
 
 def build_decoder_to_train(run: Run, console: Console) -> Decoder:
-    """Its weights drawn, and all that the configuration says of its training set."""
+    """The decoder with its weights drawn, set up for training as the configuration says."""
     config, tokenizer = run.config, run.corpus.tokenizer
     decoder = build_decoder(config, tokenizer.vocab_size, "cpu")
     decoder.initialise(config.seed)
@@ -160,7 +159,7 @@ def build_decoder_to_train(run: Run, console: Console) -> Decoder:
 
 
 def print_start(run: Run, console: Console, peak: float, peak_source: str) -> None:
-    """The machine's peak, checkpoints that cannot serve, and the step that training goes on from."""
+    """Print the machine's peak, checkpoints that cannot serve, and the step that training goes on from."""
     console.print(f"[bold]peak[/bold]        {peak / 1e9:,.0f} GFLOP/s, {peak_source}")
     for line in run.damaged:
         console.print(f"warning: {line}; skipped", soft_wrap=True)
@@ -169,6 +168,7 @@ def print_start(run: Run, console: Console, peak: float, peak_source: str) -> No
 
 
 def build_guard(run: Run) -> Guard:
+    """The guard of the run's settings, which records bad steps in the run's directory."""
     return Guard(
         run.guard,
         record=lambda bad, action: record_bad_step(run, bad, action),
@@ -178,6 +178,7 @@ def build_guard(run: Run) -> Guard:
 
 
 def build_task(run: Run, decoder: Decoder, guard: Guard) -> LanguageModelTask:
+    """The task with the run's optimiser, schedule and, where steps may be skipped, its guard."""
     config = run.config
     return LanguageModelTask(
         decoder,
@@ -191,6 +192,7 @@ def build_task(run: Run, decoder: Decoder, guard: Guard) -> LanguageModelTask:
 
 
 def build_noise_scale(run: Run) -> NoiseScale | None:
+    """The measure of the gradient noise scale; None where `noise_scale` is off."""
     if not run.config.noise_scale:
         return None
     return NoiseScale(
@@ -201,8 +203,9 @@ def build_noise_scale(run: Run) -> NoiseScale | None:
 
 
 def build_metrics(run: Run, guard: Guard, noise_scale: NoiseScale | None, peak: float) -> Metrics:
-    """In the first process it opens the file, and takes away the rows after the step that training goes on
-    from.
+    """The metrics, which open their file in the first process.
+
+    Rows after the step that training goes on from are taken away.
     """
     config, plan = run.config, run.plan
     return Metrics(
@@ -219,7 +222,7 @@ def build_metrics(run: Run, guard: Guard, noise_scale: NoiseScale | None, peak: 
 
 
 def add_profile(run: Run, console: Console, callbacks: StepCallbacks) -> None:
-    """Behind all others, where one is asked for and steps enough are left for it."""
+    """Add the profile behind all others, where one is asked for and enough steps are left for it."""
     left = run.plan.steps - run.first_step
     if run.config.profile and left < STEPS_OF_A_PROFILE:
         console.print(f"no profile: it takes {STEPS_OF_A_PROFILE} steps, and {left} are left")
@@ -233,14 +236,15 @@ def add_profile(run: Run, console: Console, callbacks: StepCallbacks) -> None:
 
 
 def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that the disk, a quota or the largest file size is reached."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_agreed(error: BaseException) -> bool:
-    """Whether all processes raise it after the same step."""
+    """Whether all processes raise the error after the same step."""
     return isinstance(error, BadStep | Interrupted)
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether what follows says it in one line, or nothing needs to be said."""
+    """Whether what follows tells the error in one line, or nothing needs to be said."""
     return isinstance(error, KeyboardInterrupt) or hardware.ran_out_of_memory(error) or is_full_disk(error)

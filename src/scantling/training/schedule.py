@@ -1,5 +1,6 @@
-"""Learning-rate schedules: `schedule=`. Each gives the factor of the peak rate at a step of `total`, and
-raises ValueError for a negative warm-up, and for a floor or a share of decay that is not from 0 to 1.
+"""Learning-rate schedules: `schedule=`. Each gives the factor of the peak rate at a step of `total`.
+
+They raise ValueError for a negative warm-up, and for a floor or a share of decay that is not from 0 to 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def progress(step: int, total: int, warmup: float) -> float:
 
 
 def down_to(floor: float, share: float) -> float:
-    """`share` of the way from `floor` to 1."""
+    """The factor at `share` of the way from `floor` to 1."""
     check_share("schedule.floor", floor)
     return floor + (1 - floor) * share
 

@@ -13,22 +13,21 @@ from torch import Tensor
 class StepState:
     """What is known of the optimiser step under way and, when it is over, of the one that ended.
 
-    The task owns it and alone writes it; metrics, guard and noise scale read it. Tensors stay on the device:
-    nothing here waits for a GPU.
+    Only the task, which owns it, writes it; metrics, guard and noise scale read it. Tensors stay on the
+    device: nothing here waits for a GPU.
     """
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """This process's share of the mean loss over the step's targets, in nats: a sum over its micro-batches.
-    """
+    """This process's share of the mean loss over the step's targets, in nats: a sum over micro-batches."""
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Of the gradients of all processes, before clipping."""
+    """Norm of the gradients of all processes, before clipping."""
     lr: float = 0.0
-    """Of the first group of parameters."""
+    """Learning rate of the first group of parameters."""
     is_skipped: bool = False
-    """Whether no parameter moved in it."""
+    """Whether the step moved no parameter."""
 
     def add_loss(self, share: Tensor) -> None:
-        """Of one micro-batch."""
+        """Add the share of one micro-batch."""
         # A number of the host's and one of a GPU: a copy would wait for the forward pass.
         self.loss = self.loss + share.detach()
 

@@ -1,6 +1,7 @@
-"""Engines, `trainer=`: how several processes train one model. They are Lightning's strategies, made to run on
-CPUs too and to write one kind of checkpoint: a single file of whole tensors, from which any engine and any
-number of processes goes on.
+"""Engines, `trainer=`: how several processes train one model.
+
+They are Lightning's strategies, made to run on CPUs too and to write one kind of checkpoint: a single file of
+whole tensors, from which any engine and any number of processes goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from scantling.training.optim import Muon
 
 
 class Replicated(DDPStrategy):
-    """A whole model in each process; gradients are averaged. Li et al. 2020, arXiv:2006.15704; torch's DDP."""
+    """A whole model in each process; gradients are averaged.
+
+    Li et al. 2020, arXiv:2006.15704; torch's DDP.
+    """
 
     def __init__(self, device: torch.device, precision: str, *, find_unused_parameters: bool) -> None:
         super().__init__(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)
@@ -34,8 +38,8 @@ class Replicated(DDPStrategy):
 class WholeCheckpoints(Strategy):
     """Whole checkpoints of a sharded model: the first process gathers and writes, each reads its own part.
 
-    Weights are read before the model is cut up. A subclass gathers weights, and gathers and cuts the
-    optimiser's state.
+    Weights are read before the model is cut up. A subclass gathers weights, and gathers and
+    cuts the optimiser's state.
     """
 
     # What Lightning's sharded strategies change: they read a checkpoint after the cut, and write a folder.
@@ -48,10 +52,13 @@ class WholeCheckpoints(Strategy):
     @property
     @abstractmethod
     def shards_weights(self) -> bool:
-        """Whether no process has the whole model, so that whatever calls it must run in all of them."""
+        """Whether no process has the whole model, so that calls of it must run in all of them."""
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ValueError for what cannot be cut up; `optimizer` is of the chosen kind, over any parameters."""
+        """Raise ValueError for an optimiser that cannot be cut up.
+
+        `optimizer` is of the chosen kind, over any parameters.
+        """
         if isinstance(optimizer, Muon):
             raise ValueError(
                 "optim=muon works on whole matrices, which this trainer= cuts up: "
@@ -60,8 +67,7 @@ class WholeCheckpoints(Strategy):
 
 
 class Zero(WholeCheckpoints, DeepSpeedStrategy):
-    """Each process keeps a share of the optimiser's state (stage 1), and of gradients (2), and of weights
-    (3).
+    """Each process keeps a share of the optimiser's state (stage 1), of gradients (2), of weights (3).
 
     Rajbhandari et al. 2020, arXiv:1910.02054; what is kept in the host's memory, Ren et al. 2021,
     arXiv:2101.06840. `zero_optimization` is that section of DeepSpeed's own configuration. Mixed precision is
@@ -128,7 +134,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Of all gradients in the last step, before clipping; None where DeepSpeed has taken none."""
+        """Norm of all gradients in the last step, before clipping; None where DeepSpeed has taken none."""
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
@@ -145,7 +151,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
 
     @property
     def parameters(self) -> list[Any]:
-        """In the order in which a checkpoint numbers them."""
+        """Parameters in the order in which a checkpoint numbers them."""
         return [p for group in self.groups for p in group]
 
     @property
@@ -205,7 +211,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
                 self.set_share(p, stored["state"][i][key], key)
 
     def set_share(self, p: Any, value: Tensor, key: str) -> None:
-        """This process's share of an optimiser's tensor for `p`."""
+        """Set this process's share of an optimiser's tensor for `p`."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if not self.zero_stage_3:
@@ -218,10 +224,10 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
 
 
 class FullySharded(WholeCheckpoints, ModelParallelStrategy):
-    """Each process keeps a share of every tensor, and of its gradient and optimiser state; a block's weights
-    are gathered when it is computed. Zhao et al. 2023, arXiv:2304.11277; torch's `fully_shard` (FSDP2).
+    """Each process keeps a share of every tensor, and of its gradient and optimiser state.
 
-    With `reshard_after_forward` they are gathered anew for the backward pass. Raises ValueError for float16.
+    A block's weights are gathered when it is computed, with `reshard_after_forward` anew for the backward
+    pass. Zhao et al. 2023, arXiv:2304.11277; torch's `fully_shard` (FSDP2). Raises ValueError for float16.
     """
 
     shards_weights = True  # type: ignore[assignment]
@@ -279,7 +285,7 @@ class FullySharded(WholeCheckpoints, ModelParallelStrategy):
 
 
 def gather_to_first(tensor: Tensor) -> Tensor:
-    """The whole of it on the first process's host, nothing in the others; every process calls this."""
+    """The whole tensor on the first process's host, nothing in the others; every process calls this."""
     tensor = tensor.detach()
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.cpu() if dist.get_rank() == 0 else torch.empty(0)

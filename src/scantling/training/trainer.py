@@ -26,7 +26,10 @@ def build_trainer(
     *,
     val_every: int,
 ) -> L.Trainer:
-    """One that counts in optimiser steps, and leaves checkpoints, bar and the order of the data to us."""
+    """A Trainer that counts in optimiser steps.
+
+    Checkpoints, bar and the order of the data are left to this project.
+    """
     config, plan = run.config, run.plan
     trainer = L.Trainer(
         accelerator="gpu" if run.device.type == "cuda" else "cpu",
@@ -55,16 +58,15 @@ def build_trainer(
 
 
 def leave_signals_to_us(trainer: L.Trainer) -> None:
-    """Lightning asks all processes for a SIGTERM at every micro-batch, and so waits for the GPU: `CleanStop`
-    does without.
+    """Leave signals to `CleanStop`: Lightning would ask all processes for a SIGTERM at every micro-batch.
+
+    That would wait for the GPU each time.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def quiet_lightning() -> None:
-    """Silence what the user can do nothing about: Lightning's advice, and calls of theirs that are
-    deprecated.
-    """
+    """Silence what the user can do nothing about: Lightning's advice, and its calls that are deprecated."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Its advice on loaders and loggers does not hold here.
