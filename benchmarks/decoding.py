@@ -1,20 +1,20 @@
 """How fast a model writes: `python benchmarks/decoding.py`, about a minute on two CPU cores.
 
-A Llama of 12 M parameters (6 layers, d_model 384, 6 heads, vocabulary 4096) goes on from 16 tokens by 128, greedily, in
-float32. The contestants hold the same weights and take turns in one process, so that whatever else the machine does
-falls on all alike:
+A Llama of 12 M parameters (6 layers, d_model 384, 6 heads, vocabulary 4096) goes on from 16 tokens by 128,
+greedily, in float32. The contestants hold the same weights and take turns in one process, so that whatever
+else the machine does falls on all alike:
 
-    ours            scantling.generation.generate
+    ours            scantling.inference.generation.generate
     ours, by rows   the same, weights left in memory as they were trained
     ours, bf16      weights and cache in bfloat16
     HF              transformers' generate on LlamaForCausalLM, its default attention
 
-Ratios are medians over rounds. The floor is what it takes to read every weight that a token needs once, from memory.
-Beside them stands how many of each contestant's tokens are those of transformers. Then the bytes of each kind of cache
-against `cached_numbers`, and with `--run DIR` the loss of a trained run through each kind.
+Ratios are medians over rounds. The floor is what it takes to read every weight that a token needs once, from
+memory. Beside them stands how many of each contestant's tokens are those of transformers. Then the bytes of
+each kind of cache against `cached_numbers`, and with `--run DIR` the loss of a trained run through each kind.
 
-On a busy machine `--cpu-time` counts the CPU time of a single thread: threads that wait for each other would make
-wall time meaningless.
+On a busy machine `--cpu-time` counts the CPU time of a single thread: threads that wait for each other would
+make wall time meaningless.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def memory_bandwidth() -> float:
 
 
 def cache_table(ours: Decoder) -> Table:
-    """Measured bytes against those of the numbers that each layer says it keeps, and of the scales of quantised ones."""
+    """Measured bytes against those of the numbers that each layer says it keeps, and of the scales of
+    quantised ones."""
     table = Table(title=f"\ncache of {PROMPT + NEW} tokens, bytes a sequence", box=None)
     for heading in ("precision", "measured", "said", "measured/said", "of full precision"):
         table.add_column(heading, justify="right")
@@ -219,7 +220,8 @@ def main() -> None:
     clocked = "CPU time" if arguments.cpu_time else "wall time"
     console.print(f"torch          {torch.__version__}, transformers {transformers.__version__}, {clocked}")
     console.print(
-        f"floor          {read / 1e6:.1f} MB of weights at {bandwidth / 1e9:.1f} GB/s: {1e3 * read / bandwidth:.2f} ms a token"
+        f"floor          {read / 1e6:.1f} MB of weights at {bandwidth / 1e9:.1f} GB/s: "
+        f"{1e3 * read / bandwidth:.2f} ms a token"
     )
     table = Table(title=f"{PROMPT} tokens in, {NEW} out", box=None)
     for heading in (

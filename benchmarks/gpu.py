@@ -1,16 +1,19 @@
-"""How fast a run trains on a GPU: `python benchmarks/gpu.py`, about 17 minutes on one H200; `--device cpu --tiny` tries it out.
+"""How fast a run trains on a GPU: `python benchmarks/gpu.py`, about 17 minutes on one H200.
 
-GPT-2 124M at context 1024 and Llama's parts at 1.3 B and context 2048, in bfloat16 by autocast. Each contestant trains
-alone, from the same weights on the same batches, and is clocked after it has warmed up:
+`--device cpu --tiny` tries it out.
 
-    ours          scantling.run.fit as `python src/train.py` calls it: Lightning, every callback, metrics.jsonl
+GPT-2 124M at context 1024 and Llama's parts at 1.3 B and context 2048, in bfloat16 by autocast. Each
+contestant trains alone, from the same weights on the same batches, and is clocked after it has warmed up:
+
+    ours          `fit` as `python src/train.py` calls it: Lightning, every callback, metrics.jsonl
     HF            the model of the same shape from Hugging Face's transformers, sdpa, in `peers.bare_loop`
     plain         of GPT-2's parts: a GPT written out in plain PyTorch (`peers.PlainGPT`), in the same loop
 
-each as it is and, with its loss, through torch.compile; with torchao installed, ours with `trainer.precision=fp8` too,
-compiled. MFU counts matrix products alone, attention over the keys that causality leaves (`accounting.exact`), against
-the data sheet of bfloat16, and against a product of 8192-cubes measured here. `loss` is that of the last step clocked:
-contestants that train the same model agree in it but for rounding.
+each as it is and, with its loss, through torch.compile; with torchao installed, ours with
+`trainer.precision=fp8` too, compiled. MFU counts matrix products alone, attention over the keys that
+causality leaves (`accounting.exact`), against the data sheet of bfloat16, and against a product of 8192-cubes
+measured here. `loss` is that of the last step clocked: contestants that train the same model agree in it but
+for rounding.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Peak memory of a training step at a large vocabulary, ours against transformers: `python benchmarks/memory.py`, a minute.
+"""Peak memory of a training step at a large vocabulary: `python benchmarks/memory.py`, a minute.
 
-Weights, AdamW's state, and every tensor that lives at once in a step, counted by PyTorch's own `MemTracker` while the step
-runs on tensors without content: nothing is computed, so that a busy or a small machine gives the same bytes. The model is
-the 10.6M shape with a vocabulary of 50,257, 4,096 tokens a step. The peer's loss is its own (`labels=`), or from its logits
-(`cross_entropy`), whichever takes less.
+Ours against transformers'.
+
+Weights, AdamW's state, and every tensor that lives at once in a step, counted by PyTorch's own `MemTracker`
+while the step runs on tensors without content: nothing is computed, so that a busy or a small machine gives
+the same bytes. The model is the 10.6M shape with a vocabulary of 50,257, 4,096 tokens a step. The peer's loss
+is its own (`labels=`), or from its logits (`cross_entropy`), whichever takes less.
 """
 
 from __future__ import annotations

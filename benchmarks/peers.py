@@ -68,7 +68,7 @@ FAMILIES = {
 
 
 def hugging_face(family: str, shape: Shape, attention: str) -> nn.Module:
-    """The peer's model of the same shape. GPT-2's has biases, which it cannot leave out: 0.3 % of its parameters."""
+    """The peer's model of the same shape. GPT-2's cannot leave out its biases: 0.3 % of its parameters."""
     common = {
         "vocab_size": shape.vocab_size,
         "tie_word_embeddings": True,
@@ -151,7 +151,8 @@ class Enough(Exception):
 
 
 def fit_watched(run: Run, last: StepCallback) -> None:
-    """Train as `python src/train.py` does, in silence, with `last` behind the run's own callbacks; it may raise Enough."""
+    """Train as `python src/train.py` does, silently, with `last` behind the run's own callbacks; it may
+    raise Enough."""
 
     class Trainer(L.Trainer):
         def __init__(self, *, callbacks: StepCallbacks, **settings):

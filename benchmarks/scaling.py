@@ -1,7 +1,8 @@
-"""Seconds for the 4500 starts of Hoffmann's form and for 4000 bootstrap resamples: `python benchmarks/scaling.py`.
+"""Seconds for the 4500 starts of Hoffmann's form and for 4000 bootstrap resamples: `python
+benchmarks/scaling.py`.
 
-The runs are simulated, as many as Besiroglu et al. 2024 fitted. The same starts go to SciPy's BFGS, one after the other,
-with the same derivatives, as many as `--scipy` says; its time is scaled up.
+The runs are simulated, as many as Besiroglu et al. 2024 fitted. The same starts go to SciPy's BFGS, one after
+the other, with the same derivatives, as many as `--scipy` says; its time is scaled up.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def main() -> None:
     fit = fit_hoffmann(n, d, loss, resamples=STARTS_AND_RESAMPLES[1])
     both = time.perf_counter() - start
     print(
-        f"and {STARTS_AND_RESAMPLES[1]} resamples {both:6.2f} s, alpha {fit.alpha:.4f} {fit.intervals['alpha']}"
+        f"and {STARTS_AND_RESAMPLES[1]} resamples {both:6.2f} s, "
+        f"alpha {fit.alpha:.4f} {fit.intervals['alpha']}"
     )
 
     if arguments.scipy:
@@ -77,8 +79,8 @@ def main() -> None:
         seconds = (time.perf_counter() - start) * STARTS_AND_RESAMPLES[0] / arguments.scipy
         found = np.mean(theirs < lowest * (1 + 1e-6))
         print(
-            f"SciPy {scipy.__version__} BFGS: {seconds:.0f} s for as many starts ({seconds / starts_seconds:.0f} times), "
-            f"{found:.0%} end at the optimum"
+            f"SciPy {scipy.__version__} BFGS: {seconds:.0f} s for as many starts "
+            f"({seconds / starts_seconds:.0f} times), {found:.0%} end at the optimum"
         )
 
 

@@ -1,7 +1,8 @@
 """How long the table of a large study takes: `python benchmarks/store.py --runs 10000`, a minute or two.
 
-Trains one small run, stands as many copies of its record in one study, and times `load_runs` and `load_curves`: the first
-time, when every file is read, and again, from the Parquet files, in a process of its own.
+Trains one small run, stands as many copies of its record in one study, and times `load_runs` and
+`load_curves`: the first time, when every file is read, and again, from the Parquet files, in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 RECORD = ("config.yaml", "env.json", "metrics.jsonl", "summary.json")
 SETTINGS = ("model=nano", "tokenizer=byte", "budget=steps", "budget.steps=20", "logger=none", "trainer=cpu")
 LOAD = (
-    "import sys, time; sys.path.insert(0, sys.argv[1]); from scantling.runs import table; began = time.perf_counter(); "
+    "import sys, time; sys.path.insert(0, sys.argv[1]); from scantling.runs import table; "
+    "began = time.perf_counter(); "
     "frame = getattr(table, sys.argv[2])(sys.argv[3]); print(len(frame), time.perf_counter() - began)"
 )
 

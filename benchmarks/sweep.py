@@ -2,8 +2,9 @@
 
     python benchmarks/sweep.py --jobs 40 --separate 40 --table results/sweep.md
 
-Both train `nano` for 50 steps on the default text, seeds 0 to 39, without a logger; the text is tokenised before.
-`--separate` says how many of the commands are timed; fewer than the jobs are extrapolated, and the table says so.
+Both train `nano` for 50 steps on the default text, seeds 0 to 39, without a logger; the text is tokenised
+before. `--separate` says how many of the commands are timed; fewer than the jobs are extrapolated, and the
+table says so.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def main() -> None:
         "| | seconds | a run |",
         "|---|---|---|",
         f"| `train.py -m seed=0,…,{options.jobs - 1}` | {sweep:.0f} | {sweep / options.jobs:.1f} |",
-        f"| {options.jobs} commands one after the other ({how}) | {separate:.0f} | {separate / options.jobs:.1f} |",
+        f"| {options.jobs} commands one after the other ({how}) "
+        f"| {separate:.0f} | {separate / options.jobs:.1f} |",
         "",
         f"The sweep takes {sweep / separate:.2f} of their time. Final losses equal bit for bit in {equal} of "
         f"{options.separate} runs.",

@@ -1,18 +1,19 @@
 """How fast a run trains: `python benchmarks/throughput.py`, about 25 minutes on two CPU cores, `--quick` six.
 
-Every cell of the table is one shape, one family of parts and one precision. In it four to six contestants train side by
-side in one process, in rounds (one after the other, again and again), so that whatever else the machine does falls
-on all of them alike:
+Every cell of the table is one shape, one family of parts and one precision. In it four to six contestants
+train side by side in one process, in rounds (one after the other, again and again), so that whatever else the
+machine does falls on all of them alike:
 
-    ours        scantling.run.fit as `python src/train.py` calls it: Lightning, every callback, metrics.jsonl
+    ours        `fit` as `python src/train.py` calls it: Lightning, every callback, metrics.jsonl
     bare loop   our decoder in `bare_loop` below; ours against it is what Lightning and the callbacks cost
     HF sdpa     the model of the same shape from Hugging Face's transformers, as it comes, in the same loop
     HF eager    the same with `attn_implementation=eager`, faster in bfloat16 on processors without AMX
     plain       of GPT-2's parts: a GPT written out in plain PyTorch (`peers.PlainGPT`), in the same loop
     compiled    the same, with its loss, through torch.compile; the faster of the two counts
 
-Same text, order of batches, optimiser (fused AdamW), schedule, clipping, autocast and threads. Tokens/s are those of
-the fastest round, ratios the median over the rounds of peer's seconds / our seconds: above 1 we are faster.
+Same text, order of batches, optimiser (fused AdamW), schedule, clipping, autocast and threads. Tokens/s are
+those of the fastest round, ratios the median over the rounds of peer's seconds / our seconds: above 1 we are
+faster.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ SHAPES = (
 
 
 class Rounds(StepCallback):
-    """Stands last among the run's callbacks: clocks its steps, and between two segments lets the peers have a turn.
+    """Stands last among the run's callbacks: clocks its steps, and between two segments lets the peers have a
+    turn.
 
     A turn of several steps opens with some off the clock, in which weights and code come back to the caches.
     """

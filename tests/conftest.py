@@ -68,7 +68,7 @@ def book(tmp_path):
 
 @pytest.fixture
 def entry(monkeypatch, capsys):
-    """`entry("plan", "model=nano")` runs `src/plan.py` in this process -> (exit code, standard output, standard error)."""
+    """`entry("plan", "model=nano")` runs `src/plan.py` in this process -> (exit code, output, errors)."""
 
     def entry(name, *overrides):
         monkeypatch.setattr(sys, "argv", [name, *overrides])
@@ -84,8 +84,8 @@ def entry(monkeypatch, capsys):
 
 @pytest.fixture
 def command(tmp_path, book, monkeypatch, entry):
-    """`command("lr=1e-3")` is `entry("train", …)` with the settings of a small run. The machine's speed, which takes
-    longer to measure than the run, is not measured, and no figure is drawn.
+    """`command("lr=1e-3")` is `entry("train", …)` with the settings of a small run. The machine's speed,
+    which takes longer to measure than the run, is not measured, and no figure is drawn.
     """
     from scantling.model import hardware
     from scantling.training import record
@@ -139,8 +139,8 @@ def composed() -> Callable[..., DictConfig]:
 def nano(composed) -> Callable[..., Decoder]:
     """`nano("attn=gqa", seed=1)` is the `nano` preset with these overrides, initialised.
 
-    `gain` multiplies its matrices: at the standard deviation of 0.02 that they start with, attention is nearly
-    uniform and logits nearly zero, so that a comparison would miss most mistakes.
+    `gain` multiplies its matrices: at the standard deviation of 0.02 that they start with, attention is
+    nearly uniform and logits nearly zero, so that a comparison would miss most mistakes.
     """
 
     @cache
@@ -268,8 +268,8 @@ def llama_pair(nano) -> Callable[..., tuple[Decoder, torch.nn.Module]]:
 
 @pytest.fixture
 def checkpointed(nano, composed, book, tmp_path) -> Callable[..., tuple[RunDirectory, list[Decoder]]]:
-    """`checkpointed(directory, "attn=gqa", steps=(5, 10))` leaves in it configuration, tokenizer and checkpoints of the
-    nano model, each of other weights -> the run, its decoder after each step.
+    """`checkpointed(directory, "attn=gqa", steps=(5, 10))` leaves in it configuration, tokenizer and
+    checkpoints of the nano model, each of other weights -> the run, its decoder after each step.
     """
 
     def checkpointed(directory, *overrides, steps=(5, 10), kind=None):
@@ -297,7 +297,8 @@ GPT = ("norm=layernorm", "pos=learned", "attn=mha", "ffn=gelu_tanh", "embed=tied
 
 
 def randomised(kind, config) -> Any:
-    """A model of `transformers` with eager attention whose every parameter is random, biases and norms too."""
+    """A model of `transformers` with eager attention whose every parameter is random, biases and norms
+    too."""
     config._attn_implementation = "eager"
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():  # its own initialisation draws from the global generator

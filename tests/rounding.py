@@ -23,10 +23,11 @@ def attention(
     softcap: float | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(cap(scale·QKᵀ) + bias)·V in float64 over the keys that are seen, and a bound on what float32 makes of it.
+    """softmax(cap(scale·QKᵀ) + bias)·V in float64 over the keys that are seen, and a bound on what float32
+    makes of it.
 
-    A score is off by δ: its sum's rounding, and a few of the score's own and the bias's. A weight is then off by
-    2·max δ of itself, and a few roundings for each term of the two sums over keys.
+    A score is off by δ: its sum's rounding, and a few of the score's own and the bias's. A weight is then off
+    by 2·max δ of itself, and a few roundings for each term of the two sums over keys.
     """
     q, k, v = q_BHTE.double(), k_BHSE.double(), v_BHSC.double()
     score = scale * q @ k.mT

@@ -1,5 +1,5 @@
-"""`python src/train.py`, or another entry, in processes that are forked from one which has imported everything: the same, but for
-seconds of imports."""
+"""`python src/train.py`, or another entry, in processes that are forked from one which has imported
+everything: the same, but for seconds of imports."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PROCESSOR = "TEST_PROCESSOR"
 
 
 class Command:
-    """The processes of one command, with the little that tests need of `subprocess.Popen`; signals go to the first.
+    """The processes of one command, with what tests need of `subprocess.Popen`; signals go to the first.
 
-    Several are ranks of one run, with the variables that torchrun gives them. `torchrun` are options of its own: then one
-    process is torchrun, which forks the ranks. `first` is called before anything else.
+    Several are ranks of one run, with the variables that torchrun gives them. `torchrun` are options of its
+    own: then one process is torchrun, which forks the ranks. `first` is called before anything else.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Command:
 
 
 def warm_up() -> None:
-    """Start the server, once in a process that runs tests. It has the path and the device that the commands will have."""
+    """Start the server, once in a process that runs tests. It has the path and device of the commands."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

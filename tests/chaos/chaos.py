@@ -2,9 +2,9 @@
 
     python tests/chaos/chaos.py --runs 50 --table results/chaos.md
 
-Each run must end with the losses and weights of the run that nobody disturbed, bit for bit, and no whole checkpoint may
-be lost on the way. Jobs are forked from this process, which has imported everything. Results stand in
-`DIRECTORY/results.jsonl`; the same command goes on where it was stopped.
+Each run must end with the losses and weights of the run that nobody disturbed, bit for bit, and no whole
+checkpoint may be lost on the way. Jobs are forked from this process, which has imported everything. Results
+stand in `DIRECTORY/results.jsonl`; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETTINGS = (
 TIMES = ("seconds", "tokens_per_second", "mfu")
 KINDS = ("SIGKILL", "SIGTERM", "full disk", "truncated checkpoint")
 FILE_LIMIT = 100_000
-"""Bytes, below those of a checkpoint: the limit that stands in for a full disk where nothing may be mounted."""
+"""Bytes, below those of a checkpoint: a limit in place of a full disk where nothing may be mounted."""
 
 
 class Job(Child):
@@ -190,9 +190,10 @@ def table(results: list[dict], mounts: bool, command: str) -> str:
         "",
         f"`{command}`",
         "",
-        f"{cpu_name()}, torch {torch.__version__}, one thread. {len(results)} runs of `nano`, {STEPS} steps, dropout 0.1, "
-        f"two micro-batches a step, fp32 and bf16; each is interrupted once or twice at a random instant, half of the time "
-        f"one at which a checkpoint is being written, and taken up again. Full disk: {substitute}.",
+        f"{cpu_name()}, torch {torch.__version__}, one thread. {len(results)} runs of `nano`, "
+        f"{STEPS} steps, dropout 0.1, two micro-batches a step, fp32 and bf16; each is interrupted once "
+        f"or twice at a random instant, half of the time one at which a checkpoint is being written, and "
+        f"taken up again. Full disk: {substitute}.",
         "",
         "| interruption | runs | interruptions | while a checkpoint was written | finished checkpoints lost "
         "| losses and weights bitwise equal |",

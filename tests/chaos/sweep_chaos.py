@@ -1,9 +1,11 @@
-"""Sweeps of `nano` whose launcher is killed at random instants, and started again until all their jobs are done.
+"""Sweeps of `nano` whose launcher is killed at random instants, and started again until all their jobs are
+done.
 
     python tests/chaos/sweep_chaos.py --kills 10 --table results/sweep_chaos.md
 
-In the end every job must have one finished record, with the losses and weights of the sweep that nobody disturbed, bit for
-bit. Launchers are forked from this process, which has imported everything, and their jobs from them.
+In the end every job must have one finished record, with the losses and weights of the sweep that nobody
+disturbed, bit for bit. Launchers are forked from this process, which has imported everything, and their jobs
+from them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ TIMES = ("seconds", "tokens_per_second", "mfu", "peak_flops")
 
 
 class Launcher(Child):
-    """The command of the sweep, in a session of its own; `before` runs in it first, and its jobs inherit that."""
+    """The command of the sweep, in a session of its own; `before` runs in it first; its jobs inherit that."""
 
     def __init__(self, place: Path, *more: str, before: Callable[[], object] = lambda: None):
         super().__init__(
@@ -56,7 +58,7 @@ class Launcher(Child):
         )
 
     def wait_for_an_instant(self, place: Path, seconds: float, choose: random.Random) -> None:
-        """One of its `seconds`, or, as they are mostly spent on starting, half of the time one of a job's steps."""
+        """One of its `seconds`, or, as most are spent on starting, half of the time one of a job's steps."""
         until = time.monotonic() + choose.uniform(0, seconds)
         step = choose.randrange(STEPS - 5) if choose.random() < 0.5 else None
         while self.poll() is None:
@@ -65,7 +67,7 @@ class Launcher(Child):
             time.sleep(0.002)
 
     def kill_launcher(self, whole_tree: bool) -> None:
-        """SIGKILL; the tree is the launcher with every process that it started, which are in groups of their own."""
+        """SIGKILL; the tree is the launcher and every process that it started, in groups of their own."""
         for pid in [self.pid, *(descendants(self.pid) if whole_tree else [])]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -238,9 +240,10 @@ def main() -> None:
         "",
         f"`python tests/chaos/sweep_chaos.py --kills {options.kills} --table results/sweep_chaos.md`",
         "",
-        f"{cpu_name()}, torch {torch.__version__}. Sweeps of {JOBS} jobs of `nano`, {STEPS} steps, dropout 0.1, two at a time. "
-        "A killed sweep is started again by the same command. Equal: summary, every row of metrics but for times, and the "
-        "last weights, bit for bit those of the sweep that nobody disturbed. No lease and no other directory is left.",
+        f"{cpu_name()}, torch {torch.__version__}. Sweeps of {JOBS} jobs of `nano`, {STEPS} steps, "
+        "dropout 0.1, two at a time. A killed sweep is started again by the same command. Equal: summary, "
+        "every row of metrics but for times, and the last weights, bit for bit those of the sweep that "
+        "nobody disturbed. No lease and no other directory is left.",
         "",
         "| what happened | kills | last exit code | finished records | bitwise equal |",
         "|---|---|---|---|---|",

@@ -452,7 +452,7 @@ def leave_room(n_bytes: int) -> None:
 
 
 def test_out_of_memory_is_one_line_with_settings_that_fit(shop):
-    """Where address space for 300 MB is left, 1 GB of activations does not fit, and what the line says does."""
+    """Where address space for 300 MB is left, 1 GB of activations does not fit; what the line says does."""
     large = ("model.d_model=128", "model.d_ff=512", "model.n_layers=4", "batch_size=256", "budget.steps=1")
 
     def limited(*overrides) -> tuple[int | None, str]:

@@ -55,12 +55,14 @@ STANDS_FOR = {
 
 TINY = "model=nano tokenizer=byte logger=none data=text data.files=books/*.txt budget=steps"
 PREPARED = (
-    "python src/train.py -m model=nano data=text data.files=books/*.txt budget=steps budget.steps=20 ema.decay=0.9 seed=0,1",
+    "python src/train.py -m model=nano data=text data.files=books/*.txt budget=steps budget.steps=20 "
+    "ema.decay=0.9 seed=0,1",
     "cp -r runs/default/wandb offline",
     "python src/hub.py action=export run={newest} family=llama to=models/pythia-160m",
     "cp -r models/pythia-160m models/another",
     f"python src/train.py -m sweeps=attention attn=mha,gqa seed=0,1 {TINY} budget.steps=4",
-    f"python src/train.py -m sweeps=norms norm=rmsnorm,layernorm seed=0,1 ~budget.tokens {TINY} budget.steps=4",
+    f"python src/train.py -m sweeps=norms norm=rmsnorm,layernorm seed=0,1 ~budget.tokens {TINY} "
+    "budget.steps=4",
     f"python src/train.py -m sweeps=parts arm=llama,gelu seed=0,1 {TINY} budget.steps=4",
     f"python src/train.py -m study=law {TINY} budget.steps=4,8,16 model.d_model=16,32,64",
 )

@@ -132,7 +132,8 @@ def test_palm_is_6n_and_12lhqt(preset):
 
 
 def test_exact_counts_each_product_once_and_half_of_attention(preset):
-    """By hand: forward 2 a weight of the blocks' matrices and the head, 4·d·(T+1)/2 a layer for QKᵀ and ·V; ×3."""
+    """By hand: forward 2 a weight of the blocks' matrices and head, 4·d·(T+1)/2 a layer for QKᵀ and ·V;
+    ×3."""
     forward = 2 * (MATRICES + V * D) + LAYERS * 4 * D * (T + 1) / 2
     assert CONVENTIONS["exact"](preset("gpt2_small"), T) == 3 * forward
 
@@ -156,7 +157,8 @@ def test_exact_full_has_every_key(preset):
 
 
 def test_kaplans_context_term(preset):
-    """Kaplan et al. 2020, table 1: C_forward = 2N + 2·n_layer·n_ctx·d_attn, and §2.1: three times that in training."""
+    """Kaplan et al. 2020, table 1: C_forward = 2N + 2·n_layer·n_ctx·d_attn, and §2.1: three times that in
+    training."""
     decoder = preset("gpt2_small")
     n = non_embedding(parameter_counts(decoder))
     assert CONVENTIONS["kaplan_context"](decoder, T) == 3 * (2 * n + 2 * LAYERS * T * D)
@@ -176,8 +178,8 @@ TABLE_A4 = {  # layers, d_model, d_ff, heads, width of a head, and the ratio of 
 def test_hoffmanns_count_is_appendix_f_and_table_a4(preset, name):
     """Term by term as appendix F lists them, for 32,000 entries and 2048 tokens.
 
-    The ratios printed in table A4 come out to the last digit with the two terms of the vocabulary left out, and with
-    Gopher's matrix for relative positions (D² a layer, arXiv:2112.11446, §2.1) in N.
+    The ratios printed in table A4 come out to the last digit with the two terms of the vocabulary left out,
+    and with Gopher's matrix for relative positions (D² a layer, arXiv:2112.11446, §2.1) in N.
     """
     layers, d, d_ff, heads, key, ratio = TABLE_A4[name]
     sizes = {"n_layers": layers, "d_model": d, "d_ff": d_ff, "n_heads": heads, "d_head": key, "seq_len": 2048}
@@ -306,7 +308,8 @@ def of_deepseek_v3(preset):
 
 
 def test_deepseek_v3_keeps_70_kilobytes_a_token(preset, of_deepseek_v3):
-    """DeepSeek-AI 2025, arXiv:2505.09343, table 1: 70.272 KB a token in bf16, where LLaMA-3.1 405B keeps 516.096."""
+    """DeepSeek-AI 2025, arXiv:2505.09343, table 1: 70.272 KB a token in bf16, where LLaMA-3.1 405B keeps
+    516.096."""
 
     def size(decoder):
         return cache_bytes(decoder, context=1, batch=1, precision="bf16")
@@ -316,7 +319,8 @@ def test_deepseek_v3_keeps_70_kilobytes_a_token(preset, of_deepseek_v3):
 
 
 def test_a_window_bounds_the_cache(preset):
-    """Jiang et al. 2023 (Mistral 7B), arXiv:2310.06825, §2: at 32k tokens a window of 4096 spares a factor of 8."""
+    """Jiang et al. 2023 (Mistral 7B), arXiv:2310.06825, §2: at 32k tokens a window of 4096 spares a factor of
+    8."""
     decoder = preset("mistral_7b")
     at = {n: cache_bytes(decoder, context=n, batch=1, precision="bf16") for n in (1, 4096, 32768)}
     assert at[4096] == 4096 * at[1]
@@ -324,7 +328,8 @@ def test_a_window_bounds_the_cache(preset):
 
 
 def test_mixtral_and_deepseek_have_their_published_sizes(preset, of_deepseek_v3):
-    """Mixtral: 46.7 B, 12.9 B active (Mistral AI, December 2023). DeepSeek-V3: 671 B, 37 B active, arXiv:2412.19437."""
+    """Mixtral: 46.7 B, 12.9 B active (Mistral AI, December 2023). DeepSeek-V3: 671 B, 37 B active,
+    arXiv:2412.19437."""
     mixtral = preset("mixtral_8x7b")
     assert sum(parameter_counts(mixtral).values()) == 46_702_792_704
     assert round(active_parameters(mixtral) / 1e9, 1) == 12.9

@@ -292,7 +292,8 @@ def test_kv_heads_that_do_not_divide_are_refused(n_kv_heads):
 
 
 def test_mixing_flops_by_hand():
-    """2 products of 2·E FLOPs for each of the H query heads and each key, however many key/value heads there are."""
+    """2 products of 2·E FLOPs for each of the H query heads and each key, however many key/value heads there
+    are."""
     for n_kv_heads in (4, 1):
         ours = attention(D, H, E, n_kv_heads=n_kv_heads, **biases(False, False), **PLAIN)
         assert ours.mixing_flops(100.0) == 100 * H * (2 * E + 2 * E)

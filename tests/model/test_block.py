@@ -11,7 +11,7 @@ BLOCKS = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" / 
 
 
 class Parts:
-    """A block, what the decoder shares with it, and its parts as functions of x alone; norms made to differ."""
+    """A block, what the decoder shares with it, its parts as functions of x alone; norms made to differ."""
 
     def __init__(self, decoder, layer: int = 0):
         self.block = decoder.blocks[layer]
@@ -98,14 +98,16 @@ def test_block_equals_its_formula(nano, formula):
 
 
 def test_only_a_stream_without_norms_behind_needs_a_final_norm(nano):
-    """Xiong et al. 2020: the final LayerNorm belongs to pre-norm; GPT-1 has none (test_decoder.py), nor has ReZero."""
+    """Xiong et al. 2020: the final LayerNorm belongs to pre-norm; GPT-1 has none (test_decoder.py), nor has
+    ReZero."""
     without = {block for block in BLOCKS if not list(nano(f"block={block}").norm.parameters())}
     assert without == {"post", "deepnorm", "rezero"}
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_dropout_falls_on_branches_not_on_the_residual(nano, block):
-    """With every branch dropped, post-norm is its two norms, and a block without norms on the stream the identity."""
+    """With every branch dropped, post-norm is its two norms, and a block without norms on the stream the
+    identity."""
     parts = Parts(nano(f"block={block}", "block.dropout=1.0", gain=8).train())
     if block == "rezero":
         parts.block.alpha.data.fill_(0.7)
@@ -127,8 +129,8 @@ def test_residual_scale_multiplies_each_branch(nano):
 
 @torch.no_grad()
 def test_stochastic_depth_grows_linearly_and_is_right_on_average(nano):
-    """Huang et al. 2016, eq. 4: p_l = 1 - l/L·(1 - p_L) of staying. A branch is left out for a whole sequence, or
-    divided by p_l; 4000 sequences put the share within four standard errors."""
+    """Huang et al. 2016, eq. 4: p_l = 1 - l/L·(1 - p_L) of staying. A branch is left out for a whole
+    sequence, or divided by p_l; 4000 sequences put the share within four standard errors."""
     decoder = nano("block=stochastic_depth", "block.drop_path=0.6", "model.n_layers=3", gain=8)
     ones = torch.ones(4000, 5, 8)
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ TOKENS = torch.randint(512, (2, 17), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def part(composed):
-    """`part("attn", "gqa")` is that yaml's factory; composed once, for composing takes as long as training."""
+    """`part("attn", "gqa")` is that yaml's factory; composed once: composing takes as long as training."""
     return cache(lambda group, option: instantiate(composed("model=nano", f"{group}={option}")[group]))
 
 

@@ -1,4 +1,5 @@
-"""What every option of every part must do, one at a time in the `nano` model: a new yaml is tested by being there."""
+"""What every option of every part must do, one at a time in the `nano` model: a new yaml is tested by being
+there."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +50,8 @@ def lively(nano, option):
 
 @torch.no_grad()
 def jitter(decoder):
-    """Move vectors away from where they start: a factor of 0 or a bias of 0 would hide what it multiplies or adds."""
+    """Move vectors away from where they start: a factor of 0 or a bias of 0 would hide what it multiplies or
+    adds."""
     generator = torch.Generator().manual_seed(1)
     for p in decoder.parameters():
         if p.ndim < 2:
@@ -101,7 +103,8 @@ def test_cached_logits_equal_uncached(lively, splits):
 
 @torch.no_grad()
 def test_rows_of_different_length_share_a_cache(lively):
-    """Prompts of 30, 7 and 19 tokens, padded on the right, then ten more tokens each, one by one and four at once."""
+    """Prompts of 30, 7 and 19 tokens, padded on the right, then ten more tokens each, one by one and four at
+    once."""
     lengths = torch.tensor([30, 7, 19])
     cache = lively.new_cache(max_len=48)
     padded = torch.where(torch.arange(30) < lengths[:, None], TOKENS[:, :30], 0)
@@ -157,14 +160,16 @@ def test_every_parameter_gets_a_gradient(lively):
 
 @pytest.fixture(scope="module")
 def unchecked():
-    """A process in which the model goes without the checks of shapes that tests add, and that no compiler can trace."""
+    """A process in which the model goes without the checks of shapes that tests add, and that no compiler can
+    trace."""
     warm_up()
     with CONTEXT.Pool(1) as pool:
         yield pool
 
 
 def gradients(decoder, compiled: bool, fullgraph: bool) -> list[torch.Tensor]:
-    """The loss and its gradients in bf16; compiled they come from what the compiler traced, which torch itself then runs."""
+    """The loss and its gradients in bf16; compiled they come from what the compiler traced, which torch
+    itself then runs."""
     torch.compiler.reset()
     if compiled:
         decoder.compile(backend="eager", fullgraph=fullgraph)
@@ -175,7 +180,8 @@ def gradients(decoder, compiled: bool, fullgraph: bool) -> list[torch.Tensor]:
 
 
 def test_compiled_it_trains_the_same(nano, option, unchecked):
-    """As `trainer.compile=true` has it traced: in one graph, unless what is computed depends on what the tokens are."""
+    """As `trainer.compile=true` has it traced: in one graph, unless what is computed depends on what the
+    tokens are."""
     decoder = nano(*option, "model.n_layers=1", gain=8)
     jitter(decoder)
     fullgraph = not decoder.routers and type(decoder.head) is Full
@@ -187,7 +193,8 @@ def test_compiled_it_trains_the_same(nano, option, unchecked):
 
 @torch.no_grad()
 def test_forward_flops_equal_torchs_count(nano, option):
-    """torch counts attention over all T keys, causal and seen or not, and on CPU only by the math kernel's products."""
+    """torch counts attention over all T keys, causal and seen or not, and on CPU only by the math kernel's
+    products."""
     decoder = nano(*option)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         decoder(TOKENS)
@@ -222,7 +229,7 @@ def test_a_seed_repeats_and_another_differs(nano, option):
 
 
 def test_what_two_models_share_starts_equal(nano, option):
-    """Runs that differ in one part are paired: each tensor of one name and shape has the same values in both."""
+    """Runs that differ in one part are paired: tensors of one name and shape have the same values in both."""
     default, ours = (dict(nano(*overrides).named_parameters()) for overrides in ((), option))
     shared = [name for name in default.keys() & ours.keys() if default[name].shape == ours[name].shape]
     assert shared
@@ -240,7 +247,8 @@ def test_a_state_dict_brings_the_logits_back(nano, option, lively):
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_number_out_of_range_is_refused_by_its_name(nano, option, value):
-    """Each number that the option's own file sets: 0 and -1 either make a model that can be trained, or are refused."""
+    """Each number that the option's own file sets: 0 and -1 either make a model that can be trained, or are
+    refused."""
     group, name = option[-1].split("=")
     settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml")))
     numbers = {key: type(default) for key, default in settings.items() if type(default) in (int, float)}

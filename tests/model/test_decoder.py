@@ -116,7 +116,8 @@ def test_one_rate_of_dropout_serves_all_unless_one_is_set(nano):
 @torch.no_grad()
 @pytest.mark.parametrize(("n_layers", "per_block"), [(6, 6), (6, 2)])
 def test_layers_that_share_a_block_equal_layers_of_the_same_weights(nano, n_layers, per_block):
-    """ALBERT's sharing: as a model without it whose layers hold the same weights, and with the parameters of a few."""
+    """ALBERT's sharing: as a model without it whose layers hold the same weights, and with the parameters of
+    a few."""
     shared = nano(f"model.n_layers={n_layers}", f"decoder.layers_per_block={per_block}", gain=4).eval()
     apart = nano(f"model.n_layers={n_layers}").eval()
     state = apart.state_dict()

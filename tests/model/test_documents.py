@@ -36,7 +36,8 @@ def rows() -> torch.Tensor:
     ],
 )
 def test_logits_are_those_of_each_document_alone(nano, parts):
-    """Where a position says only how far apart tokens are, a document in the middle of a row is one from the start."""
+    """Where a position says only how far apart tokens are, a document in the middle of a row is one from the
+    start."""
     decoder, tokens = nano(*parts.split(), gain=8), rows()
     decoder.separate_documents(FIRST)
     logits = decoder(tokens)

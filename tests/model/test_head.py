@@ -94,8 +94,8 @@ def mean_of_sampled(n_samples: int, draws: int):
 
 
 def test_sampled_softmax_is_the_full_one_on_average():
-    """By Jensen its loss is too low by about half the relative variance of the sum of exponentials, which falls as 1/n.
-    Means of 300 draws are good to about 0.01; the tolerances are twice what was seen."""
+    """By Jensen its loss is too low by about half the relative variance of the sum of exponentials, which
+    falls as 1/n. Means of 300 draws are good to about 0.01; the tolerances are twice what was seen."""
     few, full, error_of_few = mean_of_sampled(16, 300)
     many, _, error_of_many = mean_of_sampled(256, 300)
     assert full - 0.6 < few < full
@@ -107,7 +107,8 @@ def test_sampled_softmax_is_the_full_one_on_average():
 @pytest.mark.parametrize("target", [0, 2, 150])
 @torch.no_grad()
 def test_the_sampled_sum_of_exponentials_is_right_on_average(target):
-    """exp(loss)·exp(z_target) of a token is the sum that the draws stand for; a drawn target must not count twice."""
+    """exp(loss)·exp(z_target) of a token is the sum that the draws stand for; a drawn target must not count
+    twice."""
     embed, head = untied(), Sampled(V, D, scale=None, softcap=None, n_samples=50).train()
     z = X[0, 0] @ embed.head.weight.T + embed.head.bias
     others = torch.arange(V) != target
@@ -152,7 +153,8 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("train", [True, False])
 def test_ignored_targets_are_left_out(head, train):
-    """The loss is that of the others alone, and no gradient reaches what is ignored; with nothing left it is 0."""
+    """The loss is that of the others alone, and no gradient reaches what is ignored; with nothing left it is
+    0."""
     embed = untied()
     targets = targets_of(embed)
     kept = torch.rand(B, T, generator=torch.Generator().manual_seed(4)) < 0.5

@@ -114,8 +114,8 @@ def losses_of(router: Router, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_load_balance_is_mixtrals_by_the_number_of_active_experts():
-    """Theirs adds up the shares of tokens that chose an expert, n_active in all; ours shares of choices, 1 in all, so that
-    a perfect balance costs 1 whatever n_active is."""
+    """Theirs adds up the shares of tokens that chose an expert, n_active in all; ours shares of choices, 1 in
+    all, so that a perfect balance costs 1 whatever n_active is."""
     x = normal(100, D)
     ours = losses_of(softmax(D, X, load_balance=1.0), x)
     theirs = load_balancing_loss_func((x @ normal(X, D).T,), X, ACTIVE)

@@ -60,7 +60,8 @@ def growth(nano, param: str, *overrides: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("embed", ["tied", "untied"])
 def test_coordinate_check(nano, embed):
-    """Yang et al. 2022, appendix D.1: under μP what a step moves does not depend on the width; otherwise it grows."""
+    """Yang et al. 2022, appendix D.1: under μP what a step moves does not depend on the width; otherwise it
+    grows."""
     flat = growth(nano, "mup", f"embed={embed}")
     grown = growth(nano, "standard", f"embed={embed}")
     assert all(abs(exponent) < 0.2 for exponent in flat.values()), flat
@@ -76,7 +77,8 @@ def test_at_the_base_it_is_the_standard_parametrisation(nano):
 
 
 def test_factors_are_those_of_the_table(nano):
-    """Table 8 at four times the base: hidden matrices 1/2 of the deviation and 1/4 of the rate, logits by 4, the rest as is."""
+    """Table 8 at four times the base: hidden matrices 1/2 of the deviation and 1/4 of the rate, logits by 4,
+    the rest as is."""
     ours = sized(nano, 128, "mup", "embed=untied", "norm=layernorm", "pos=learned", "model.bias=true")
     theirs = sized(nano, 128, "standard", "embed=untied", "norm=layernorm", "pos=learned", "model.bias=true")
     factors = {name: ours.rate_factors()[p] for name, p in ours.named_parameters()}

@@ -1,4 +1,4 @@
-"""Linear attention against its own sums over all pairs, and against the softmax that its features stand for."""
+"""Linear attention against its own sums over all pairs and the softmax that its features stand for."""
 
 import pytest
 import torch

@@ -172,7 +172,7 @@ def test_alibi_slopes_equal_blooms_and_the_authors(n_heads):
 
 
 def test_alibi_bias_equals_its_figure():
-    """Press et al. 2021, figure 3: distances 0, -1, -2 … to the left, times the slope; 8 heads start at 1/2."""
+    """Press et al. 2021, figure 3: distances 0, -1, -2 … to the left, by the slope; 8 heads start at 1/2."""
     bias = ALiBi(64, 8, 8).bias
     positions = torch.arange(4)
     rows = bias(torch.tensor(0), positions[:, None], positions[None])

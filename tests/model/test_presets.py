@@ -33,8 +33,9 @@ EXACT = {
     "deepseek_v3": 671_026_419_200 - 58 * 256,  # less the routers' offsets, which no gradient moves
 }
 WITHIN = {
-    # Brown et al. 2020, table 2.1, to the digits printed there. The 1.3B row (24 heads of 128 at width 2048) gives
-    # 1.5e9 as printed, and 1.3e9 with 16 heads: the paper contradicts itself, and the preset keeps what it says.
+    # Brown et al. 2020, table 2.1, to the digits printed there. The 1.3B row (24 heads of 128 at width 2048)
+    # gives 1.5e9 as printed, and 1.3e9 with 16 heads: the paper contradicts itself, and the preset keeps what
+    # it says.
     "gpt3_125m": (125e6, 0.01),
     "gpt3_350m": (356e6, 0.01),
     "gpt3_760m": (760e6, 0.01),
@@ -80,7 +81,8 @@ def test_the_numbers_are_of_presets():
 
 @pytest.mark.parametrize("name", ["gpt3_1_3b"])
 def test_gpt3_xl_as_printed(preset):
-    """12 more heads' worth of q, k, v and out than 16 heads of 128 would have: 1,315,723,264 + 24·4·2048·1024 + biases."""
+    """12 more heads' worth of q, k, v and out than 16 heads of 128 would have: 1,315,723,264 + 24·4·2048·1024
+    + biases."""
     n = sum(p.numel() for p in preset[1].parameters())
     layers, d, inner, d_ff = 24, 2048, 24 * 128, 4 * 2048
     layer = 4 * d * inner + 3 * inner + d + 2 * d * d_ff + d_ff + d + 4 * d

@@ -90,7 +90,8 @@ def test_ntk_equals_transformers_dynamic_one_at_a_fixed_length(factor, d_head):
 
 
 def test_ntk_by_formula():
-    """Peng et al. 2023, §3.1: the base becomes θ·s^(R/(R-2)); the lowest frequency is divided by s, the highest stays."""
+    """Peng et al. 2023, §3.1: the base becomes θ·s^(R/(R-2)); the lowest frequency is divided by s, the
+    highest stays."""
     R, theta, s = 32, 10000.0, 4.0
     base = theta * s ** (R / (R - 2))
     expected = torch.tensor([base ** (-2 * i / R) for i in range(R // 2)])

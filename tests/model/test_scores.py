@@ -62,7 +62,7 @@ def bias(head, query, key):
 
 
 def formula(q, k, v, pattern, biased, softcap):
-    """The last queries of a text over all its keys: softmax(cap(scale·q·k) + bias) over keys that are seen."""
+    """The last queries of a text over all its keys: softmax(cap(scale·q·k) + bias) over keys seen."""
     B, H, T, _ = q.shape
     groups, start = H // k.shape[1], k.shape[2] - T
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))

@@ -119,7 +119,8 @@ def mixed(name):
         (
             runs(n=9),
             (),
-            "held-out gate: 7 runs are too few for intervals of .*: at least 8 .*; gate.held_out=0 does without",
+            "held-out gate: 7 runs are too few for intervals of .*: at least 8 .*; "
+            "gate.held_out=0 does without",
         ),
         (runs().assign(flops=1e19), ("c=flops",), r"one budget only: all 40 rows have about 1e\+19 FLOPs"),
         (changed("loss", 3, np.nan), (), "column loss must be positive and finite: nan in row 4"),

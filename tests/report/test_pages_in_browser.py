@@ -58,10 +58,12 @@ def opened(browser, tmp_path):
 SHOWN = """return [...document.querySelectorAll('.chart')].map(card => ({
     title: card.querySelector('h3').textContent,
     axis: card.querySelector('.plot').layout.yaxis.type,
-    traces: card.querySelector('.plot').data.map(t => ({name: t.name, visible: t.visible, fill: t.fill, y: t.y}))}))"""
+    traces: card.querySelector('.plot').data.map(
+        t => ({name: t.name, visible: t.visible, fill: t.fill, y: t.y}))}))"""
 
 
-XAXES = """return [...document.querySelectorAll('.chart .plot')].map(plot => plot.layout ? plot.layout.xaxis.type : null)"""
+XAXES = """return [...document.querySelectorAll('.chart .plot')].map(
+    plot => plot.layout ? plot.layout.xaxis.type : null)"""
 
 
 def charts(browser):
@@ -71,7 +73,8 @@ def charts(browser):
 def press(browser, text, chart="Validation and training"):
     """Click the button of that chart."""
     pressed = browser.execute_script(
-        "const card = [...document.querySelectorAll('.chart')].find(c => c.querySelector('h3').textContent === arguments[1]);"
+        "const card = [...document.querySelectorAll('.chart')].find("
+        "    c => c.querySelector('h3').textContent === arguments[1]);"
         "const button = [...card.querySelectorAll('button')].find(b => b.textContent === arguments[0]);"
         "button.click(); return button.getAttribute('aria-pressed')",
         text,
@@ -144,7 +147,8 @@ def test_numbers_are_those_of_the_store(record, report, opened, tmp_path):
     report("study=parts", "baseline=llama")
     browser = opened("parts")
     cells = browser.execute_script(
-        "return [...document.querySelectorAll('table')].map(t => [...t.rows].map(r => [...r.cells].map(c => c.textContent)))"
+        "return [...document.querySelectorAll('table')].map("
+        "    t => [...t.rows].map(r => [...r.cells].map(c => c.textContent)))"
     )
     head, *rows = next(table for table in cells if table[0][0] == "run")
     shown = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
@@ -206,9 +210,10 @@ def test_a_run_is_looked_into(record, report, checkpointed, opened):
 
     def places():
         drawn = browser.execute_script(
-            "const plot = [...document.querySelectorAll('.chart')].find(c => c.querySelector('.slider')).querySelector('.plot');"
-            "return [plot.data.flatMap(t => t.text.map((w, i) => [w, [t.x[i], t.y[i]]])), plot.layout.xaxis.range,"
-            "        plot.parentElement.querySelector('output').textContent]"
+            "const plot = [...document.querySelectorAll('.chart')].find("
+            "    c => c.querySelector('.slider')).querySelector('.plot');"
+            "return [plot.data.flatMap(t => t.text.map((w, i) => [w, [t.x[i], t.y[i]]])),"
+            "        plot.layout.xaxis.range, plot.parentElement.querySelector('output').textContent]"
         )
         return dict(drawn[0]), *drawn[1:]
 

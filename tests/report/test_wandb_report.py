@@ -25,26 +25,26 @@ SCHEMA = """
 scalar JSONString
 type Query { viewer: User, project(name: String!, entityName: String!): Project,
     models(entityName: String, first: Int, after: String): ProjectConnection }
-type User { id: ID!, entity: String, username: String, name: String, email: String, admin: Boolean, deletedAt: String,
-    flags: JSONString, teams: EntityConnection, apiKeys: ApiKeyConnection }
+type User { id: ID!, entity: String, username: String, name: String, email: String, admin: Boolean,
+    deletedAt: String, flags: JSONString, teams: EntityConnection, apiKeys: ApiKeyConnection }
 type ApiKeyConnection { edges: [ApiKeyEdge!]! }
 type ApiKeyEdge { node: ApiKey }
 type ApiKey { id: ID!, name: String, description: String }
 type EntityConnection { edges: [EntityEdge!]! }
 type EntityEdge { node: Entity }
 type Entity { name: String! }
-type Project { id: ID!, internalId: ID!, name: String!, entityName: String!, createdAt: String, isBenchmark: Boolean,
-    user: User }
+type Project { id: ID!, internalId: ID!, name: String!, entityName: String!, createdAt: String,
+    isBenchmark: Boolean, user: User }
 type ProjectConnection { edges: [ProjectEdge!]!, pageInfo: PageInfo! }
 type ProjectEdge { node: Project, cursor: String! }
 type PageInfo { endCursor: String, hasNextPage: Boolean! }
 type Mutation { upsertView(input: UpsertViewInput!): UpsertViewPayload }
 enum ViewSource { WANDB_SDK }
-input UpsertViewInput { id: ID, entityName: String, projectName: String, type: String, name: String, displayName: String,
-    description: String, createdUsing: ViewSource, spec: String! }
+input UpsertViewInput { id: ID, entityName: String, projectName: String, type: String, name: String,
+    displayName: String, description: String, createdUsing: ViewSource, spec: String! }
 type UpsertViewPayload { view: View, inserted: Boolean }
-type View { id: ID!, type: String!, name: String!, displayName: String, description: String, project: Project, spec: String!,
-    updatedAt: String }
+type View { id: ID!, type: String!, name: String!, displayName: String, description: String, project: Project,
+    spec: String!, updatedAt: String }
 """
 """Of W&B's schema, which is not public, what saving a report asks for: written by hand from what its client
 sends."""

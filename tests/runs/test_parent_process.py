@@ -23,7 +23,7 @@ def fork(call) -> int:
 
 
 def test_it_is_killed_when_its_parent_is():
-    """The pipe of a grandchild that would speak again in a minute is closed when the child between is killed."""
+    """The pipe of a grandchild that would speak in a minute is closed when the child between is killed."""
     reading, writing = os.pipe()
 
     def grandchild():

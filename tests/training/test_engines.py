@@ -117,7 +117,7 @@ def test_processes_average_weights_and_grow_batches_as_one(shop):
 
 
 def test_processes_balance_experts_as_one(shop):
-    """The offsets of DeepSeek-V3's router move once a step, by the choices of all processes and micro-batches."""
+    """The offsets of DeepSeek-V3's router move once a step, by all processes and micro-batches."""
     router = ("n_active=2", "n_groups=1", "n_active_groups=1", "load_balance=0", "speed=0.02")
     experts = ("ffn=moe_deepseek_v3", "ffn.n_dense=0", "ffn.rest.n_experts=4")
     common = (*experts, *(f"ffn.rest.router.{setting}" for setting in router))
@@ -128,7 +128,8 @@ def test_processes_balance_experts_as_one(shop):
 
 
 def test_torchrun_starts_the_processes(shop, alone):
-    """From nothing. With the loss in chunks, as of a large vocabulary: 100 of the 512 tokens of a process at once."""
+    """From nothing. With the loss in chunks, as of a large vocabulary: 100 of the 512 tokens of a process at
+    once."""
     script = shop.path / "in_chunks.py"
     script.write_text(
         "import runpy, sys; from scantling.model import cross_entropy as c; c.CHUNK = 100 * 257; "
@@ -204,7 +205,8 @@ def test_entries_read_what_an_engine_trained(shop, alone):
 
 
 def test_a_repeated_run_has_one_directory(shop):
-    """Also where Lightning starts the second process when the first has made the directory, and both are rolled back."""
+    """Also where Lightning starts the second process when the first has made the directory, and both are
+    rolled back."""
     short = ("trainer=ddp", "trainer.devices=2", "resume=never", "guard.action=rollback", *SPIKES)
     for processes in (2, 1):
         process = shop.start(*short, runs="repeated", processes=processes)

@@ -1,4 +1,4 @@
-"""Steps that go wrong: one batch of the text is planted to break the loss or the gradient, wherever it is met."""
+"""Steps that go wrong: one batch of the text is planted to break the loss or gradient wherever it is met."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_order_without_some_places():
 
 
 def test_places_left_out_by_several_rollbacks():
-    """The record of each names the places that training would have met, whatever was left out among them before."""
+    """The record of each names the places that training would have met, whatever was left out before."""
     rows = []
     plan = SimpleNamespace(sizes=BatchSizes(4))
     run = cast(Any, SimpleNamespace(plan=plan, directory=SimpleNamespace(guarded=lambda: rows)))
@@ -185,7 +185,7 @@ def test_rollback_is_the_run_that_never_saw_the_batches(command, tmp_path, monke
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_a_resumed_run_is_guarded_alike(command, tmp_path, monkeypatch, action):
-    """Killed before the bad step, with a window that is not full, and behind it, before the next checkpoint."""
+    """Killed before the bad step, with a window not yet full, and behind it, before the next checkpoint."""
     plant(monkeypatch, "spike")
     chosen = (*SHORT, *SPIKES, f"guard.action={action}", "guard.window=12", "val_every=8")
     assert command(*chosen, "paths.runs=whole")[0] == 0
@@ -223,7 +223,8 @@ def test_killed_within_a_rollback_to_the_start(command, tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_is_none_that_a_rollback_removed(command, tmp_path, monkeypatch):
-    """That of step 8 goes, for step 9 leaves out what it has seen; that of step 2, the best before, is there no more."""
+    """That of step 8 goes, for step 9 leaves out what it has seen; that of step 2, the best before, is there
+    no more."""
     losses_of = iter([1.0, 1.1, 1.2, 0.9, 1.09, 1.07, 1.05])  # of steps 2, 4, 6, 8, and from 6 on 8, 10, 12
 
     class Fixed(task.TextLoss):

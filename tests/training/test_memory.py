@@ -35,7 +35,7 @@ def forecast(decoder, **settings) -> memory.Memory:
 
 
 def allocated(decoder, optimizer, sequences: int, half: bool) -> int:
-    """Bytes at the peak of a training step, exactly: weights, optimiser, and every allocation that PyTorch makes."""
+    """Bytes at the peak of a training step, exactly: weights, optimiser, and all that PyTorch allocates."""
     tokens = torch.randint(0, decoder.embed.tokens.num_embeddings, (sequences, decoder.seq_len))
 
     def step():
@@ -71,8 +71,8 @@ SHAPES = {
     ),
     "gpt": (
         8,
-        "model.d_model=192 model.d_ff=768 model.n_layers=6 model.seq_len=128 norm=layernorm pos=learned ffn=gelu "
-        "model.dropout=0.1",
+        "model.d_model=192 model.d_ff=768 model.n_layers=6 model.seq_len=128 norm=layernorm pos=learned "
+        "ffn=gelu model.dropout=0.1",
     ),
 }
 
@@ -124,8 +124,9 @@ def test_numbers_of_an_optimiser_are_those_of_a_real_step(nano, optimizer, setti
 
 
 def test_shares_of_the_engines(composed):
-    """Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1 with Ψ = 7.5 B and 64 devices, in bytes a parameter as they stand
-    there, K = 12: float32 weights count 4 with the optimiser's 8, where theirs are 2 and gradients 2.
+    """Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1 with Ψ = 7.5 B and 64 devices, in bytes a parameter
+    as they stand there, K = 12: float32 weights count 4 with the optimiser's 8, where theirs are 2 and
+    gradients 2.
     """
     n = 7_500_000_000
     sizes = DecoderSizes(

@@ -14,7 +14,7 @@ DIMENSIONS = 50
 
 
 def test_estimates_have_no_bias():
-    """Gradients of single examples are normal around G with variance σ² in each of 50 directions: tr Σ = 50·σ²."""
+    """Gradients of single examples are normal around G, of variance σ² in 50 directions: tr Σ = 50·σ²."""
     torch.manual_seed(0)
     g, sigma, small, big = torch.randn(DIMENSIONS), 3.0, 4, 32
     found = []
@@ -51,7 +51,7 @@ def test_a_known_noise_scale_comes_out():
     "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
 )
 def test_norms_are_those_of_the_mean_gradients(nano):
-    """Of the first micro-batch and of the whole step, in a real trainer: against gradients taken one by one."""
+    """Of the first micro-batch and of the whole step, in a real trainer, against gradients one by one."""
     decoder, rows = nano(gain=4), torch.randint(512, (B, T + 1), generator=torch.Generator().manual_seed(0))
     inputs, targets = rows[:, :-1], rows[:, 1:]
     norms = []

@@ -101,7 +101,8 @@ def test_orthogonalised_draws_singular_values_to_one(shape):
     """The factors of UV stay those of the matrix; the values come near 1. Jordan et al. 2024."""
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-    # From the smallest values Jordan's five steps do not get all the way: ask for a condition number below 100.
+    # Jordan's five steps do not get all the way from the smallest values: ask for a condition number
+    # below 100.
     matrices = u * s.clamp(min=s[:, :1] / 100)[:, None] @ vh
     out = orthogonalised(matrices).float()
     values = torch.linalg.svdvals(out)
@@ -113,7 +114,8 @@ def test_orthogonalised_draws_singular_values_to_one(shape):
 
 @pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 88)])
 def test_muon_equals_torchs(shape):
-    """torch's m ← μ·m + (1-μ)·g is (1-μ) times ours, and so is its Nesterov update: orthogonalised, they are one."""
+    """torch's m ← μ·m + (1-μ)·g is (1-μ) times ours, and so is its Nesterov update: orthogonalised, they are
+    one."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -162,7 +164,8 @@ def test_muon_orthogonalises_matrices_of_one_shape_apart():
 
 
 def test_muon_leaves_the_rest_to_adamw(model):
-    """With the hidden matrices' gradients away, it is torch's AdamW on embeddings, head, positions, norms, biases."""
+    """Without the hidden matrices' gradients it is torch's AdamW on embeddings, head, positions, norms,
+    biases."""
     theirs = copy.deepcopy(model)
     rest = [n for n, p in theirs.named_parameters() if not (n.startswith("blocks.") and p.ndim == 2)]
     assert {"embed.tokens.weight", "embed.head.weight", "pos.weight", "norm.weight"} <= set(rest)
@@ -255,7 +258,8 @@ def test_a_checkpoint_holds_nothing_but_tensors_and_plain_values(optim, model, t
 
 
 def test_a_restored_state_stands_where_its_parameters_do(optim, model):
-    """Lightning reads a checkpoint into main memory and leaves `step` where it is; fused kernels need it on the device."""
+    """Lightning reads a checkpoint into main memory and leaves `step` where it is; fused kernels need it on
+    the device."""
     optimizer = optim(model.named_parameters())
     train(model, optimizer, 1)
     elsewhere = copy.deepcopy(model).to("meta")

@@ -13,7 +13,8 @@ from scantling.training.profiling import PART, time_by_part, without_stderr
 
 
 def test_backward_time_goes_to_the_part_whose_gradient_it_is():
-    """Two products in one graph: what PyTorch itself says of each one's range, and of its gradient, is found again."""
+    """Two products in one graph: what PyTorch itself says of each one's range, and of its gradient, is found
+    again."""
     first, second = (torch.randn(64, d, requires_grad=True) for d in (64, 512))
     x = torch.randn(512, 64, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:

@@ -253,7 +253,7 @@ def test_run_of_an_older_version_is_not_started_over(command, tmp_path):
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("step", [27, 40])
 def test_preempted_run_leaves_a_checkpoint_and_goes_on(command, tmp_path, whole, which, step):
-    """Between two validations, and at the step before one; the signal comes in the middle of an optimiser step."""
+    """Between two validations, and at the step before one; the signal comes within an optimiser step."""
     growing = ("batch_warmup.start=2", "batch_warmup.steps=35")
     uninterrupted = whole(*growing)
 

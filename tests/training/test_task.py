@@ -140,7 +140,8 @@ def test_a_scaled_loss_is_clipped_by_the_norm_of_its_own_gradient(nano, tokens, 
 
 
 def test_a_compiled_model_is_compiled_for_each_of_many_sizes_of_batch(nano):
-    """Past torch's own limit of 8 the rest of a run would not be. Batch-size warm-up has as many as it has steps."""
+    """Past torch's own limit of 8 the rest of a run would not be. Batch-size warm-up has as many as it has
+    steps."""
     task_of(nano(), compiled=True)
     assert torch._dynamo.config.recompile_limit == RECOMPILATIONS > 100
 
@@ -190,7 +191,7 @@ def test_training_loss_equals_gpt2s(gpt2_pair, tokens):
 
 
 def test_negative_log_likelihood_by_hand():
-    """Two classes: -ln p is ln(1 + e^-d) with d the lead of the target's logit; summed, the ignored left out."""
+    """Two classes: -ln p is ln(1 + e^-d) with d the target's lead; summed, the ignored left out."""
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]]])
     nats = negative_log_likelihood(logits, torch.tensor([[0, 0, IGNORED]]))
     assert nats.item() == pytest.approx(math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1)))
