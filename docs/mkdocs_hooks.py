@@ -1,6 +1,7 @@
-"""Gives the site the tree of the repository: each page keeps its place, so that a link works there as it does on GitHub.
+"""Gives the site the tree of the repository: each page keeps its place, so that links work there as on GitHub.
 
-Beside the pages that are written it has those that stand in other files: a yaml of settings, a module's docstrings.
+Beside the pages that are written it has those that stand in other files: a yaml of settings, the docstrings
+of a module.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def generated() -> dict[str, str]:
 
 
 def below(folder: str) -> list[Any]:
-    """The pages of a folder as entries of the navigation, its own before those of folders inside it. One that is written
-    has the title that it opens with.
+    """The pages of a folder as entries of the navigation, its own before those of folders inside it.
+
+    A page that is written has the title that it opens with.
     """
     written = [path.relative_to(ROOT).as_posix() for path in matching(WRITTEN) if path.suffix == ".md"]
     inside = [place.removeprefix(folder) for place in [*written, *generated()] if place.startswith(folder)]

@@ -80,7 +80,7 @@ def nearest(wrong: str, options: Sequence[str]) -> str:
 
 
 def nearest_setting(key: str, known: Sequence[str]) -> str:
-    """The end of a message about a dotted key: ': did you mean …?', the whole list when it is short, or nothing.
+    """The end of a message about a dotted key: ': did you mean …?', a short list, or nothing.
 
     First what other projects call so; else what is near in its group; else what has its last component, or
     one near it; else what is near as a whole.
