@@ -1,4 +1,4 @@
-"""Gives the site the tree of the repository: each page keeps its place, so that links work there as on GitHub.
+"""Gives the site the tree of the repository: each page keeps its place, and links work as on GitHub.
 
 Beside the pages that are written it has those that stand in other files: a yaml of settings, the docstrings
 of a module.

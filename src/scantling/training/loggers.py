@@ -15,7 +15,7 @@ from scantling.runs.directory import Row
 from scantling.runs.wandb_file import records
 
 PATIENCE = 300
-"""Seconds that W&B's own process has to start, where no server is waited for: 30 are few on a busy machine."""
+"""Seconds that W&B's own process has to start, where no server is waited for: 30 are few on a busy one."""
 
 
 class Wandb(WandbLogger):
