@@ -102,5 +102,5 @@ def test_a_generated_signature_is_no_docstring():
         x: int
 
     for cls in (Point, Pair):
-        assert cls.__doc__.startswith(f"{cls.__name__}(x")
+        assert (cls.__doc__ or "").startswith(f"{cls.__name__}(x")
         assert not documented(cls)

@@ -167,7 +167,7 @@ def test_a_run_goes_on_where_wandb_does_not_start(command, offline, monkeypatch)
 
     def late(**settings):
         if settings["mode"] != "disabled":
-            raise wandb.errors.CommError("Run initialization has timed out after 30.0 sec.\nTry again.")
+            raise wandb.Error("Run initialization has timed out after 30.0 sec.\nTry again.")
         return started(**settings)
 
     monkeypatch.setattr(wandb, "init", late)
