@@ -1,4 +1,4 @@
-"""Writes docs/parts.md, every option of every part: `python -m scantling.parts_table`, or `make docs`.
+"""Writes docs/parts.md, every option of every part: `python -m scantling.cli.parts_table`, or `make docs`.
 
 Nothing in it is typed twice: what an option is stands in the first line of its yaml, its
 formula in its docstring, its cost is counted in a model, and the families that have it are
