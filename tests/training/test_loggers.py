@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import wandb
 from shop import TRAIN
+from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
 from warm import Command
 
 from scantling.runs.directory import RunDirectory
@@ -178,3 +179,19 @@ def test_a_run_goes_on_where_wandb_does_not_start(command, offline, monkeypatch)
         "W&B disabled (warning: it did not start: Run initialization has timed out after 30.0 sec.)" in said
     )
     assert len(only_run(Path()).metrics()) == 12
+
+
+def test_a_run_waits_until_wandb_lets_go_of_a_killed_one(command, offline, monkeypatch):
+    """W&B's own process serves all that share it, and answers so while it holds the run of a dead one."""
+    started, held = wandb.init, iter([True, True, False])
+
+    def busy(**settings):
+        if next(held):
+            raise ServerResponseError(f"run ID {settings['id']} is in use")
+        return started(**settings)
+
+    monkeypatch.setattr(wandb, "init", busy)
+    code, out, err = command("logger=wandb")
+    assert (code, err) == (0, "")
+    assert "W&B offline" in out
+    assert len(history(Path())) == 12

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
@@ -14,8 +15,14 @@ from lightning.pytorch.loggers import WandbLogger
 from scantling.runs.directory import Row
 from scantling.runs.wandb_file import records
 
+if TYPE_CHECKING:
+    from wandb import Run
+
 PATIENCE = 300
 """Seconds that W&B's own process has to start, where no server is waited for: 30 are few on a busy one."""
+
+HELD = 60
+"""Seconds in which it lets go of a run whose process has died."""
 
 
 class Wandb(WandbLogger):
@@ -55,13 +62,27 @@ class Wandb(WandbLogger):
 
         del self._wandb_init["anonymous"]  # Lightning's default, which W&B warns of
 
+    def open_run(self) -> Run:
+        """The run; W&B's own process may still hold one that was killed, and is waited for."""
+        from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
+
+        until = time.monotonic() + HELD
+        while True:
+            try:
+                return self.experiment
+            except ServerResponseError as error:
+                if "is in use" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+
     def start(self, config: dict[str, Any]) -> str:
         """Open the run with its configuration; one line that says where it goes."""
         import wandb
+        from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
 
         try:
-            run = self.experiment
-        except wandb.Error as error:
+            run = self.open_run()
+        except (wandb.Error, ServerResponseError) as error:
             wandb.teardown()
             why = str(error).splitlines()[0]
             if self.mode == "online":
