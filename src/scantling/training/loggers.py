@@ -83,6 +83,8 @@ class Wandb(WandbLogger):
         try:
             run = self.open_run()
         except (wandb.Error, ServerResponseError) as error:
+            if self.mode == "disabled":
+                raise
             wandb.teardown()
             why = str(error).splitlines()[0]
             if self.mode == "online":
