@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import WandbLogger
@@ -15,14 +14,8 @@ from lightning.pytorch.loggers import WandbLogger
 from scantling.runs.directory import Row
 from scantling.runs.wandb_file import records
 
-if TYPE_CHECKING:
-    from wandb import Run
-
 PATIENCE = 300
 """Seconds that W&B's own process has to start, where no server is waited for: 30 are few on a busy one."""
-
-HELD = 60
-"""Seconds in which it lets go of a run whose process has died."""
 
 
 class Wandb(WandbLogger):
@@ -38,6 +31,9 @@ class Wandb(WandbLogger):
     ) -> None:
         import wandb  # here and below: a run without it need not wait for it
 
+        # A process of W&B's that is shared with others outlives this one, and never lets go of a run whose
+        # process was killed: this run has its own.
+        os.environ.pop(wandb.env.SERVICE, None)
         self.mode, self.reason = mode_and_reason()
         self.mirrored: set[int] = set()
         """Steps that earlier segments hold."""
@@ -62,35 +58,20 @@ class Wandb(WandbLogger):
 
         del self._wandb_init["anonymous"]  # Lightning's default, which W&B warns of
 
-    def open_run(self) -> Run:
-        """The run; W&B's own process may still hold one that was killed, and is waited for."""
-        from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
-
-        until = time.monotonic() + HELD
-        while True:
-            try:
-                return self.experiment
-            except ServerResponseError as error:
-                if "is in use" not in str(error) or time.monotonic() > until:
-                    raise
-                time.sleep(0.5)
-
     def start(self, config: dict[str, Any]) -> str:
         """Open the run with its configuration; one line that says where it goes."""
         import wandb
-        from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
 
         try:
-            run = self.open_run()
-        except (wandb.Error, ServerResponseError) as error:
+            run = self.experiment
+        except wandb.Error as error:
             if self.mode == "disabled":
                 raise
             wandb.teardown()
-            why = str(error).splitlines()[0]
             if self.mode == "online":
-                self.mode, self.reason = "offline", f"warning: the server refused: {why}"
+                self.mode, self.reason = "offline", f"warning: the server refused: {first_line(error)}"
             else:
-                self.mode, self.reason = "disabled", f"warning: it did not start: {why}"
+                self.mode, self.reason = "disabled", f"warning: it did not start: {first_line(error)}"
             self._wandb_init |= {"mode": self.mode, "resume": None}
             return self.start(config)
         run.config.update(config, allow_val_change=True)
@@ -165,7 +146,10 @@ def mode_and_reason() -> tuple[str, str]:
 
     if mode := os.environ.get("WANDB_MODE"):
         return mode, "WANDB_MODE"
-    wandb.setup(wandb.Settings(silent=True, x_service_wait=PATIENCE))
+    try:
+        wandb.setup(wandb.Settings(silent=True, x_service_wait=PATIENCE))
+    except wandb.Error as error:
+        return "disabled", f"warning: it did not start: {first_line(error)}"
     if not wandb.login(prompt=False, verify=False):
         return "offline", "no API key; `wandb login` sends the next runs online"
     server = urlparse(wandb.setup().settings.base_url)
@@ -175,3 +159,8 @@ def mode_and_reason() -> tuple[str, str]:
     except OSError:
         return "offline", "warning: the server cannot be reached; `wandb sync` sends the run later"
     return "online", "API key found"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice below it."""
+    return str(error).split("\n", 1)[0]
