@@ -1,4 +1,4 @@
-"""What this project's launchers share: all jobs are looked at before the first starts.
+"""What this project's launchers share: all jobs are checked before the first starts.
 
 A run's own record says how it ended.
 """

@@ -252,7 +252,7 @@ def compute_equivalent_gain(law: Fit, compute: float, difference: ArrayLike, *, 
 class Trend:
     """How a gain changes with scale: the log of its multiplier per factor of ten in compute.
 
-    `p`: two-sided, of no trend, to be corrected where several arms are looked at.
+    `p`: two-sided, of no trend, to be corrected where several arms are tested.
     """
 
     per_decade: float

@@ -1,4 +1,4 @@
-"""A table of finished runs, anyone's, read and checked: every row is used or named, none silently dropped."""
+"""Any table of finished runs, read and checked: every row is used or named, none silently dropped."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def observe(
     `n`, `d`, `c`, `loss`: names of columns; several for `n` are conventions of counting. Without `d`,
     D = C/(6N); without `c`, C = 6ND. `run` names the run of each row where a run has several. `unique`:
     fresh tokens of the run. `same`: columns that, where there are such, must not mix values. `drop_highest`:
-    so many of the highest losses are left out. `irreducible`: known entropy, below which no loss can be.
+    this many of the highest losses are left out. `irreducible`: known entropy, below which no loss can be.
 
     Raises ValueError naming the rows.
     """

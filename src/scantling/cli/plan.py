@@ -1,4 +1,4 @@
-"""A run looked at before it exists: sizes, FLOPs, memory and time of any model, on any machine."""
+"""A run before it exists: its sizes, FLOPs, memory and time of any model, on any machine."""
 
 from __future__ import annotations
 

@@ -178,9 +178,7 @@ def source(config: DictConfig) -> str:
     """Which of `SOURCES` is given."""
     given = [name for name in SOURCES if config[name] is not None and (name != "run" or config.fit is None)]
     if len(given) != 1:
-        raise ValueError(
-            "give one of fit=FILE, anyone's table of runs, study=NAME, run=DIR, and runs=[NAME,NAME], of ours"
-        )
+        raise ValueError("give one of fit=FILE (any table of runs), study=NAME, run=NAME, runs=[NAME,NAME]")
     return given[0]
 
 

@@ -1,4 +1,4 @@
-"""What report.py prints and writes of a study, and of anyone's table of runs."""
+"""What report.py prints and writes of a study, and of any table of runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MINOR = (
 )
 """Columns that make room in a narrow terminal, in this order."""
 
-# --- anyone's table ---
+# --- any table of runs ---
 
 OWN_COLUMNS = {
     "n": ["params", "params_without_embeddings"],
@@ -67,7 +67,7 @@ OWN_COLUMNS = {
 
 
 def report_table(config: DictConfig, console: Console) -> None:
-    """Print the law of anyone's table of runs, and write its report."""
+    """Print the law of any table of runs, and write its report."""
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     path = Path(config.fit).expanduser()
     table = read_table(path)

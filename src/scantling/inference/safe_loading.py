@@ -71,7 +71,7 @@ def read_weights(directory: RunDirectory, checkpoint: str) -> dict[str, Tensor]:
 def read_weights_by_step(directory: RunDirectory) -> tuple[dict[int, dict[str, Tensor]], list[Path]]:
     """The decoder's state dict after each step with a checkpoint, in order, and the unreadable files.
 
-    Tensors stay on disk until they are looked at.
+    Tensors stay on disk until they are read.
     """
     found, unreadable = {}, []
     for file in (directory.best, directory.last, *directory.step_checkpoints()):
@@ -114,7 +114,7 @@ def check_targets(config: Any, source: Path) -> None:
 def is_own_part(target: str) -> bool:
     """Whether it is one of `ACTIVATIONS`, or stands in the module of this project that it names.
 
-    The module itself is looked at, as Hydra would walk on through whatever it has imported.
+    The module itself is searched, as Hydra would walk on through whatever it has imported.
     """
     module, _, name = target.rpartition(".")
     of_model = module.startswith("scantling.model.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -160,10 +161,7 @@ class Decoder(nn.Module):
         for router in self.routers:
             router.forget()
         rotations = self.pos.rotations(placement.positions_BT, len(layers))
-
-        def new_scores() -> Scores:
-            return Scores(bias=self.pos.bias, n_heads=self.n_heads, placement=placement)
-
+        new_scores = partial(Scores, bias=self.pos.bias, n_heads=self.n_heads, placement=placement)
         scores = new_scores()
         recomputed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         x_BTD = self.dropout(self.pos.embed(self.embed(tokens_BT), placement.positions_BT))

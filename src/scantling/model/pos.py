@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -148,18 +149,18 @@ class RoPE(Position):
         cos_BT1R = (
             cos_BT1F.repeat_interleave(2, -1) if self.interleaved else torch.cat((cos_BT1F, cos_BT1F), -1)
         )
+        return partial(self.turn, cos_BT1R=cos_BT1R, sin_BT1F=sin_BT1F)
 
-        def turn(x_BTHE: Tensor) -> Tensor:
-            whole = self.width == x_BTHE.shape[-1]
-            x_BTHR = x_BTHE if whole else x_BTHE[..., : self.width]
-            cos, sin = cos_BT1R.type_as(x_BTHE), sin_BT1F.type_as(x_BTHE)
-            if torch.is_grad_enabled():
-                turned = Turn.apply(x_BTHR, cos, sin, self.interleaved)
-            else:
-                turned = turned_by(x_BTHR, cos, sin, self.interleaved)
-            return turned if whole else torch.cat((turned, x_BTHE[..., self.width :]), -1)
-
-        return turn
+    def turn(self, x_BTHE: Tensor, cos_BT1R: Tensor, sin_BT1F: Tensor) -> Tensor:
+        """The first `width` channels of each head turned, the others as they are."""
+        whole = self.width == x_BTHE.shape[-1]
+        x_BTHR = x_BTHE if whole else x_BTHE[..., : self.width]
+        cos, sin = cos_BT1R.type_as(x_BTHE), sin_BT1F.type_as(x_BTHE)
+        if torch.is_grad_enabled():
+            turned = Turn.apply(x_BTHR, cos, sin, self.interleaved)
+        else:
+            turned = turned_by(x_BTHR, cos, sin, self.interleaved)
+        return turned if whole else torch.cat((turned, x_BTHE[..., self.width :]), -1)
 
 
 def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def yarn(
     width = 2 * len(frequencies_F)
 
     def channel(turns: float) -> float:
-        """The pair that turns so many times within the original context."""
+        """The pair that turns this many times within the original context."""
         return width * math.log(original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = channel(beta_fast), channel(beta_slow)

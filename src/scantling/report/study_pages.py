@@ -1,4 +1,4 @@
-"""The reports of a study that has an answer, arms or a law, and of anyone's table of runs.
+"""The reports of a study that has an answer, arms or a law, and of any table of runs.
 
 What they need takes seconds to import; pages that need only runs do without it.
 """

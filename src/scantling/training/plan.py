@@ -107,7 +107,7 @@ class Plan:
         return Group(lines)
 
     def check_disk(self, directory: Path, checkpoints: int) -> None:
-        """Raise ValueError unless so many checkpoints fit on the disk of `directory`."""
+        """Raise ValueError unless this many checkpoints fit on the disk of `directory`."""
         needed = checkpoints * self.memory.states
         free = shutil.disk_usage(directory).free
         if free < needed:

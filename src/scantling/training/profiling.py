@@ -35,7 +35,7 @@ OTHERS = {
 """Ranges that PyTorch sets, by the beginning of their name."""
 
 STEPS_BEFORE, PROFILED_STEPS = 5, 5
-"""Steps that warm up, and those that are looked at."""
+"""Steps that warm up, and those that are profiled."""
 STEPS_OF_A_PROFILE = STEPS_BEFORE + PROFILED_STEPS
 
 

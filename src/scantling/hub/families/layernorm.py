@@ -16,6 +16,7 @@ from scantling.hub.fields import (
     change_fields,
     read_field,
     read_setting,
+    setting,
     tied_embeddings,
 )
 from scantling.hub.rope import Rope
@@ -65,7 +66,7 @@ class PerHeadLayerNorm(Field):
             return ["attn/qk_norm=none"]
         return [
             "attn/qk_norm=each_head_layernorm",
-            f"attn.qk_norm.norm.eps={read_field(hf, 'layer_norm_eps', 1e-5)}",
+            setting("attn.qk_norm.norm.eps", read_field(hf, "layer_norm_eps", 1e-5)),
         ]
 
     def hf_config(self, decoder: Config) -> Config:
