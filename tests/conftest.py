@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import os
 import runpy
 import signal
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 import warm
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from parsed_once import parse_once
 
 from scantling.config.composition import compose_config, resolved_config
 from scantling.data.tokenizers import Byte
@@ -43,9 +46,29 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    parse_once()
     if (forced := config.getoption("processor")) is not None:
         os.environ[warm.PROCESSOR] = forced  # for processes that tests start
         warm.take_processor()
+
+
+CHECKED = 4
+"""Passes of the decoder whose shapes each test checks: the checks take half the time of a small model."""
+
+
+@pytest.fixture(autouse=True)
+def checks_of_shapes(monkeypatch):
+    """Checks in the first passes only: a test that makes a hundred has the same shapes again and again."""
+    passes, forward = itertools.count(1), Decoder.forward
+
+    @wraps(forward)
+    def counted(*args, **named):
+        jaxtyping.config.update("jaxtyping_disable", next(passes) > CHECKED)
+        return forward(*args, **named)
+
+    monkeypatch.setattr(Decoder, "forward", counted)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=processors.PROCESSORS)
@@ -84,14 +107,14 @@ def entry(monkeypatch, capsys):
 
 @pytest.fixture
 def command(tmp_path, book, monkeypatch, entry):
-    """`command("lr=1e-3")` is `entry("train", …)` with the settings of a small run. The machine's speed,
-    which takes longer to measure than the run, is not measured, and no figure is drawn.
+    """`command("lr=1e-3")` is `entry("train", …)` with the settings of a small run. The machine's speed is
+    not measured, and no figure is drawn.
     """
     from scantling.model import hardware
     from scantling.training import record
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hardware, "peak_flops", lambda *_: (1e12, "assumed"))
+    monkeypatch.setattr(hardware, "peak_flops", warm.assumed_peak)
     monkeypatch.setattr(record, "draw_curves", lambda *_, **__: None)
     signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import yaml
+from warm import assumed_peak
 
 from scantling.cli import plan_study
 from scantling.config.options import ROOT
@@ -31,7 +32,7 @@ def quick(monkeypatch, tmp_path):
     """No figure, no measurement of the machine, and no sweep is left behind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(record, "draw_curves", lambda *_, **__: None)
-    monkeypatch.setattr(run.hardware, "peak_flops", lambda *_: (1e12, "assumed"))
+    monkeypatch.setattr(run.hardware, "peak_flops", assumed_peak)
     path = ROOT / "sweeps" / f"{STUDY}.yaml"
     path.unlink(missing_ok=True)
     yield

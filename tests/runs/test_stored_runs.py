@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm import assumed_peak
 
 from scantling.inference.safe_loading import read_weights
 from scantling.model import hardware
@@ -35,7 +36,7 @@ def stored(tmp_path, monkeypatch):
     with tarfile.open(Path(__file__).with_name("stored_by_0.1.0.tar.gz")) as archive:
         archive.extractall(tmp_path, filter="data")
     shutil.copy(ROOT / "LICENSE", tmp_path)
-    monkeypatch.setattr(hardware, "peak_flops", lambda *_: (1e12, "assumed"))  # not measured: it takes long
+    monkeypatch.setattr(hardware, "peak_flops", assumed_peak)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs"
 
