@@ -63,7 +63,8 @@ def checks_of_shapes(monkeypatch):
 
     @wraps(forward)
     def counted(*args, **named):
-        jaxtyping.config.update("jaxtyping_disable", next(passes) > CHECKED)
+        if next(passes) > CHECKED:
+            jaxtyping.config.update("jaxtyping_disable", True)
         return forward(*args, **named)
 
     monkeypatch.setattr(Decoder, "forward", counted)
@@ -108,11 +109,12 @@ def entry(monkeypatch, capsys):
 @pytest.fixture
 def command(tmp_path, book, monkeypatch, entry):
     """`command("lr=1e-3")` is `entry("train", …)` with the settings of a small run. The machine's speed is
-    not measured, and no figure is drawn.
+    not measured, no figure is drawn, and no shapes are checked: the checks draw random numbers.
     """
     from scantling.model import hardware
     from scantling.training import record
 
+    jaxtyping.config.update("jaxtyping_disable", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hardware, "peak_flops", warm.assumed_peak)
     monkeypatch.setattr(record, "draw_curves", lambda *_, **__: None)
