@@ -15,4 +15,5 @@ from scantling.config.composition import compose_config
 parse_once()
 compose_config("train", ["data=text", "tokenizer=byte", "budget=steps", "trainer=cpu", "logger=none"])
 
+gc.set_threshold(50_000, 20, 50)
 gc.freeze()  # a process that is forked does not look through all this, so that its memory stays shared
