@@ -233,6 +233,7 @@ def test_a_small_table_is_fitted_without_the_budgets_that_it_can_spare():
     assert list(without["without the runs of"]) == ["1e+20 FLOPs", "1e+21 FLOPs"]
 
 
+@pytest.mark.slow
 def test_the_answer_is_of_the_largest_budget_asked_for():
     n, c, loss = grid()
     assert answer(reported(n, c / 6 / n, c, loss)).startswith("At 1e+21 FLOPs")

@@ -32,6 +32,7 @@ def test_the_runs_of_a_grid_take_the_whole_budget_and_lie_around_the_optimum():
         assert sizes[[0, 3, 6]] / np.exp(best.x) == pytest.approx([1 / 4, 1, 4], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_forecast_widths_are_those_that_fits_then_report():
     """Thirty simulated studies, fitted as report.py would: their mean half-width, and the scatter of their
     estimates."""

@@ -90,6 +90,7 @@ def test_all_245_rows_give_another_beta(chinchilla):
     assert refit_hoffmann(*chinchilla).beta == pytest.approx(0.453, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_gemstones():
     runs = pd.read_json(published("gemstones/wandb_df_for_fitting_hot.jsonl"), lines=True)
     fitted = fit_hoffmann(runs["params_active_precise"], runs["tokens"], runs["final_loss"])
@@ -267,6 +268,7 @@ def test_intervals_of_a_learning_curve_hold_the_truth_where_the_floor_is_lost():
         assert low < value < high, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameter", ["E", "A"])
 def test_profile_intervals_hold_the_truth_where_the_floor_is_lost(without_a_floor, parameter):
     """The lower end of E is none; the upper is where the constrained minimum, of all of the form's starts, is

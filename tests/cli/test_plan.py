@@ -253,6 +253,7 @@ def test_the_formula_of_a_docstring_ends_before_the_paper():
 # --- docs/parts.md ---
 
 
+@pytest.mark.slow
 def test_the_page_of_parts_is_up_to_date():
     assert parts_table.PAGE.read_text() == parts_table.page(), "run: make docs"
 

@@ -39,6 +39,7 @@ def quick(monkeypatch, tmp_path):
     path.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The `srun` command is available")  # Lightning's, where SLURM is installed
 def test_a_planned_study_is_a_sweep_that_runs(entry, book, tmp_path):
     typed = (
@@ -88,6 +89,7 @@ def test_a_planned_study_is_a_sweep_that_runs(entry, book, tmp_path):
     assert RunDirectory(row["path"]).summary["flops"] == pytest.approx(1e11 / 8, rel=0.03)
 
 
+@pytest.mark.slow
 def test_hours_buy_what_the_throughput_makes_of_them(entry):
     usual = (f"study={STUDY}", *SMALL, *GRID[1:], "isoflop.draws=100", "batch_size=4")
     bought = "isoflop.flops=null", "isoflop.device_hours=0.1", "isoflop.throughput=1e9"
@@ -97,6 +99,7 @@ def test_hours_buy_what_the_throughput_makes_of_them(entry):
     assert re.search(r"in all .* 6\.0 minutes", out) or re.search(r"in all .* 5\.9 minutes", out)
 
 
+@pytest.mark.slow
 def test_the_speed_that_times_are_of_is_named(entry):
     code, out, err = entry("plan", f"study={STUDY}", *SMALL, *GRID, *FAST[:1], "batch_size=4", "mfu=0.5")
     assert (code, err) == (0, "")

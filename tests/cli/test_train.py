@@ -103,6 +103,7 @@ def test_losses_equal_a_plain_loop_and_the_record_is_whole(command, tmp_path):
     assert f"{rows[-1]['val/bpb']:.4f} bits/byte" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("optim=muon", "micro_batch_size=2", "model.dropout=0.1")])
 def test_interrupted_run_goes_on_as_if_nothing_had_happened(command, tmp_path, overrides):
     long = ("budget.steps=60", "val_every=20", *overrides)
@@ -162,6 +163,7 @@ def test_a_study_and_its_place_may_have_numbers_for_names(command, entry, tmp_pa
     assert "nano-" in out
 
 
+@pytest.mark.slow
 def test_sweep_trains_every_arm_once(command, tmp_path):
     code, _, err = command("-m", "sweeps=attention", "seed=0,1", "budget.steps=2")
     assert code == 0, err
@@ -451,6 +453,7 @@ def leave_room(n_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_one_line_with_settings_that_fit(shop):
     """Where address space for 300 MB is left, 1 GB of activations does not fit; what the line says does."""
     large = ("model.d_model=128", "model.d_ff=512", "model.n_layers=4", "batch_size=256", "budget.steps=1")

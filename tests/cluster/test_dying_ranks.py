@@ -44,6 +44,7 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "torchrun", "sweep", "who", "of"),
     [

@@ -81,6 +81,7 @@ def wandb_runs(path: Path) -> set[str]:
     return {p.name.split("-", 3)[3] for p in path.glob("default/wandb/offline-run-*")}
 
 
+@pytest.mark.slow
 def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, slurm, tmp_path):
     """Ctrl-C comes to the first launcher while sbatch has taken the jobs and not yet said their numbers, to
     the second while it watches; the third sees them end.
@@ -124,6 +125,7 @@ def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, s
     assert json.loads((of[cancelled].path / "failed.json").read_text())["reason"] == "SLURM's job is no more"
 
 
+@pytest.mark.slow
 def test_two_tasks_are_one_run_that_goes_on_when_its_time_is_up(shop, alone, slurm):
     runs = shop.path / "tasks"
     sweep = shop.start(
@@ -143,6 +145,7 @@ def test_two_tasks_are_one_run_that_goes_on_when_its_time_is_up(shop, alone, slu
     assert wandb_runs(runs) == {run.wandb_id}
 
 
+@pytest.mark.slow
 def test_the_sbatch_file_of_the_docs(shop, alone, slurm, tmp_path):
     """On one node of two CPUs; requeued, it goes on."""
     (text,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)

@@ -96,6 +96,7 @@ def hosts():
     hosts.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_hosts_train_as_one_process(shop, alone, hosts, engine):
     runs = f"hosts-{engine}"

@@ -37,6 +37,7 @@ def command(monkeypatch, entry, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_it_prints_and_writes_the_fit(command, tmp_path):
     table = runs()
     code, out, err = command(table, "gate.tolerance=0.05", "budgets=[1e22]")
@@ -58,6 +59,7 @@ def test_it_prints_and_writes_the_fit(command, tmp_path):
     assert (directory / "fit.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floor", [1.8, 0.0])
 def test_a_floor_far_below_the_runs_is_not_drawn(command, tmp_path, floor):
     """It would flatten all else to a line."""
@@ -67,6 +69,7 @@ def test_a_floor_far_below_the_runs_is_not_drawn(command, tmp_path, floor):
     assert ('"E = ' in page) == (floor > 0)
 
 
+@pytest.mark.slow
 def test_flops_stand_in_for_tokens_and_a_failed_gate_is_on_every_page(command, tmp_path):
     table = runs()
     table.loc[table.flops > np.quantile(table.flops, 0.8) * 1.06, "loss"] *= 1.2
@@ -76,6 +79,7 @@ def test_flops_stand_in_for_tokens_and_a_failed_gate_is_on_every_page(command, t
     assert "held-out gate FAILED" in (tmp_path / "runs/reports/runs.csv/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_conventions_are_compared_and_mixed_ones_warned_of(command):
     table = runs()
     table["without embeddings"] = table["model size"] ** 0.9
@@ -87,6 +91,7 @@ def test_conventions_are_compared_and_mixed_ones_warned_of(command):
     assert "held-out gate" not in out
 
 
+@pytest.mark.slow
 def test_json_lines_are_read(command, tmp_path):
     table = runs()
     rows = [json.dumps(row) for row in table.to_dict("records")]
@@ -153,6 +158,7 @@ def test_a_table_too_small_for_the_gate_is_fitted_without_it(command):
     assert "8 rows of runs.csv" in out
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_named(command):
     table = runs()
     table.loc[[4, 30], "loss"] = [9.0, 8.0]

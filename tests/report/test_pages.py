@@ -329,6 +329,7 @@ def test_a_run_is_called_by_all_that_makes_it_another(record, tmp_path):
     assert list(load_runs(tmp_path / "runs/grid")["arm"]) == names
 
 
+@pytest.mark.slow
 def test_a_law_has_its_valleys_and_what_was_held_out(record, report, page):
     rng = np.random.default_rng(0)
     for compute in (1e13, 1e14, 1e15, 1e16):
@@ -351,6 +352,7 @@ def test_a_law_has_its_valleys_and_what_was_held_out(record, report, page):
     assert exponents[0]["low"]["a"][0] < planted < exponents[0]["high"]["a"][0]
 
 
+@pytest.mark.slow
 def test_a_law_of_few_sizes_has_a_line_for_each(record, report, page, tmp_path):
     rng = np.random.default_rng(0)
     sizes = np.geomspace(1e5, 1e6, 5)

@@ -83,6 +83,7 @@ def press(browser, text, chart="Validation and training"):
     return pressed
 
 
+@pytest.mark.slow
 def test_arms_are_toggled_and_axes_switched(record, report, opened, tmp_path):
     arms(record)
     report("study=parts", "baseline=llama")
@@ -174,6 +175,7 @@ def test_a_chart_is_saved_as_a_picture(record, report, opened, tmp_path, form, b
     assert saved.read_bytes()[: len(begins)] == begins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["parts", "sizes", "llama-0-1e+07"])
 def test_a_narrow_screen_needs_no_scrolling_sideways(record, report, opened, name):
     evil = "<img src=x onerror=window.broken=1>"

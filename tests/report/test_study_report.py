@@ -58,6 +58,7 @@ def test_arms_are_compared_over_seeds(record, report, tmp_path):
     assert (tmp_path / "runs/reports/parts/arms.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [arms, lambda record: sizes(record, "parts"), unfinished])
 def test_a_study_is_read_once(record, report, monkeypatch, make):
     """Its runs and its curves, whether it is arms, a law, or gives no answer."""
@@ -159,6 +160,7 @@ def test_a_law_has_one_interval_wherever_it_is_asked_for(record):
     assert law_of(config, study).intervals == frontier(own.fit).intervals
 
 
+@pytest.mark.slow
 def test_repeated_data_and_schedules_that_do_not_end_are_warned_of(record, report):
     sizes(record, unique=5e8, schedule="constant")
     _, out, _ = report("study=sizes", "gate.held_out=0")

@@ -86,6 +86,7 @@ def contend(folder, start, winners):
         time.sleep(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_many_at_once_one_wins(tmp_path, stale):
     context = multiprocessing.get_context("fork")

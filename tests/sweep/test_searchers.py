@@ -25,6 +25,7 @@ def records(folder) -> dict[str, dict]:
     return {path.name: RunDirectory(path).summary for path in folder.glob("*-*") if path.is_dir()}
 
 
+@pytest.mark.slow
 def test_optuna_finds_the_best_of_its_runs_and_goes_on_where_it_stopped(command, tmp_path):
     search = (
         *(

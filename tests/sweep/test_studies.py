@@ -59,6 +59,7 @@ def looks(tmp_path, monkeypatch):
     return looks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_job_of_a_study_can_be_built(looks, study):
     """And none is there twice: `look_ahead` raises for both."""

@@ -54,6 +54,7 @@ def fate(monkeypatch):
     return fates
 
 
+@pytest.mark.slow
 def test_failed_hanging_and_killed_jobs_leave_the_others_alone(command, tmp_path, fate):
     again = tmp_path / "killed once"
 
@@ -98,6 +99,7 @@ def test_failed_hanging_and_killed_jobs_leave_the_others_alone(command, tmp_path
     assert alone in results(tmp_path / "runs" / "default").items()
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_goes_on_from_its_checkpoints(command, tmp_path):
     """Killed, then interrupted, then let be."""
     long = ("-m", "seed=0,1", "budget.steps=60", "val_every=20", "hydra.launcher.cores=2")
@@ -138,6 +140,7 @@ def test_interrupted_sweep_goes_on_from_its_checkpoints(command, tmp_path):
     assert any("resuming after step" in log for log in logs)
 
 
+@pytest.mark.slow
 def test_two_launchers_share_a_sweep_and_one_inherits(command, tmp_path):
     sweep = ("-m", "seed=0,1,2,3", "budget.steps=40", "val_every=20")
     command(*sweep, "paths.runs=whole")

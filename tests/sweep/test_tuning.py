@@ -116,6 +116,7 @@ SWEEP = (
 )
 
 
+@pytest.mark.slow
 def test_every_arm_gets_the_rate_of_its_own_search(command, tmp_path, known):
     code, out, err = command(*SWEEP, "dry_run=true")
     assert code == 0, err
@@ -159,6 +160,7 @@ def test_every_arm_gets_the_rate_of_its_own_search(command, tmp_path, known):
     assert "12 jobs, 0 to run" in out
 
 
+@pytest.mark.slow
 def test_an_outermost_rate_warns_and_what_diverges_is_not_tried_again(command, tmp_path, known):
     few = (*SWEEP, "seed=0", "tune.factors=[0.5,1,20]", "tune.extend=0")
     code, out, err = command(*few)
@@ -171,6 +173,7 @@ def test_an_outermost_rate_warns_and_what_diverges_is_not_tried_again(command, t
     assert ran(tmp_path / "runs" / "default" / "tuning") == before
 
 
+@pytest.mark.slow
 def test_an_arm_whose_search_fails_leaves_the_others_alone(command, tmp_path, known, monkeypatch):
     fit = train.fit
 

@@ -57,6 +57,7 @@ def texts(run: RunDirectory) -> list[str]:
     return run.samples.read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"), [*((engine, engine) for engine in ENGINES), ("zero3", "fsdp"), ("fsdp", "zero3")]
 )
@@ -101,6 +102,7 @@ def test_processes_agree_on_a_bad_step(shop, engine, action):
     assert 0 < len(ours) < 15
 
 
+@pytest.mark.slow
 def test_processes_average_weights_and_grow_batches_as_one(shop):
     """What a process averages is its own share, and of a batch that grows it trains as much as the others."""
     common = ("micro_batch_size=4", "batch_warmup.start=4", "batch_warmup.steps=6", "ema.decay=0.9")
@@ -116,6 +118,7 @@ def test_processes_average_weights_and_grow_batches_as_one(shop):
             torch.testing.assert_close(average[name], weight, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_processes_balance_experts_as_one(shop):
     """The offsets of DeepSeek-V3's router move once a step, by all processes and micro-batches."""
     router = ("n_active=2", "n_groups=1", "n_active_groups=1", "load_balance=0", "speed=0.02")
@@ -127,6 +130,7 @@ def test_processes_balance_experts_as_one(shop):
         assert_same_training(shop.run(*parallel, *common, runs=f"balanced-{engine}"), single)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_processes(shop, alone):
     """From nothing. With the loss in chunks, as of a large vocabulary: 100 of the 512 tokens of a process at
     once."""
@@ -204,6 +208,7 @@ def test_entries_read_what_an_engine_trained(shop, alone):
     assert f"{alone.summary['val/bpb']:.3f}" in measured
 
 
+@pytest.mark.slow
 def test_a_repeated_run_has_one_directory(shop):
     """Also where Lightning starts the second process when the first has made the directory, and both are
     rolled back."""

@@ -57,6 +57,7 @@ def test_layers_of_blocks_are_converted_where_they_fit_but_no_experts(nano, over
     assert not any("router" in name or "experts" in name for name in converted)
 
 
+@pytest.mark.slow
 def test_a_run_learns_as_in_bfloat16_and_is_evaluated_in_it(shop):
     run, half = (
         shop.run("trainer=cpu", f"trainer.precision={precision}", "lr=3e-3", runs=precision)
@@ -70,6 +71,7 @@ def test_a_run_learns_as_in_bfloat16_and_is_evaluated_in_it(shop):
     assert f"{run.metrics()[-1]['val/loss']:.2f}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
 def test_engines_train_in_it(shop, engine):

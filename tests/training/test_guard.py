@@ -183,6 +183,7 @@ def test_rollback_is_the_run_that_never_saw_the_batches(command, tmp_path, monke
     assert record["samples"] == [(BAD + 1 - batches) * 4, (BAD + 1) * 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_a_resumed_run_is_guarded_alike(command, tmp_path, monkeypatch, action):
     """Killed before the bad step, with a window not yet full, and behind it, before the next checkpoint."""
@@ -201,6 +202,7 @@ def test_a_resumed_run_is_guarded_alike(command, tmp_path, monkeypatch, action):
     assert len(state(run)["callbacks"]["Guard"]["losses"]) == 12
 
 
+@pytest.mark.slow
 def test_killed_within_a_rollback_to_the_start(command, tmp_path, monkeypatch):
     """Before each of the files that it removes."""
     options = (*SHORT, *SPIKES, "guard.action=rollback", "guard.batches=20")

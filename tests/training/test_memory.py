@@ -80,6 +80,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -114,6 +114,7 @@ def whole(command, tmp_path, trained):
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_killed_while_a_checkpoint_is_written(command, tmp_path, whole, precision):
     """In turn: in the middle of the file, before its checksum, before its name, before `last` and `best`."""
