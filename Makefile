@@ -16,9 +16,9 @@ train: .venv/runtime
 	.venv/bin/python src/train.py $(ARGS)
 
 # Each worker computes on one thread: two tests at once then share two cores without waiting for each other.
-# Two workers more than cores, as many tests mostly wait. Each begins with some of the files, and shares what they build.
+# One worker more than cores, as some tests mostly wait. Each begins with some of the files, and shares what they build.
 test: .venv/development
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 2)) --dist worksteal $(ARGS_TEST)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal $(ARGS_TEST)
 
 lint: .venv/development
 	.venv/bin/ruff check .

@@ -63,7 +63,8 @@ def hurry(environment: dict[str, str], number: str) -> None:
     """Once a job is queued again, let it start soon: SLURM would wait for two minutes. Within the same second
     it would hold its credential for that of the time before, which it has revoked.
     """
-    wait_for(lambda: queue(environment).get(number) == "PENDING")
+    (state,) = wait_for(lambda: {"PENDING", "gone"} & {queue(environment).get(number, "gone")})
+    assert state == "PENDING"
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now+3"], env=environment, check=True)
 
 
@@ -72,7 +73,7 @@ def runs_of(path: Path) -> list[RunDirectory]:
 
 
 def has_begun(path: Path) -> bool:
-    """Whether steps were taken, with time left before the last."""
+    """Whether steps were taken, with time left before the last: after the tenth comes a long sample."""
     return any(0 < len(run.metrics()) < 20 for run in runs_of(path))
 
 
@@ -129,7 +130,7 @@ def test_every_job_of_a_sweep_runs_once_whatever_becomes_of_the_launcher(shop, s
 def test_two_tasks_are_one_run_that_goes_on_when_its_time_is_up(shop, alone, slurm):
     runs = shop.path / "tasks"
     sweep = shop.start(
-        *SWEEP, "seed=0", *TWO_TASKS, "sample.n_tokens=300", runs="tasks", processes=1, environment=slurm
+        *SWEEP, "seed=0", *TWO_TASKS, "sample.n_tokens=2000", runs="tasks", processes=1, environment=slurm
     )
     wait_for(lambda: has_begun(runs), sweep)
     (job,) = queue(slurm)
@@ -155,7 +156,7 @@ def test_the_sbatch_file_of_the_docs(shop, alone, slurm, tmp_path):
     (tmp_path / "book.txt").symlink_to(shop.path / "book.txt")
     here = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")
     options = shop.options(
-        "trainer.accelerator=cpu", "sample.n_tokens=300", "paths.runs=runs", "logger=wandb"
+        "trainer.accelerator=cpu", "sample.n_tokens=2000", "paths.runs=runs", "logger=wandb"
     )
     command = ["sbatch", "--parsable", *here, "train.sbatch", *options]
     submitted = subprocess.run(command, env=slurm, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ Approach 2 takes the best size of each budget, approach 1 the envelope of traini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,10 +126,23 @@ def fit_isoflop(
         bias, spread = parabola_bias(n, c, y, groups), float(exponents_S.std())
         if abs(bias) > NOTABLE_BIAS * spread:
             warnings.append(ParabolaBias(bias, spread))
+    return of_logs(exponent, intercept, (low, high), budgets, optima, exponents_S, warnings)
+
+
+def of_logs(
+    exponent: float,
+    intercept: float,
+    interval: tuple[float, float],
+    budgets: Array,
+    optima: Array,
+    exponents_S: Array,
+    warnings: Iterable[Finding],
+) -> PowerLaw:
+    """The law whose line was fitted through logs of best sizes over logs of budgets."""
     return PowerLaw(
         exponent=float(exponent),
         coefficient=float(np.exp(intercept)),
-        exponent_interval=(float(low), float(high)),
+        exponent_interval=(float(interval[0]), float(interval[1])),
         budgets=np.exp(budgets),
         optima=np.exp(optima),
         exponents_S=exponents_S,
@@ -248,15 +261,7 @@ def fit_envelope(
     drawn = (rng.integers(len(names), size=len(names)) for _ in range(resamples))
     exponents_S = np.array([envelope_line(grid, curves[runs], sizes[runs])[0] for runs in drawn])
     low, high = expanded_percentiles(exponents_S, level=level, degrees_of_freedom=len(np.unique(sizes)) - 2)
-    return PowerLaw(
-        exponent=float(slope),
-        coefficient=float(np.exp(intercept)),
-        exponent_interval=(float(low), float(high)),
-        budgets=np.exp(budgets),
-        optima=np.exp(optima),
-        exponents_S=exponents_S,
-        warnings=(UndecayedCurves(),),
-    )
+    return of_logs(slope, intercept, (low, high), budgets, optima, exponents_S, [UndecayedCurves()])
 
 
 def curve_on_grid(grid: Array, log_c: Array, log_loss: Array) -> Array:

@@ -12,13 +12,13 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scantling.model.decoder import Decoder
+from scantling.report.terminal import titled
 from scantling.training.callbacks import StepCallback, StepCallbacks
 
 PART = "part: "
@@ -203,16 +203,7 @@ def profile_table(events: Any, device: str) -> Table:
     wall = (max(event.time_range.end for event in events) - begin) / PROFILED_STEPS
     what = "GPU time" if device == "cuda" else "time"
     about = f"{what} of a step, mean of {PROFILED_STEPS}: {wall / 1e3:.2f} ms"
-    table = Table(
-        box=SIMPLE_HEAD,
-        title=f"[bold]Profile[/bold]  [dim]{about}[/dim]",
-        title_justify="left",
-        title_style="",
-        header_style="dim",
-    )
-    table.add_column("")
-    for heading in ("forward, ms", "backward, ms", "share"):
-        table.add_column(heading, justify="right")
+    table = titled("Profile", about, "forward, ms", "backward, ms", "share")
     rows = sorted(spent.items(), key=lambda row: -sum(row[1]))
     rest = wall - sum(sum(pair) for _, pair in rows) / PROFILED_STEPS
     for name, (ahead, back) in rows:
