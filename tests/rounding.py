@@ -26,8 +26,9 @@ def attention(
     """softmax(cap(scale·QKᵀ) + bias)·V in float64 over the keys that are seen, and a bound on what float32
     makes of it.
 
-    A score is off by δ: its sum's rounding, and a few of the score's own and the bias's. A weight is then off
-    by 2·max δ of itself, and a few roundings for each term of the two sums over keys.
+    A score is off by δ: its sum's rounding, and a few of its own, the bias's and the largest score's, which
+    is taken off. Key s of weight w_s is then off by δ_s + Σ w·δ of itself, to first order, and by a few
+    roundings for each term of the two sums over keys.
     """
     q, k, v = q_BHTE.double(), k_BHSE.double(), v_BHSC.double()
     score = scale * q @ k.mT
@@ -38,9 +39,12 @@ def attention(
     if bias is not None:
         score = score + bias
         off = off + 4 * UNIT * bias.abs()
-    off = (off + 4 * UNIT * score.abs()).masked_fill(~seen, 0).amax(-1, keepdim=True)
+    largest = score.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)
+    off = (off + 4 * UNIT * (score.abs() + largest.abs())).masked_fill(~seen, 0)
     weights = score.masked_fill(~seen, -torch.inf).softmax(-1)
-    return weights @ v, (2 * off + UNIT * (2 * k.shape[2] + 16)) * (weights @ v.abs())
+    sizes, spread = weights @ v.abs(), weights * off
+    bound = spread @ v.abs() + (spread.sum(-1, keepdim=True) + UNIT * (2 * k.shape[2] + 16)) * sizes
+    return weights @ v, bound
 
 
 def products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

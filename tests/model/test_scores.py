@@ -205,3 +205,18 @@ def test_cache_returns_what_was_appended():
         assert keys.positions().tolist() == [list(range(new.stop))]
     with pytest.raises(AssertionError, match="full"):
         layer.append(k[:, :4], v[:, :4], cache.advance(k[:, :4, 0, 0], None))
+
+
+@pytest.mark.parametrize("slip", ["scale", "a key too many", "a key too few"])
+def test_rounding_explains_no_slip(slip):
+    """The bound that kernels are held to is no wider than it must be."""
+    q, k, v = inputs(H, LONG)
+    t, s = torch.arange(LONG)[:, None], torch.arange(LONG)
+    how = {"softcap": None, "bias": None}
+    exact, bound = rounding.attention(q, k, v, s <= t, scale=SCALE, **how)
+    seen = {"scale": s <= t, "a key too many": s <= t + 1, "a key too few": (s <= t) & (s != 1)}[slip]
+    scale = SCALE * 1.001 if slip == "scale" else SCALE
+    wrong, _ = rounding.attention(q, k, v, seen | (s == 0), scale=scale, **how)
+    rounding.assert_within(exact.float(), exact, bound)
+    with pytest.raises(AssertionError, match="times what rounding explains"):
+        rounding.assert_within(wrong, exact, bound)
