@@ -132,7 +132,7 @@ def fit_isoflop(
 def of_logs(
     exponent: float,
     intercept: float,
-    interval: tuple[float, float],
+    interval: tuple[Array, Array],
     budgets: Array,
     optima: Array,
     exponents_S: Array,

@@ -33,7 +33,7 @@ class Wandb(WandbLogger):
 
         # A process of W&B's that is shared with others outlives this one, and never lets go of a run whose
         # process was killed: this run has its own.
-        os.environ.pop(wandb.env.SERVICE, None)
+        os.environ.pop("WANDB_SERVICE", None)
         self.mode, self.reason = mode_and_reason()
         self.mirrored: set[int] = set()
         """Steps that earlier segments hold."""
