@@ -173,9 +173,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="to clock")
     parser.add_argument("--only", choices=tuple(SHAPES), help="one of the two shapes")
     parser.add_argument("--batch", type=int, help="sequences a step, where the shape's do not fit")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; aot_eager starts sooner")
     arguments = parser.parse_args()
-    torch.compiler.set_default_backend(arguments.backend)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device here: --device cpu --tiny tries the script out")
     device = torch.device(arguments.device)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
-import itertools
 import os
 import runpy
 import signal
 import sys
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 import warm
@@ -59,26 +57,6 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
-CHECKED = 4
-"""Passes of the decoder whose shapes each test checks: the checks take half the time of a small model."""
-
-
-@pytest.fixture(autouse=True)
-def checks_of_shapes(monkeypatch):
-    """Checks in the first passes only: a test that makes a hundred has the same shapes again and again."""
-    passes, forward = itertools.count(1), Decoder.forward
-
-    @wraps(forward)
-    def counted(*args, **named):
-        if next(passes) > CHECKED:
-            jaxtyping.config.update("jaxtyping_disable", True)
-        return forward(*args, **named)
-
-    monkeypatch.setattr(Decoder, "forward", counted)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.fixture(params=processors.PROCESSORS)
 def processor(request, monkeypatch) -> processors.Processor:
     """Each processor in turn, in the place of this machine's."""
@@ -116,12 +94,11 @@ def entry(monkeypatch, capsys):
 @pytest.fixture
 def command(tmp_path, book, monkeypatch, entry):
     """`command("lr=1e-3")` is `entry("train", …)` with the settings of a small run. The machine's speed is
-    not measured, no figure is drawn, and no shapes are checked: the checks draw random numbers.
+    not measured, and no figure is drawn.
     """
     from scantling.model import hardware
     from scantling.training import record
 
-    jaxtyping.config.update("jaxtyping_disable", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hardware, "peak_flops", warm.assumed_peak)
     monkeypatch.setattr(record, "draw_curves", lambda *_, **__: None)
